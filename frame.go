@@ -1,0 +1,146 @@
+package acomm
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"syscall"
+)
+
+const (
+	headerSize = 4        // bytes: an unsigned big-endian length
+	maxPayload = 64 << 20 // bytes of JSON in a frame, or in an HTTP body
+	firstChunk = 4 << 10  // bytes allocated before any of a payload has arrived
+)
+
+// SendConnData marshals the payload to JSON and writes it to the connection,
+// behind a header of 4 bytes with its length, in one write. It blocks until
+// everything is written; the deadline is whatever the caller has set on the
+// connection.
+//
+// A nil connection or payload gives an error that matches [io/fs.ErrInvalid], a
+// payload of more than 64 MiB of JSON [syscall.EMSGSIZE] (nothing is written in
+// either case), a peer that has closed [io.ErrUnexpectedEOF], and a deadline
+// that has passed [os.ErrDeadlineExceeded]. After an error while writing, the
+// connection is of no further use.
+func SendConnData(conn net.Conn, payload interface{}) error {
+	if conn == nil {
+		return fmt.Errorf("send frame: connection is nil: %w", fs.ErrInvalid)
+	}
+	frame, err := encodeFrame(payload)
+	if err != nil {
+		return fmt.Errorf("send frame: %w", err)
+	}
+	if _, err := conn.Write(frame); err != nil {
+		return fmt.Errorf("send frame of %d bytes: %w", len(frame), closedEarly(err))
+	}
+	return nil
+}
+
+// UnmarshalConnData reads a frame, a header of 4 bytes and as many bytes of JSON
+// as it announces, from the connection and unmarshals it into the destination
+// object. It blocks until the frame is complete; the deadline is whatever the
+// caller has set on the connection. Memory is allocated as the bytes arrive.
+//
+// A nil connection, and a destination that is not a non-nil pointer, give an
+// error that matches [io/fs.ErrInvalid], a frame of more than 64 MiB
+// [syscall.EMSGSIZE], a connection that ends before the whole frame
+// [io.ErrUnexpectedEOF], and a deadline that has passed
+// [os.ErrDeadlineExceeded]; what is not JSON, or does not fit the destination,
+// gives encoding/json's error. After an error nothing further can be read from
+// the connection: answer it or not, then close it.
+func UnmarshalConnData(conn net.Conn, dest interface{}) error {
+	if conn == nil {
+		return fmt.Errorf("read frame: connection is nil: %w", fs.ErrInvalid)
+	}
+	if err := checkDest(dest); err != nil {
+		return fmt.Errorf("read frame: %w", err)
+	}
+	data, err := readFrame(conn)
+	if err != nil {
+		return fmt.Errorf("read frame: %w", err)
+	}
+	if err := json.Unmarshal(data, dest); err != nil {
+		return fmt.Errorf("decode frame of %d bytes: %w", len(data), err)
+	}
+	return nil
+}
+
+// encodeFrame returns the header and the JSON of the payload in one slice.
+func encodeFrame(payload interface{}) ([]byte, error) {
+	switch p := payload.(type) {
+	case nil:
+		return nil, fmt.Errorf("payload is nil: %w", fs.ErrInvalid)
+	case *Request:
+		if p == nil {
+			return nil, fmt.Errorf("request is nil: %w", fs.ErrInvalid)
+		}
+	case *Response:
+		if p == nil {
+			return nil, fmt.Errorf("response is nil: %w", fs.ErrInvalid)
+		}
+	case Response:
+		payload = &p // only the pointer has the methods that carry the error
+	}
+	var buf bytes.Buffer
+	buf.Write(make([]byte, headerSize))
+	if err := json.NewEncoder(&buf).Encode(payload); err != nil {
+		return nil, fmt.Errorf("marshal payload: %w", err)
+	}
+	frame := bytes.TrimSuffix(buf.Bytes(), []byte("\n")) // the encoder's
+	size := len(frame) - headerSize
+	if err := checkSize(uint64(size)); err != nil {
+		return nil, err
+	}
+	binary.BigEndian.PutUint32(frame, uint32(size))
+	return frame, nil
+}
+
+// readFrame reads one frame and returns its payload. What it allocates is
+// bounded by twice what has arrived, never by what the header announces.
+func readFrame(r io.Reader) ([]byte, error) {
+	var header [headerSize]byte
+	if _, err := io.ReadFull(r, header[:]); err != nil {
+		return nil, fmt.Errorf("header: %w", closedEarly(err))
+	}
+	announced := binary.BigEndian.Uint32(header[:])
+	if err := checkSize(uint64(announced)); err != nil {
+		return nil, err
+	}
+	size := int(announced)
+	var data []byte
+	for have := 0; have < size; have = len(data) {
+		chunk := min(size-have, max(have, firstChunk))
+		data = append(data, make([]byte, chunk)...)
+		if n, err := io.ReadFull(r, data[have:]); err != nil {
+			return nil, fmt.Errorf("payload, %d of %d bytes: %w", have+n, size, closedEarly(err))
+		}
+	}
+	return data, nil
+}
+
+func checkSize(size uint64) error {
+	if size > maxPayload {
+		return fmt.Errorf("payload of %d bytes is over the limit of %d: %w", size, maxPayload, syscall.EMSGSIZE)
+	}
+	return nil
+}
+
+// closedEarly gives a connection that the peer has closed too early one name,
+// in whichever way the system reports it.
+func closedEarly(err error) error {
+	switch {
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		return err
+	case err == io.EOF:
+		return io.ErrUnexpectedEOF
+	case errors.Is(err, io.EOF), errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNRESET):
+		return fmt.Errorf("%w: %w", io.ErrUnexpectedEOF, err)
+	}
+	return err
+}

@@ -1,0 +1,150 @@
+package acomm
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/url"
+	"reflect"
+
+	"github.com/pborman/uuid"
+)
+
+// Request is a request data structure for asynchronous requests. The ID is
+// used to identify the request throughout its life cycle. The ResponseHook is
+// the URL the response is sent to: a unix socket, an http(s) URL, or any scheme
+// registered with [net/http.DefaultTransport]. SuccessHandler and ErrorHandler
+// are run on the response; they stay in the process.
+//
+// On the wire the hook is an object with the fields of [net/url.URL], which
+// carries neither user name nor password. Absent and null mean nil for the hook
+// and the arguments.
+type Request struct {
+	ID             string           `json:"id"`
+	Task           string           `json:"task"`
+	ResponseHook   *url.URL         `json:"responsehook"`
+	Args           *json.RawMessage `json:"args"`
+	SuccessHandler ResponseHandler  `json:"-"`
+	ErrorHandler   ResponseHandler  `json:"-"`
+}
+
+// ResponseHandler is a function to run when a request receives a response. It
+// is given the request it was set on and the response.
+type ResponseHandler func(*Request, *Response)
+
+// NewRequest creates a new Request with a random id (UUID, version 4). The
+// responseHook is an absolute URL, such as the text of [Tracker.URL]; args is
+// anything that marshals to JSON, nil becomes null. Either handler may be nil:
+// there is nothing to be done then.
+//
+// An empty task and a hook that does not parse give an error that matches
+// [io/fs.ErrInvalid].
+func NewRequest(task, responseHook string, args interface{}, sh ResponseHandler, eh ResponseHandler) (*Request, error) {
+	hook, err := url.ParseRequestURI(responseHook)
+	if err != nil {
+		// The parser's error quotes the URL, which may hold a password.
+		var parse *url.Error
+		if errors.As(err, &parse) {
+			err = parse.Err
+		}
+		return nil, fmt.Errorf("new request: response hook: %w: %w", fs.ErrInvalid, err)
+	}
+	data, err := json.Marshal(args)
+	if err != nil {
+		return nil, fmt.Errorf("new request: marshal args: %w", err)
+	}
+	req := &Request{
+		ID:             uuid.New(),
+		Task:           task,
+		ResponseHook:   hook,
+		Args:           (*json.RawMessage)(&data),
+		SuccessHandler: sh,
+		ErrorHandler:   eh,
+	}
+	if err := req.Validate(); err != nil {
+		return nil, err
+	}
+	return req, nil
+}
+
+// Validate checks that the request has an id, a task and a response hook. What
+// is missing gives an error that matches [io/fs.ErrInvalid].
+func (req *Request) Validate() error {
+	switch {
+	case req == nil:
+		return fmt.Errorf("request is nil: %w", fs.ErrInvalid)
+	case req.ID == "":
+		return fmt.Errorf("request has no id: %w", fs.ErrInvalid)
+	case req.Task == "":
+		return fmt.Errorf("request %s has no task: %w", req.ID, fs.ErrInvalid)
+	case req.ResponseHook == nil:
+		return fmt.Errorf("request %s has no response hook: %w", req.ID, fs.ErrInvalid)
+	}
+	return nil
+}
+
+// UnmarshalArgs unmarshals the request args into the destination object, as
+// [encoding/json.Unmarshal] does. Absent args are JSON null: they leave a
+// struct as it is and set a pointer, map or slice to nil. A destination that is
+// not a non-nil pointer gives an error that matches [io/fs.ErrInvalid].
+func (req *Request) UnmarshalArgs(dest interface{}) error {
+	if req == nil {
+		return fmt.Errorf("unmarshal args: request is nil: %w", fs.ErrInvalid)
+	}
+	return unmarshalRaw("args of request "+req.ID, req.Args, dest)
+}
+
+// HandleResponse determines whether a response indicates success or error and
+// runs the appropriate handler, in the caller's goroutine. If that handler is
+// not defined, or the response is nil, it does nothing.
+func (req *Request) HandleResponse(resp *Response) {
+	if req == nil || resp == nil {
+		return
+	}
+	handler := req.SuccessHandler
+	if resp.Error != nil {
+		handler = req.ErrorHandler
+	}
+	if handler != nil {
+		handler(req, resp)
+	}
+}
+
+// Respond sends a Response to the request's ResponseHook. It blocks until the
+// response has been acknowledged, a minute at most, and returns the errors of
+// [Send]. A nil response or hook gives one that matches [io/fs.ErrInvalid].
+func (req *Request) Respond(resp *Response) error {
+	if req == nil || resp == nil {
+		return fmt.Errorf("respond: request or response is nil: %w", fs.ErrInvalid)
+	}
+	if req.ResponseHook == nil {
+		return fmt.Errorf("respond: request %s has no response hook: %w", req.ID, fs.ErrInvalid)
+	}
+	return Send(req.ResponseHook, resp)
+}
+
+// unmarshalRaw decodes raw, nil standing for null, and names what it decodes in
+// its errors.
+func unmarshalRaw(what string, raw *json.RawMessage, dest interface{}) error {
+	if err := checkDest(dest); err != nil {
+		return fmt.Errorf("unmarshal %s: %w", what, err)
+	}
+	data := []byte("null")
+	if raw != nil {
+		data = *raw
+	}
+	if err := json.Unmarshal(data, dest); err != nil {
+		return fmt.Errorf("unmarshal %s: %w", what, err)
+	}
+	return nil
+}
+
+// checkDest refuses what nothing can be decoded into.
+func checkDest(dest interface{}) error {
+	v := reflect.ValueOf(dest)
+	if v.Kind() != reflect.Pointer || v.IsNil() {
+		return fmt.Errorf("destination %T is not a pointer to a value: %w", dest, fs.ErrInvalid)
+	}
+	return nil
+}

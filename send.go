@@ -1,0 +1,265 @@
+package acomm
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const (
+	sendTimeout  = time.Minute // bounds a Send: dial, write and acknowledgement together
+	maxAnswer    = 1 << 20     // bytes read of an HTTP answer
+	maxRedirects = 10
+)
+
+// Send attempts to send the payload, usually a [Request] or a [Response], to the
+// specified URL and waits until the peer has acknowledged it, for a minute at
+// most: dial, write and acknowledgement together. Acknowledged means received
+// and well-formed, not done. An error means that the payload may not have
+// arrived; where the acknowledgement itself was lost, it may have.
+//
+// A URL with the scheme unix is the socket at the URL's Path. Everything else
+// goes out as an HTTP POST with the JSON as its body, through
+// [net/http.DefaultTransport] as it is at that moment, so its settings for TLS,
+// proxies and further schemes (RegisterProtocol) apply. There a status of 2xx is
+// delivered: with an empty body, or with a Response that accepts or refuses it.
+// Any other answer is an error. Redirects are followed where they keep the
+// payload (307 and 308). At most 1 MiB of the answer is read.
+//
+// The peer's refusal is returned with its text unchanged. The other errors match
+// [io/fs.ErrInvalid] (nil URL or payload, a path that is no socket path),
+// [syscall.EMSGSIZE] (over 64 MiB of JSON), [errors.ErrUnsupported] (a scheme
+// nobody handles), [io/fs.ErrNotExist] (no such socket), [syscall.ECONNREFUSED]
+// (nobody listens), [syscall.ENAMETOOLONG] (the socket's path),
+// [io.ErrUnexpectedEOF] (the peer closed without acknowledging) and
+// [os.ErrDeadlineExceeded] (the minute has passed).
+func Send(addr *url.URL, payload interface{}) error {
+	ctx, cancel := context.WithTimeout(context.Background(), sendTimeout)
+	defer cancel()
+	return send(ctx, addr, payload)
+}
+
+// send is Send with the time it has in its context.
+func send(ctx context.Context, addr *url.URL, payload interface{}) error {
+	if addr == nil {
+		return fmt.Errorf("send: URL is nil: %w", fs.ErrInvalid)
+	}
+	frame, err := encodeFrame(payload)
+	if err != nil {
+		return fmt.Errorf("send to %s: %w", addr.Redacted(), err)
+	}
+	var ack *Response
+	if addr.Scheme == "unix" {
+		ack, err = sendUnix(ctx, addr.Path, frame)
+	} else {
+		ack, err = sendHTTP(ctx, addr, frame[headerSize:])
+	}
+	if err != nil {
+		return fmt.Errorf("send to %s: %w", addr.Redacted(), timedOut(closedEarly(err)))
+	}
+	return ack.Error
+}
+
+// sendUnix carries out one exchange on a connection of its own and returns the
+// acknowledgement.
+func sendUnix(ctx context.Context, path string, frame []byte) (*Response, error) {
+	conn, err := dialUnix(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	if deadline, ok := ctx.Deadline(); ok {
+		if err := conn.SetDeadline(deadline); err != nil {
+			return nil, err
+		}
+	}
+	// A peer may refuse a frame before it has read all of it. Its word says more
+	// than our broken pipe, so it is looked for even if the write failed.
+	_, writeErr := conn.Write(frame)
+	ack := &Response{}
+	err = UnmarshalConnData(conn, ack)
+	if writeErr != nil && (err != nil || ack.Error == nil) {
+		return nil, writeErr
+	}
+	if err != nil {
+		return nil, fmt.Errorf("acknowledgement: %w", err)
+	}
+	return ack, nil
+}
+
+// dialUnix connects to a stream socket. Where its backlog is full it tries again
+// until the context ends.
+func dialUnix(ctx context.Context, path string) (net.Conn, error) {
+	if err := checkSocketPath(path); err != nil {
+		return nil, err
+	}
+	var dialer net.Dialer
+	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
+		conn, err := dialer.DialContext(ctx, "unix", path)
+		if !errors.Is(err, syscall.EAGAIN) {
+			return conn, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("backlog is full: %w", ctx.Err())
+		case <-time.After(wait):
+		}
+	}
+}
+
+// postClient uses http.DefaultTransport, whatever it is at the time of a request.
+var postClient = http.Client{CheckRedirect: keepPayload}
+
+// keepPayload follows the redirects that send the payload again; of the others
+// the answer itself is returned, which is no success.
+func keepPayload(req *http.Request, via []*http.Request) error {
+	switch req.Response.StatusCode {
+	case http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+		if len(via) > maxRedirects {
+			return fmt.Errorf("more than %d redirects", maxRedirects)
+		}
+		return nil
+	}
+	return http.ErrUseLastResponse
+}
+
+// sendHTTP posts the payload and returns what the answer acknowledges.
+func sendHTTP(ctx context.Context, addr *url.URL, payload []byte) (*Response, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "", bytes.NewReader(payload))
+	if err != nil {
+		return nil, err
+	}
+	req.URL = withoutEmptyUser(addr)
+	req.Header.Set("Content-Type", "application/json")
+	answer, err := doHTTP(req, &postClient)
+	if err != nil {
+		return nil, err
+	}
+	defer answer.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(answer.Body, maxAnswer+1))
+	ack := &Response{}
+	if answer.StatusCode < 200 || answer.StatusCode > 299 {
+		return nil, newStatusError(answer, body)
+	}
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("answer: %w", err)
+	case len(body) > maxAnswer:
+		return nil, fmt.Errorf("answer is over the limit of %d bytes: %w", maxAnswer, syscall.EMSGSIZE)
+	case len(bytes.TrimSpace(body)) == 0:
+		return ack, nil
+	}
+	if err := json.Unmarshal(body, ack); err != nil {
+		return nil, fmt.Errorf("answer %s: %w", answer.Status, err)
+	}
+	return ack, nil
+}
+
+// doHTTP sends the request through http.DefaultTransport. Its errors say nothing
+// of the URL: the caller does.
+func doHTTP(req *http.Request, client *http.Client) (*http.Response, error) {
+	answer, err := client.Do(req)
+	if err == nil {
+		return answer, nil
+	}
+	var request *url.Error
+	if errors.As(err, &request) {
+		err = request.Err
+	}
+	if !supported(req.URL, err) {
+		return nil, fmt.Errorf("scheme %q: %w", req.URL.Scheme, errors.ErrUnsupported)
+	}
+	return nil, err
+}
+
+// supported tells an error of a scheme's transport from the lack of one. The
+// standard library has no error value for the latter, so a transport with
+// nothing registered is asked what it says of the scheme.
+func supported(addr *url.URL, err error) bool {
+	if addr.Scheme == "http" || addr.Scheme == "https" {
+		return true
+	}
+	_, unsupported := new(http.Transport).RoundTrip(&http.Request{URL: addr, Header: http.Header{}})
+	return unsupported == nil || err.Error() != unsupported.Error()
+}
+
+// withoutEmptyUser drops the user information that a URL has after it has come
+// over the wire: it is empty, and would be sent as a login without a name.
+func withoutEmptyUser(addr *url.URL) *url.URL {
+	if addr.User == nil || addr.User.String() != "" {
+		return addr
+	}
+	u := *addr
+	u.User = nil
+	return &u
+}
+
+// statusError is an HTTP answer that is no success.
+type statusError struct {
+	code       int
+	status     string        // code and text
+	words      string        // the peer's error, if it sent a Response
+	retryAfter time.Duration // zero if the peer did not say
+}
+
+func newStatusError(answer *http.Response, body []byte) *statusError {
+	e := &statusError{code: answer.StatusCode, status: answer.Status}
+	var resp Response
+	if json.Unmarshal(body, &resp) == nil && resp.Error != nil {
+		e.words = resp.Error.Error()
+	}
+	after := strings.TrimSpace(answer.Header.Get("Retry-After"))
+	if seconds, err := strconv.ParseUint(after, 10, 31); err == nil {
+		e.retryAfter = time.Duration(seconds) * time.Second
+	} else if at, err := http.ParseTime(after); err == nil {
+		e.retryAfter = max(0, time.Until(at))
+	}
+	return e
+}
+
+func (e *statusError) Error() string {
+	if e.words == "" {
+		return "answered " + e.status
+	}
+	return "answered " + e.status + ": " + e.words
+}
+
+// timedOut gives everything that took too long one name.
+func timedOut(err error) error {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return err
+	}
+	var timeout interface{ Timeout() bool }
+	if errors.As(err, &timeout) && timeout.Timeout() {
+		return fmt.Errorf("%w: %w", os.ErrDeadlineExceeded, err)
+	}
+	return err
+}
+
+// notDelivered reports whether an error of send proves that the peer has not
+// taken the payload and might take it later: nobody was there to connect to, or
+// the peer said to come back.
+func notDelivered(err error) bool {
+	var status *statusError
+	if errors.As(err, &status) {
+		return status.code == http.StatusTooManyRequests || status.code == http.StatusServiceUnavailable
+	}
+	var op *net.OpError
+	if errors.As(err, &op) && op.Op == "dial" {
+		return true
+	}
+	var dns *net.DNSError
+	return errors.As(err, &dns) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist)
+}

@@ -1,0 +1,230 @@
+package acomm
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+const (
+	// maxSocketPath is what fits a socket address, with its closing NUL.
+	maxSocketPath = len(syscall.RawSockaddrUnix{}.Path) - 1
+
+	// lockTimeout bounds the wait for another process that is making a socket in
+	// the same directory, which takes it milliseconds.
+	lockTimeout = 5 * time.Second
+
+	// bindToListen is how long a process is given from bind to listen. A socket
+	// in between looks as if its owner were dead.
+	bindToListen = 20 * time.Millisecond
+)
+
+// socket is a listening unix socket with its file.
+type socket struct {
+	*net.UnixListener
+	path string
+	file fs.FileInfo // the socket's own file, whatever the path leads to now
+	dir  string      // private directory that goes with the socket, or ""
+
+	closing sync.Once
+}
+
+// randomSocketPath names a socket in a private directory. Nobody can guess it.
+func randomSocketPath(name string) string {
+	return filepath.Join(os.TempDir(), "acomm-"+rand.Text(), name)
+}
+
+// checkSocketPath refuses what is no path of a socket file.
+func checkSocketPath(path string) error {
+	switch {
+	case path == "":
+		return fmt.Errorf("socket path is empty: %w", fs.ErrInvalid)
+	case strings.ContainsRune(path, 0):
+		return fmt.Errorf("socket path %q contains NUL: %w", path, fs.ErrInvalid)
+	case path[0] == '@':
+		return fmt.Errorf("socket path %q is the name of an abstract socket: %w", path, fs.ErrInvalid)
+	case len(path) > maxSocketPath:
+		return fmt.Errorf("socket path %q has %d bytes, limit %d: %w", path, len(path), maxSocketPath, syscall.ENAMETOOLONG)
+	}
+	return nil
+}
+
+// listenPrivate makes a socket that only this user can reach, in a new
+// directory of its own that goes with it.
+func listenPrivate(path string) (*socket, error) {
+	if err := checkSocketPath(path); err != nil {
+		return nil, err
+	}
+	dir := filepath.Dir(path)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(dir, 0o700); err != nil { // whatever the umask took away
+		return nil, err
+	}
+	s, err := bind(path, 0o600)
+	if err != nil {
+		_ = os.Remove(dir)
+		return nil, err
+	}
+	s.dir = dir
+	return s, nil
+}
+
+// listenUnclaimed makes a socket at a path that nobody else knows of. The
+// process's umask decides its permissions.
+func listenUnclaimed(path string) (*socket, error) {
+	if err := checkSocketPath(path); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o777); err != nil {
+		return nil, err
+	}
+	return bind(path, 0)
+}
+
+// listenAt makes a socket at a path that others may want as well. The socket
+// file of a dead process is replaced. The process's umask decides the
+// permissions.
+func listenAt(path string) (*socket, error) {
+	if err := checkSocketPath(path); err != nil {
+		return nil, err
+	}
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o777); err != nil {
+		return nil, err
+	}
+	unlock, err := lockDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	s, err := bind(path, 0)
+	if !errors.Is(err, syscall.EADDRINUSE) {
+		return s, err
+	}
+	if err := removeDead(path); err != nil {
+		return nil, err
+	}
+	return bind(path, 0)
+}
+
+// bind makes the socket and its file. With a mode other than zero the file has
+// that mode from the start; elsewhere than on Linux, from a moment later.
+func bind(path string, mode fs.FileMode) (*socket, error) {
+	var config net.ListenConfig
+	if mode != 0 {
+		config.Control = func(_, _ string, c syscall.RawConn) error {
+			// The file inherits the mode of the socket on Linux; other systems
+			// refuse this, and have the chmod below.
+			return c.Control(func(fd uintptr) { _ = syscall.Fchmod(int(fd), uint32(mode)) })
+		}
+	}
+	l, err := config.Listen(context.Background(), "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	s := &socket{UnixListener: l.(*net.UnixListener), path: path}
+	s.SetUnlinkOnClose(false) // it would remove whatever is there by then
+	if s.file, err = os.Lstat(path); err == nil && mode != 0 && s.file.Mode().Perm() != mode {
+		err = os.Chmod(path, mode)
+	}
+	if err != nil {
+		s.close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// close removes the socket's file and its private directory and ends Accept.
+// Once is enough, more does no harm.
+func (s *socket) close() {
+	s.closing.Do(func() {
+		// While the socket is open its file's inode can't be used again, so an
+		// equal number means that the file is still ours. That ends with Close.
+		if now, err := os.Lstat(s.path); err == nil && s.file != nil && os.SameFile(now, s.file) {
+			_ = os.Remove(s.path)
+		}
+		if s.dir != "" {
+			_ = os.Remove(s.dir)
+		}
+		_ = s.UnixListener.Close()
+	})
+}
+
+// removeDead removes the socket file of a process that is gone. The caller holds
+// the directory's lock.
+func removeDead(path string) error {
+	for range 2 { // the second look is for a process that has yet to listen
+		switch dead, err := isDead(path); {
+		case errors.Is(err, fs.ErrNotExist):
+			return nil
+		case err != nil:
+			return err
+		case !dead:
+			return fmt.Errorf("socket %s has a live listener: %w", path, syscall.EADDRINUSE)
+		}
+		time.Sleep(bindToListen)
+	}
+	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// isDead reports whether nobody listens on the socket file. It asks with a
+// datagram socket, which the kernel refuses in two ways, and a live listener
+// never sees.
+func isDead(path string) (bool, error) {
+	file, err := os.Lstat(path)
+	if err != nil {
+		return false, err
+	}
+	if file.Mode().Type() != fs.ModeSocket {
+		return false, fmt.Errorf("%s is not a socket: %w", path, syscall.EADDRINUSE)
+	}
+	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
+	switch {
+	case err == nil:
+		return false, conn.Close() // somebody's datagram socket
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return true, nil
+	case errors.Is(err, syscall.EPROTOTYPE):
+		return false, nil
+	}
+	return false, fmt.Errorf("socket %s is in use or not ours to replace: %w: %w", path, syscall.EADDRINUSE, err)
+}
+
+// lockDir keeps other processes from making sockets in the directory, so that
+// of several that find the same dead file one replaces it and the others find
+// that one alive. File systems without locks do without.
+func lockDir(dir string) (unlock func(), err error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	deadline := time.Now().Add(lockTimeout)
+	for {
+		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		switch {
+		case err == nil || errors.Is(err, errors.ErrUnsupported) || errors.Is(err, syscall.ENOLCK):
+			return func() { _ = f.Close() }, nil
+		case !errors.Is(err, syscall.EWOULDBLOCK) && !errors.Is(err, syscall.EINTR):
+			_ = f.Close()
+			return nil, fmt.Errorf("lock %s: %w", dir, err)
+		case time.Now().After(deadline):
+			_ = f.Close()
+			return nil, fmt.Errorf("lock %s: held by another process: %w", dir, os.ErrDeadlineExceeded)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}

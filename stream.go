@@ -1,0 +1,329 @@
+package acomm
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/sirupsen/logrus"
+)
+
+const (
+	streamBuffer = 32 << 10         // bytes, for each stream in transfer
+	streamClaim  = time.Hour        // for the consumer of a stream to come
+	streamStall  = 10 * time.Second // without a byte, after which Stop cuts a stream off
+	streamEnd    = time.Second      // for a source that was closed to let go
+)
+
+// servedStreams holds the socket paths of the streams that wait for a consumer,
+// of all trackers of this process. ProxyStreamHandler, which is given no
+// tracker, serves these.
+var servedStreams sync.Map
+
+// unixStream is a source on its way to its one consumer.
+type unixStream struct {
+	listener *UnixListener
+	src      io.ReadCloser
+	done     chan struct{} // closed when consumer and source are closed
+	moved    atomic.Int64  // when a byte last moved, in Unix nanoseconds; 0: unclaimed
+
+	closing sync.Once
+}
+
+// NewStreamUnix sets up an ad-hoc unix listener to stream data and returns its
+// URL, for the StreamURL of a [Response]. The socket is made in dir, under a
+// name nobody can guess and with permissions that the process's umask decides;
+// if dir is empty, in a directory of its own that only the process's user can
+// enter.
+//
+// The first consumer that connects ([Stream] does) is sent all of src; a second
+// one gets an error. From the return on src is the library's: it is closed
+// exactly once, when it ends or fails, when the consumer leaves (even while a
+// Read of src blocks, so Close has to end it), when nobody has come within an
+// hour, or when the tracker stops. A failure of src is logged.
+//
+// A nil src gives an error that matches [io/fs.ErrInvalid], a tracker that is
+// not started or is stopping [net.ErrClosed]; the other errors are those of
+// [UnixListener.Start]. After an error src is still the caller's.
+func (t *Tracker) NewStreamUnix(dir string, src io.ReadCloser) (*url.URL, error) {
+	if src == nil {
+		return nil, fmt.Errorf("new stream: source is nil: %w", fs.ErrInvalid)
+	}
+	if !t.running() {
+		return nil, fmt.Errorf("new stream: tracker is not running: %w", net.ErrClosed)
+	}
+	listener := newListener(randomSocketPath("stream.sock"), 1, listenPrivate)
+	if dir != "" {
+		listener = newListener(filepath.Join(dir, "stream-"+rand.Text()+".sock"), 1, listenUnclaimed)
+	}
+	if err := listener.Start(); err != nil {
+		return nil, fmt.Errorf("new stream: %w", err)
+	}
+	s := &unixStream{listener: listener, src: src, done: make(chan struct{})}
+	if !t.addStream(s) {
+		listener.Stop(atOnce)
+		return nil, fmt.Errorf("new stream: tracker is not running: %w", net.ErrClosed)
+	}
+	return listener.URL(), nil
+}
+
+func (t *Tracker) running() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.state == trackerRunning
+}
+
+// addStream begins to serve the stream, unless the tracker is stopping.
+func (t *Tracker) addStream(s *unixStream) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.state != trackerRunning {
+		return false
+	}
+	t.streams[s] = struct{}{}
+	servedStreams.Store(s.listener.path, struct{}{})
+	go t.serveStream(s) // endStreams waits for done
+	return true
+}
+
+// serveStream waits for the consumer and sends it the source.
+func (t *Tracker) serveStream(s *unixStream) {
+	defer close(s.done)
+	defer func() {
+		t.mu.Lock()
+		delete(t.streams, s)
+		t.mu.Unlock()
+	}()
+	unclaimed := time.AfterFunc(t.streamClaim, s.listener.refuse)
+	conn, _ := s.listener.NextConn().(*net.UnixConn)
+	unclaimed.Stop()
+	servedStreams.Delete(s.listener.path)
+	if conn != nil {
+		s.transfer(conn)
+	}
+	s.closeSource()
+	s.listener.Stop(atOnce)
+}
+
+// transfer copies the source to the consumer and closes both, whichever of them
+// ends first.
+func (s *unixStream) transfer(conn *net.UnixConn) {
+	s.touch()
+	var watching sync.WaitGroup
+	watching.Go(func() {
+		// Whether the consumer left or the transfer is over: nobody reads on.
+		waitPeerGone(conn)
+		s.closeSource()
+	})
+	readErr := s.copyTo(conn)
+	s.listener.DoneConn(conn)
+	watching.Wait()
+	if readErr != nil {
+		logrus.WithFields(logrus.Fields{"error": readErr, "addr": s.listener.addr}).
+			Error("a stream's source failed")
+	}
+}
+
+// copyTo copies the source to the consumer and returns the source's error. A
+// consumer that leaves is none, nor is a source that fails once it is closed.
+func (s *unixStream) copyTo(conn net.Conn) error {
+	buf := make([]byte, streamBuffer)
+	for {
+		n, readErr := s.src.Read(buf)
+		if n > 0 {
+			if _, err := conn.Write(buf[:n]); err != nil {
+				return nil
+			}
+			s.touch()
+		}
+		switch {
+		case readErr == io.EOF:
+			return nil
+		case readErr != nil:
+			if peerGone(conn) {
+				return nil
+			}
+			return readErr
+		}
+	}
+}
+
+func (s *unixStream) touch() { s.moved.Store(time.Now().UnixNano()) }
+
+func (s *unixStream) idle() time.Duration { return time.Since(time.Unix(0, s.moved.Load())) }
+
+// closeSource closes the source, once.
+func (s *unixStream) closeSource() {
+	s.closing.Do(func() { _ = s.src.Close() })
+}
+
+// endStreams ends the streams that nobody has claimed and waits for those in
+// transfer as long as they move. No new ones come: the tracker is stopping.
+func (t *Tracker) endStreams() {
+	t.mu.Lock()
+	streams := make([]*unixStream, 0, len(t.streams))
+	for s := range t.streams {
+		streams = append(streams, s)
+	}
+	t.mu.Unlock()
+	for _, s := range streams {
+		s.moved.CompareAndSwap(0, time.Now().UnixNano()) // an unclaimed one gets time to close
+		s.listener.refuse()
+	}
+	var ending sync.WaitGroup
+	for _, s := range streams {
+		ending.Go(func() { s.end(t.streamStall) })
+	}
+	ending.Wait()
+}
+
+// end waits until the stream is done. Once no byte has moved for the time given
+// it is cut off; a source that even then does not let go is left behind, and
+// that is logged.
+func (s *unixStream) end(stall time.Duration) {
+	for idle := s.idle(); idle < stall; idle = s.idle() {
+		select {
+		case <-s.done:
+			return
+		case <-time.After(stall - idle):
+		}
+	}
+	s.listener.Stop(atOnce) // without a connection, the source is closed as well
+	select {
+	case <-s.done:
+	case <-time.After(streamEnd):
+		logrus.WithFields(logrus.Fields{"addr": s.listener.addr}).
+			Error("a stream's source does not return from Read after Close")
+	}
+}
+
+// Stream streams data from a URL to a destination writer, until the source ends:
+// a unix socket made by [Tracker.NewStreamUnix], or anything that
+// [net/http.DefaultTransport] can GET. Nothing is written unless the source is
+// there, and over HTTP has answered with the status 200. Connecting and that
+// answer are given a minute; after it a source may be silent for as long as it
+// likes.
+//
+// A source that is cut off over HTTP gives an error that matches
+// [io.ErrUnexpectedEOF], a nil argument [io/fs.ErrInvalid], a stream that is
+// gone [io/fs.ErrNotExist] or [syscall.ECONNREFUSED], a scheme that nobody
+// handles [errors.ErrUnsupported]. An error of dest ends the stream and is
+// returned.
+func Stream(dest io.Writer, addr *url.URL) error {
+	if dest == nil || addr == nil {
+		return fmt.Errorf("stream: destination or URL is nil: %w", fs.ErrInvalid)
+	}
+	src, err := openStream(context.Background(), addr)
+	if err != nil {
+		return fmt.Errorf("stream from %s: %w", addr.Redacted(), timedOut(closedEarly(err)))
+	}
+	defer src.Close()
+	if n, err := io.Copy(dest, src); err != nil {
+		return fmt.Errorf("stream from %s, after %d bytes: %w", addr.Redacted(), n, closedEarly(err))
+	}
+	return nil
+}
+
+// openStream connects to the source of a stream. It stays open until it is
+// closed or the context ends.
+func openStream(ctx context.Context, addr *url.URL) (io.ReadCloser, error) {
+	if addr.Scheme == "unix" {
+		dialCtx, cancel := context.WithTimeout(ctx, sendTimeout)
+		defer cancel()
+		conn, err := dialUnix(dialCtx, addr.Path)
+		if err != nil {
+			return nil, err
+		}
+		return closeWith(ctx, conn), nil
+	}
+	return openStreamHTTP(ctx, addr)
+}
+
+// closeWith has the connection closed when the context ends.
+func closeWith(ctx context.Context, conn net.Conn) io.ReadCloser {
+	if ctx.Done() == nil {
+		return conn
+	}
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	return streamSource{conn, func() { stop() }}
+}
+
+// streamSource releases what it was opened with when it is closed.
+type streamSource struct {
+	io.ReadCloser
+	release func()
+}
+
+func (s streamSource) Close() error {
+	defer s.release()
+	return s.ReadCloser.Close()
+}
+
+// getClient uses http.DefaultTransport, whatever it is at the time of a request.
+var getClient http.Client
+
+func openStreamHTTP(ctx context.Context, addr *url.URL) (io.ReadCloser, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	answered := time.AfterFunc(sendTimeout, func() { cancel(os.ErrDeadlineExceeded) })
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "", nil)
+	if err != nil {
+		cancel(nil)
+		return nil, err
+	}
+	req.URL = withoutEmptyUser(addr)
+	answer, err := doHTTP(req, &getClient)
+	answered.Stop()
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
+		cancel(nil)
+		return nil, err
+	}
+	src := streamSource{answer.Body, func() { cancel(nil) }}
+	if answer.StatusCode != http.StatusOK {
+		src.Close()
+		return nil, &statusError{code: answer.StatusCode, status: answer.Status}
+	}
+	return src, nil
+}
+
+// waitPeerGone blocks until the other side of the connection is closed, or this
+// one is.
+func waitPeerGone(conn *net.UnixConn) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return
+	}
+	_ = raw.Read(func(fd uintptr) bool { return sendsNothing(fd) })
+}
+
+// peerGone reports whether either side of the connection is closed.
+func peerGone(conn net.Conn) bool {
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return true
+	}
+	gone := true
+	_ = raw.Control(func(fd uintptr) { gone = sendsNothing(fd) })
+	return gone
+}
+
+// sendsNothing asks the kernel for the other side without taking a byte from it,
+// or sending it one: a message of no bytes fails once nobody can receive it.
+func sendsNothing(fd uintptr) bool {
+	_, err := syscall.SendmsgN(int(fd), nil, nil, nil, 0)
+	return errors.Is(err, syscall.EPIPE)
+}

@@ -1,0 +1,141 @@
+package acomm
+
+import (
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"net/url"
+	"sync"
+	"syscall"
+)
+
+const (
+	streamAddrParam      = "addr"
+	streamSignatureParam = "signature"
+	maxStreamQuery       = 8 << 10 // bytes
+)
+
+// streamKey is this process's key for the addresses it publishes.
+var streamKey = sync.OnceValue(func() []byte {
+	key := make([]byte, sha256.Size)
+	rand.Read(key) // never fails
+	return key
+})
+
+func signStream(addr string) string {
+	mac := hmac.New(sha256.New, streamKey())
+	mac.Write([]byte(addr))
+	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
+}
+
+// ProxyStreamHandler is an HTTP HandlerFunc for simple proxy streaming. It serves
+// the URLs that [Tracker.ProxyStreamHTTPURL] of this process has made, and the
+// streams that trackers of this process are serving, and nothing else. It blocks
+// until the stream ends or the client leaves, which releases the source.
+//
+// The data is application/octet-stream, and each piece is flushed as it comes.
+// Statuses: 405 for anything but GET (a HEAD would use up the stream), 400 for a
+// query that can't be read, 403 for an address that this process has not
+// published, 404 for a stream that is gone, 502 for a source that fails before
+// its first byte. A source that fails later has the connection aborted, so that
+// what was cut off can't look complete. The server's WriteTimeout, if any, ends
+// streams too.
+//
+// A service with rules of its own writes its own handler, with [Stream].
+func ProxyStreamHandler(w http.ResponseWriter, r *http.Request) {
+	if r.Method != http.MethodGet {
+		w.Header().Set("Allow", http.MethodGet)
+		http.Error(w, "a stream can only be read with GET", http.StatusMethodNotAllowed)
+		return
+	}
+	addr, published, err := parseStreamQuery(r.URL.RawQuery)
+	if err != nil {
+		http.Error(w, "not the address of a stream", http.StatusBadRequest)
+		return
+	}
+	if !published {
+		http.Error(w, "not a stream of this service", http.StatusForbidden)
+		return
+	}
+	src, err := openStream(r.Context(), addr)
+	if err != nil {
+		status := sourceStatus(err)
+		http.Error(w, http.StatusText(status), status)
+		return
+	}
+	defer src.Close()
+	proxyStream(w, src)
+}
+
+// parseStreamQuery returns the address in the query, and whether this process
+// has published it.
+func parseStreamQuery(rawQuery string) (addr *url.URL, published bool, err error) {
+	if len(rawQuery) > maxStreamQuery {
+		return nil, false, fmt.Errorf("query has %d bytes, limit %d", len(rawQuery), maxStreamQuery)
+	}
+	query, err := url.ParseQuery(rawQuery)
+	if err != nil {
+		return nil, false, err
+	}
+	if len(query[streamAddrParam]) != 1 {
+		return nil, false, errors.New("query has not one address")
+	}
+	text := query.Get(streamAddrParam)
+	addr, err = url.ParseRequestURI(text)
+	if err != nil {
+		return nil, false, err
+	}
+	signature := query.Get(streamSignatureParam)
+	if hmac.Equal([]byte(signature), []byte(signStream(text))) {
+		return addr, true, nil
+	}
+	_, served := servedStreams.Load(addr.Path)
+	return addr, served && addr.Scheme == "unix", nil
+}
+
+// sourceStatus is the status for a source that can't be opened.
+func sourceStatus(err error) int {
+	var status *statusError
+	gone := errors.As(err, &status) && (status.code == http.StatusNotFound || status.code == http.StatusGone)
+	if gone || errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return http.StatusNotFound
+	}
+	return http.StatusBadGateway
+}
+
+// proxyStream copies the source to the client. It panics with
+// http.ErrAbortHandler, net/http's way to abort a connection, where a return
+// would make the data look complete.
+func proxyStream(w http.ResponseWriter, src io.Reader) {
+	buf := make([]byte, streamBuffer)
+	n, err := src.Read(buf)
+	if n == 0 && err != nil && err != io.EOF {
+		http.Error(w, http.StatusText(http.StatusBadGateway), http.StatusBadGateway)
+		return
+	}
+	w.Header().Set("Content-Type", "application/octet-stream")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(http.StatusOK)
+	flusher := http.NewResponseController(w)
+	for {
+		if _, err := w.Write(buf[:n]); err != nil {
+			panic(http.ErrAbortHandler)
+		}
+		if err := flusher.Flush(); err != nil && !errors.Is(err, errors.ErrUnsupported) {
+			panic(http.ErrAbortHandler)
+		}
+		if err == io.EOF {
+			return
+		}
+		if err != nil {
+			panic(http.ErrAbortHandler)
+		}
+		n, err = src.Read(buf)
+	}
+}

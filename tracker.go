@@ -1,0 +1,357 @@
+package acomm
+
+import (
+	"fmt"
+	"io/fs"
+	"net"
+	"net/url"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/sirupsen/logrus"
+)
+
+const (
+	defaultTimeout  = time.Minute // of a tracker that is given none
+	exchangeTimeout = time.Minute // bounds reading a response and acknowledging it
+
+	// atOnce is the time a listener gets to stop when nothing is worth waiting for.
+	atOnce = time.Nanosecond
+)
+
+// Tracker keeps track of requests waiting on a response. It listens on a unix
+// socket for the responses, matches them by id, and completes each request
+// exactly once: with its response, with a time-out, or by removal.
+//
+// The tracker's socket is also the response hook of the requests it proxies
+// ([Tracker.ProxyUnix]), and its streams ([Tracker.NewStreamUnix]) live as long
+// as it runs. After Stop it can be started again. All methods may be called from
+// any goroutine. The zero value can't be started: use [NewTracker].
+type Tracker struct {
+	responses      *UnixListener // started and stopped with the tracker
+	streamURL      *url.URL      // immutable; nil: streams are not proxied
+	defaultTimeout time.Duration
+
+	exchangeTimeout time.Duration // for one response on the socket
+	streamClaim     time.Duration // for the consumer of a stream to come
+	streamStall     time.Duration // for a stream to move while the tracker stops
+
+	unknown  logLimit       // for responses nobody waits for
+	starting sync.Mutex     // one Start at a time; taken before mu
+	serving  sync.WaitGroup // serve and its connections; Stop waits
+
+	mu       sync.Mutex // guards the fields below
+	state    trackerState
+	pending  map[string]*pendingRequest // by id; whoever removes an entry completes it
+	drained  chan struct{}              // made by Stop, closed when pending is empty
+	stopped  chan struct{}              // made by Stop, closed when it is done
+	handlers sync.WaitGroup             // requests being completed; Add only under mu
+	streams  map[*unixStream]struct{}   // offered or in transfer
+}
+
+type trackerState int
+
+const (
+	trackerStopped trackerState = iota
+	trackerRunning
+	trackerStopping // Stop waits for what is tracked, nothing new is taken
+)
+
+// pendingRequest is a tracked request.
+type pendingRequest struct {
+	req      *Request
+	handle   func(*pendingRequest, *Response)
+	deadline time.Time
+	timer    *time.Timer
+}
+
+// timeoutError is the error of a request without a response in time.
+type timeoutError struct{}
+
+func (timeoutError) Error() string        { return "response timeout" }
+func (timeoutError) Timeout() bool        { return true }
+func (timeoutError) Is(target error) bool { return target == os.ErrDeadlineExceeded }
+
+// NewTracker creates and initializes a new Tracker; nothing is touched before
+// Start. The response socket is made at socketPath, as by [NewUnixListener]. If a
+// socketPath is not provided, the response socket will be created in a temporary
+// directory that only the process's user can enter.
+//
+// The httpStreamURL is where the service serves [ProxyStreamHandler], as others
+// reach it; with nil, streams can't be proxied. The defaultTimeout is for
+// requests that are tracked without one; zero or less means a minute.
+func NewTracker(socketPath string, httpStreamURL *url.URL, defaultTimeout time.Duration) (*Tracker, error) {
+	t := &Tracker{
+		responses:       NewUnixListener(socketPath, 0),
+		defaultTimeout:  defaultTimeout,
+		exchangeTimeout: exchangeTimeout,
+		streamClaim:     streamClaim,
+		streamStall:     streamStall,
+		pending:         make(map[string]*pendingRequest),
+		streams:         make(map[*unixStream]struct{}),
+	}
+	if httpStreamURL != nil {
+		u := *httpStreamURL
+		t.streamURL = &u
+	}
+	return t, nil
+}
+
+// Start activates the tracker. This allows tracking of requests as well as
+// listening for and handling responses. On a started tracker it does nothing.
+// While Stop is under way the error matches [net.ErrClosed]; otherwise the
+// errors are those of [UnixListener.Start], after which the tracker is as it was.
+func (t *Tracker) Start() error {
+	if t.responses == nil {
+		return fmt.Errorf("start tracker: not made by NewTracker: %w", fs.ErrInvalid)
+	}
+	t.starting.Lock()
+	defer t.starting.Unlock()
+	t.mu.Lock()
+	state := t.state
+	t.mu.Unlock()
+	switch state {
+	case trackerRunning:
+		return nil
+	case trackerStopping:
+		return fmt.Errorf("start tracker %s: it is stopping: %w", t.Addr(), net.ErrClosed)
+	}
+	if err := t.responses.Start(); err != nil {
+		return fmt.Errorf("start tracker: %w", err)
+	}
+	t.serving.Go(t.serve)
+	t.mu.Lock()
+	t.state = trackerRunning
+	t.mu.Unlock()
+	return nil
+}
+
+// Addr returns the string representation of the Tracker's response listener
+// socket.
+func (t *Tracker) Addr() string {
+	if t.responses == nil {
+		return ""
+	}
+	return t.responses.Addr()
+}
+
+// URL returns the URL of the Tracker's response listener socket, the response
+// hook for requests that this tracker tracks. The caller owns it.
+func (t *Tracker) URL() *url.URL {
+	if t.responses == nil {
+		return &url.URL{Scheme: "unix"}
+	}
+	return t.responses.URL()
+}
+
+// NumRequests returns the number of tracked requests: those that have neither
+// been answered nor timed out nor been removed.
+func (t *Tracker) NumRequests() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.pending)
+}
+
+// TrackRequest tracks a request until its response arrives, the timeout passes
+// or it is removed. Track it before sending it: the response can be faster than
+// the acknowledgement. This does not need to be called after using ProxyUnix. A
+// timeout of zero or less means the tracker's default.
+//
+// After the timeout the request is handled with a Response whose error has the
+// text "response timeout" and matches [os.ErrDeadlineExceeded].
+//
+// A nil request, or one without an id, gives an error that matches
+// [io/fs.ErrInvalid], an id that is tracked already [io/fs.ErrExist], a tracker
+// that is not started or is stopping [net.ErrClosed].
+func (t *Tracker) TrackRequest(req *Request, timeout time.Duration) error {
+	return t.track(req, timeout, (*pendingRequest).runHandler)
+}
+
+// track puts a request into the table, with what is to be done with its
+// response.
+func (t *Tracker) track(req *Request, timeout time.Duration, handle func(*pendingRequest, *Response)) error {
+	if req == nil {
+		return fmt.Errorf("track request: request is nil: %w", fs.ErrInvalid)
+	}
+	if req.ID == "" {
+		return fmt.Errorf("track request: request has no id: %w", fs.ErrInvalid)
+	}
+	if timeout <= 0 {
+		timeout = t.defaultTimeout
+	}
+	if timeout <= 0 {
+		timeout = defaultTimeout
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.state != trackerRunning {
+		return fmt.Errorf("track request %s: tracker is not running: %w", req.ID, net.ErrClosed)
+	}
+	if _, ok := t.pending[req.ID]; ok {
+		return fmt.Errorf("track request %s: already tracked: %w", req.ID, fs.ErrExist)
+	}
+	p := &pendingRequest{req: req, handle: handle, deadline: time.Now().Add(timeout)}
+	p.timer = time.AfterFunc(timeout, func() { t.timeOut(p) })
+	t.pending[req.ID] = p
+	return nil
+}
+
+// RemoveRequest should be used to remove a tracked request. Use in cases such as
+// sending failures, where there is no hope of a response being received. It
+// reports whether the request was still tracked: if so, no handler will run and
+// nothing be forwarded. A response or time-out that came first is handled as
+// ever, possibly at this moment.
+func (t *Tracker) RemoveRequest(req *Request) bool {
+	if req == nil {
+		return false
+	}
+	t.mu.Lock()
+	p := t.pending[req.ID]
+	if p != nil {
+		t.removeLocked(p)
+	}
+	t.mu.Unlock()
+	return p != nil
+}
+
+// HandleResponse associates a response with a request and either forwards the
+// response or calls the request's handler, and returns when that is done. A
+// response to a request that is not tracked (any more), or nil, is logged and
+// dropped.
+//
+// Responses that arrive on the tracker's socket need no call: the tracker makes
+// it, in a goroutine for each. It is for those that arrive otherwise, such as on
+// an HTTP hook of the service.
+func (t *Tracker) HandleResponse(resp *Response) {
+	if resp == nil {
+		t.logUnknown("", "dropped a response that is nil")
+		return
+	}
+	p := t.take(resp.ID, nil)
+	if p == nil {
+		t.logUnknown(resp.ID, "dropped a response to a request that is not tracked")
+		return
+	}
+	t.complete(p, resp)
+}
+
+// Stop deactivates the tracker. It blocks until all active connections and
+// tracked requests are finished: new requests are refused, those tracked end
+// with their response, their time-out or their removal, and their handlers and
+// forwards return. Then the response socket is closed, streams that nobody has
+// claimed end, and streams in transfer are waited for as long as they move; one
+// that has not moved a byte for 10 s by then is cut off.
+//
+// It is safe to call more than once, before Start, and from several goroutines:
+// each call returns when the tracker is down. A handler must not call it: it
+// would wait for itself.
+func (t *Tracker) Stop() {
+	t.mu.Lock()
+	switch t.state {
+	case trackerStopped:
+		t.mu.Unlock()
+		return
+	case trackerStopping:
+		stopped := t.stopped
+		t.mu.Unlock()
+		<-stopped
+		return
+	}
+	t.state = trackerStopping
+	t.drained, t.stopped = make(chan struct{}), make(chan struct{})
+	t.checkDrainedLocked()
+	t.mu.Unlock()
+
+	<-t.drained
+	t.handlers.Wait()
+	t.responses.Stop(atOnce)
+	t.serving.Wait()
+	t.endStreams()
+
+	t.mu.Lock()
+	t.state = trackerStopped
+	t.mu.Unlock()
+	close(t.stopped)
+}
+
+// serve hands each connection on the response socket to a goroutine, until the
+// socket is closed.
+func (t *Tracker) serve() {
+	for conn := t.responses.NextConn(); conn != nil; conn = t.responses.NextConn() {
+		t.serving.Go(func() { t.receive(conn) })
+	}
+}
+
+// receive reads a response from the connection, acknowledges it, and only then
+// handles it, with the connection closed. A broken frame is answered by closing:
+// that tells its sender.
+func (t *Tracker) receive(conn net.Conn) {
+	defer t.responses.DoneConn(conn)
+	if err := conn.SetDeadline(time.Now().Add(t.exchangeTimeout)); err != nil {
+		return
+	}
+	resp := &Response{}
+	if err := UnmarshalConnData(conn, resp); err != nil {
+		return
+	}
+	// The response is here, whether or not its sender stays to be told so.
+	_ = SendConnData(conn, &Response{})
+	t.responses.DoneConn(conn)
+	t.HandleResponse(resp)
+}
+
+// take removes the request with the id from the table, which gives the caller
+// the right and the duty to complete it. If p is not nil, it has to be that one.
+func (t *Tracker) take(id string, p *pendingRequest) *pendingRequest {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	found := t.pending[id]
+	if found == nil || p != nil && p != found {
+		return nil
+	}
+	t.removeLocked(found)
+	t.handlers.Add(1)
+	return found
+}
+
+// removeLocked takes an entry out of the table. The caller holds mu.
+func (t *Tracker) removeLocked(p *pendingRequest) {
+	delete(t.pending, p.req.ID)
+	p.timer.Stop()
+	t.checkDrainedLocked()
+}
+
+// checkDrainedLocked tells Stop when the last request is gone. The caller holds
+// mu.
+func (t *Tracker) checkDrainedLocked() {
+	if t.state == trackerStopping && len(t.pending) == 0 {
+		close(t.drained)
+	}
+}
+
+// timeOut completes a request whose time is up, unless somebody else has.
+func (t *Tracker) timeOut(p *pendingRequest) {
+	if t.take(p.req.ID, p) != nil {
+		t.complete(p, &Response{ID: p.req.ID, Error: timeoutError{}})
+	}
+}
+
+// complete does what is to be done with the response of a request that was taken
+// from the table.
+func (t *Tracker) complete(p *pendingRequest, resp *Response) {
+	defer t.handlers.Done()
+	p.handle(p, resp)
+}
+
+// runHandler is what is done with the response of a request that is not proxied.
+func (p *pendingRequest) runHandler(resp *Response) {
+	p.req.HandleResponse(resp)
+}
+
+// logUnknown logs a response that nobody waits for.
+func (t *Tracker) logUnknown(id, message string) {
+	if more, ok := t.unknown.allow(); ok {
+		logrus.WithFields(logrus.Fields{"id": id, "addr": t.Addr(), "suppressed": more}).Warn(message)
+	}
+}

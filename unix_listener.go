@@ -1,0 +1,325 @@
+package acomm
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/url"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/sirupsen/logrus"
+)
+
+// The accept loop waits between failed attempts, for example while the process
+// has no descriptor left: from the first of these to the second, doubling.
+const (
+	minAcceptDelay = 5 * time.Millisecond
+	maxAcceptDelay = time.Second
+)
+
+// UnixListener is a wrapper for a unix socket. It handles creation and
+// listening for new connections, as well as graceful shutdown. After Stop it can
+// be started again. All methods may be called from any goroutine. The zero value
+// can't be started: use [NewUnixListener].
+type UnixListener struct {
+	addr   string // as given
+	path   string // absolute
+	limit  int    // connections accepted in a run; 0 and below: no limit
+	listen func(path string) (*socket, error)
+
+	starting sync.Mutex // one Start at a time; taken before mu
+
+	mu  sync.Mutex
+	run *listenerRun // from Start to the end of Stop, else nil
+}
+
+// listenerRun is what a listener has between Start and Stop. The listener's mu
+// guards the fields below changed.
+type listenerRun struct {
+	socket   *socket
+	stopping chan struct{} // closed when Stop begins
+	drained  chan struct{} // closed when Stop has begun and no connection is open
+	stopped  chan struct{} // closed when Stop is done
+	refused  chan struct{} // closed when the accept loop has ended
+	changed  *sync.Cond    // waiting or accepting have changed
+
+	accepting bool                       // the accept loop runs
+	waiting   []*net.UnixConn            // accepted, not yet handed out; oldest first
+	open      map[*net.UnixConn]struct{} // accepted, not yet done
+}
+
+// NewUnixListener creates and initializes a new UnixListener; nothing is touched
+// before Start. AcceptLimit controls how many connections it will listen for
+// before stopping; 0 and below is unlimited.
+//
+// A relative socketPath is taken from the directory the process is in now. If
+// it is empty, the listener uses a socket with a random name in a directory of
+// its own below [os.TempDir], which Start makes and Stop removes and only the
+// process's user can enter.
+func NewUnixListener(socketPath string, acceptLimit int) *UnixListener {
+	if socketPath == "" {
+		return newListener(randomSocketPath("acomm.sock"), acceptLimit, listenPrivate)
+	}
+	return newListener(socketPath, acceptLimit, listenAt)
+}
+
+// newListener is a listener with its own way to make the socket.
+func newListener(addr string, limit int, listen func(string) (*socket, error)) *UnixListener {
+	path, err := filepath.Abs(addr)
+	if err != nil {
+		path = addr
+	}
+	return &UnixListener{addr: addr, path: path, limit: limit, listen: listen}
+}
+
+// Addr returns the string representation of the unix address: the socket path
+// as it was given, or the one the library chose.
+func (ul *UnixListener) Addr() string {
+	return ul.addr
+}
+
+// URL returns the URL representation of the unix address: scheme unix and the
+// absolute path. The caller owns it.
+func (ul *UnixListener) URL() *url.URL {
+	return &url.URL{Scheme: "unix", Path: ul.path}
+}
+
+// Start prepares the listener and starts listening for new connections. Missing
+// parent directories are created, a socket file whose owner is dead is replaced.
+//
+// On a started listener, and where the path belongs to a live listener or to a
+// file that is not a socket, the error matches [syscall.EADDRINUSE]; while Stop
+// is under way [net.ErrClosed]; with a path that is too long
+// [syscall.ENAMETOOLONG]; with one that is no path of a socket
+// [io/fs.ErrInvalid]. After an error the listener is as it was. It blocks for
+// milliseconds; at most 5 s, when another process holds a lock on the directory.
+func (ul *UnixListener) Start() error {
+	ul.starting.Lock()
+	defer ul.starting.Unlock()
+	if err := ul.checkStopped(); err != nil {
+		return fmt.Errorf("start listener %s: %w", ul.addr, err)
+	}
+	if ul.listen == nil {
+		return fmt.Errorf("start listener: not made by NewUnixListener: %w", fs.ErrInvalid)
+	}
+	socket, err := ul.listen(ul.path)
+	if err != nil {
+		return fmt.Errorf("start listener %s: %w", ul.addr, err)
+	}
+
+	ul.mu.Lock()
+	defer ul.mu.Unlock()
+	run := &listenerRun{
+		socket:    socket,
+		stopping:  make(chan struct{}),
+		drained:   make(chan struct{}),
+		stopped:   make(chan struct{}),
+		refused:   make(chan struct{}),
+		changed:   sync.NewCond(&ul.mu),
+		accepting: true,
+		open:      make(map[*net.UnixConn]struct{}),
+	}
+	ul.run = run
+	go ul.accept(run) // ends with the socket; Stop waits for refused
+	return nil
+}
+
+// checkStopped gives the reason why the listener can't be started, if any.
+func (ul *UnixListener) checkStopped() error {
+	ul.mu.Lock()
+	defer ul.mu.Unlock()
+	if ul.run == nil {
+		return nil
+	}
+	select {
+	case <-ul.run.stopping:
+		return fmt.Errorf("it is stopping: %w", net.ErrClosed)
+	default:
+		return fmt.Errorf("it is started already: %w", syscall.EADDRINUSE)
+	}
+}
+
+// NextConn blocks and returns the next connection, in the order of their
+// arrival. It returns nil when there is none and none can come: the listener is
+// stopped and all connections accepted before have been handed out, the accept
+// limit is reached and all were, or it was never started. Connections should be
+// handled in a goroutine to take advantage of concurrency. When done, the
+// connection MUST be finished with a call to DoneConn.
+//
+// The connection has no deadline. A peer may connect and stay silent, so set one
+// before reading. It has the SyscallConn method of [net.UnixConn], through which
+// the peer's credentials can be read.
+func (ul *UnixListener) NextConn() net.Conn {
+	ul.mu.Lock()
+	defer ul.mu.Unlock()
+	run := ul.run
+	if run == nil {
+		return nil
+	}
+	for len(run.waiting) == 0 && run.accepting {
+		run.changed.Wait()
+	}
+	if len(run.waiting) == 0 {
+		return nil
+	}
+	conn := run.waiting[0]
+	run.waiting[0] = nil
+	run.waiting = run.waiting[1:]
+	return conn
+}
+
+// DoneConn completes the handling of a connection and closes it. With nil, a
+// connection that is done already or one that is not from this listener it does
+// nothing.
+func (ul *UnixListener) DoneConn(conn net.Conn) {
+	uc, ok := conn.(*net.UnixConn)
+	if !ok || uc == nil {
+		return
+	}
+	ul.mu.Lock()
+	run := ul.run
+	if run != nil {
+		_, ok = run.open[uc]
+		delete(run.open, uc)
+		run.checkDrainedLocked()
+	}
+	ul.mu.Unlock()
+	if run != nil && ok {
+		_ = uc.Close()
+	}
+}
+
+// Stop stops listening for new connections, removes the socket file if it is
+// still this listener's, and waits until every connection accepted before has
+// been handed out by NextConn and finished with DoneConn. With a positive
+// timeout it closes what is still open once the timeout has passed; with zero
+// or less it waits as long as that takes. It is safe to call more than once,
+// before Start, and from several goroutines: each call returns when the listener
+// is down.
+func (ul *UnixListener) Stop(timeout time.Duration) {
+	ul.mu.Lock()
+	run := ul.run
+	if run == nil {
+		ul.mu.Unlock()
+		return
+	}
+	select {
+	case <-run.stopping: // another call does the work
+		ul.mu.Unlock()
+		<-run.stopped
+		return
+	default:
+	}
+	close(run.stopping)
+	ul.mu.Unlock()
+
+	run.socket.close()
+	<-run.refused
+	ul.mu.Lock()
+	run.checkDrainedLocked()
+	ul.mu.Unlock()
+
+	run.waitDrained(timeout)
+
+	ul.mu.Lock()
+	left := run.open
+	run.open, run.waiting = nil, nil
+	ul.run = nil
+	ul.mu.Unlock()
+	for conn := range left {
+		_ = conn.Close()
+	}
+	close(run.stopped)
+}
+
+// refuse ends the accepting of connections. Those accepted before are still
+// handed out.
+func (ul *UnixListener) refuse() {
+	ul.mu.Lock()
+	run := ul.run
+	ul.mu.Unlock()
+	if run != nil {
+		run.socket.close()
+	}
+}
+
+// waitDrained waits for the open connections, for as long as Stop's timeout says.
+func (run *listenerRun) waitDrained(timeout time.Duration) {
+	if timeout <= 0 {
+		<-run.drained
+		return
+	}
+	timer := time.NewTimer(timeout)
+	defer timer.Stop()
+	select {
+	case <-run.drained:
+	case <-timer.C:
+	}
+}
+
+// checkDrainedLocked tells Stop, once it has begun and the accept loop has ended,
+// when the last connection is done. The caller holds the listener's mu.
+func (run *listenerRun) checkDrainedLocked() {
+	if run.accepting || len(run.open) > 0 {
+		return
+	}
+	select {
+	case <-run.stopping:
+	default:
+		return // the accept limit is reached, nobody waits
+	}
+	select {
+	case <-run.drained:
+	default:
+		close(run.drained)
+	}
+}
+
+// accept takes connections from the socket until it is closed or the limit is
+// reached.
+func (ul *UnixListener) accept(run *listenerRun) {
+	var failures logLimit
+	delay := minAcceptDelay
+	for accepted := 0; ul.limit <= 0 || accepted < ul.limit; {
+		conn, err := run.socket.AcceptUnix()
+		if errors.Is(err, net.ErrClosed) {
+			break
+		}
+		if err != nil {
+			if more, ok := failures.allow(); ok {
+				logrus.WithFields(logrus.Fields{"error": err, "addr": ul.addr, "suppressed": more}).
+					Error("failed to accept a connection")
+			}
+			run.waitToAccept(delay)
+			delay = min(2*delay, maxAcceptDelay)
+			continue
+		}
+		delay = minAcceptDelay
+		accepted++
+		ul.mu.Lock()
+		run.open[conn] = struct{}{}
+		run.waiting = append(run.waiting, conn)
+		run.changed.Signal()
+		ul.mu.Unlock()
+	}
+	run.socket.close()
+	ul.mu.Lock()
+	run.accepting = false
+	run.changed.Broadcast()
+	ul.mu.Unlock()
+	close(run.refused)
+}
+
+// waitToAccept lets the delay pass, or the listener stop.
+func (run *listenerRun) waitToAccept(delay time.Duration) {
+	timer := time.NewTimer(delay)
+	defer timer.Stop()
+	select {
+	case <-run.stopping:
+	case <-timer.C:
+	}
+}
