@@ -1,0 +1,110 @@
+package acomm_test
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/mistifyio/acomm"
+	"github.com/sirupsen/logrus"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+)
+
+// patience is how long a test waits for what must happen. It is no measure of
+// anything: reaching it is a failure.
+const patience = 20 * time.Second
+
+// TestMain fails on a goroutine left over by any test.
+func TestMain(m *testing.M) {
+	logrus.SetOutput(io.Discard)
+	code := m.Run()
+	http.DefaultTransport.(*http.Transport).CloseIdleConnections()
+	if err := goleak.Find(); err != nil {
+		fmt.Fprintln(os.Stderr, "leaked goroutines:", err)
+		code = max(code, 1)
+	}
+	os.Exit(code)
+}
+
+// within returns what comes from the channel, or fails the test.
+func within[T any](t testing.TB, ch <-chan T, what string) T {
+	t.Helper()
+	select {
+	case v := <-ch:
+		return v
+	case <-time.After(patience):
+		require.FailNow(t, "timed out", "waiting for %s", what)
+		panic("unreachable")
+	}
+}
+
+// async runs f and returns a channel that is closed when it has returned.
+func async(f func()) <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f()
+	}()
+	return done
+}
+
+// logLines collects what the library logs during a test.
+type logLines struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (l *logLines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+func (l *logLines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+func captureLog(t testing.TB) *logLines {
+	lines := &logLines{}
+	logrus.SetOutput(lines)
+	t.Cleanup(func() { logrus.SetOutput(io.Discard) })
+	return lines
+}
+
+// openFiles counts this process's descriptors.
+func openFiles(t testing.TB) int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	require.NoError(t, err)
+	return len(entries)
+}
+
+// newTracker returns a started tracker on a socket of its own; it is stopped
+// with the test.
+func newTracker(t testing.TB) *acomm.Tracker {
+	t.Helper()
+	tracker, err := acomm.NewTracker("", nil, patience)
+	require.NoError(t, err)
+	require.NoError(t, tracker.Start())
+	t.Cleanup(tracker.Stop)
+	return tracker
+}
+
+// newRequest returns a request with a hook; both handlers send to the channel.
+func newRequest(t testing.TB, hook *url.URL, args any) (*acomm.Request, <-chan *acomm.Response) {
+	t.Helper()
+	responses := make(chan *acomm.Response, 100)
+	handle := func(_ *acomm.Request, resp *acomm.Response) { responses <- resp }
+	req, err := acomm.NewRequest("test", hook.String(), args, handle, handle)
+	require.NoError(t, err)
+	return req, responses
+}
