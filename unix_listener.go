@@ -299,7 +299,9 @@ func (ul *UnixListener) accept(run *listenerRun) {
 			continue
 		}
 		delay = minAcceptDelay
-		accepted++
+		if accepted++; accepted == ul.limit {
+			run.socket.close() // first, so that whoever comes after this one finds nobody
+		}
 		ul.mu.Lock()
 		run.open[conn] = struct{}{}
 		run.waiting = append(run.waiting, conn)

@@ -1,0 +1,39 @@
+GO          ?= go
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+FUZZTIME    ?= 30s
+
+# The modules of the project; the root comes first.
+MODULES := $(patsubst %/go.mod,%,$(wildcard go.mod */go.mod cmd/*/go.mod))
+MODULES := . $(filter-out go.mod,$(MODULES))
+
+# each runs a command in every module.
+each = set -e; for dir in $(MODULES); do echo "== $$dir: $(1)"; (cd $$dir && $(1)); done
+
+.DEFAULT_GOAL := help
+.PHONY: help build test race lint fuzz cover demo
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+
+build: ## compile everything
+	@$(call each,$(GO) build ./...)
+
+test: ## run the tests, with both JSON engines of the standard library
+	@$(call each,$(GO) test ./...)
+	GOEXPERIMENT=jsonv2 $(GO) test .
+
+race: ## run the tests with the race detector
+	@$(call each,$(GO) test -race ./...)
+
+lint: ## check format, go vet (also for macOS) and staticcheck
+	@out=$$(gofmt -l .); if [ -n "$$out" ]; then echo "not gofmt'ed:"; echo "$$out"; exit 1; fi
+	@$(call each,$(GO) vet ./... && $(GO) run $(STATICCHECK) ./...)
+	GOOS=darwin $(GO) vet .
+	GOOS=freebsd $(GO) vet .
+
+cover: ## show the coverage of the package
+	$(GO) test -coverprofile=coverage.out .
+	$(GO) tool cover -func=coverage.out | tail -1
+
+demo: ## run a coordinator, a provider and a requester; DEMO=path for another file or directory
+	$(GO) run ./examples/demo $(DEMO)

@@ -1,0 +1,214 @@
+package acomm_test
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/mistifyio/acomm"
+	"github.com/stretchr/testify/require"
+)
+
+// connPair returns the two ends of a unix stream connection.
+func connPair(t testing.TB) (*net.UnixConn, *net.UnixConn) {
+	t.Helper()
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
+	require.NoError(t, err)
+	ends := make([]*net.UnixConn, 2)
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "socketpair")
+		conn, err := net.FileConn(f)
+		require.NoError(t, err)
+		require.NoError(t, f.Close())
+		t.Cleanup(func() { conn.Close() })
+		ends[i] = conn.(*net.UnixConn)
+	}
+	return ends[0], ends[1]
+}
+
+func frame(payload string) []byte {
+	return append(binary.BigEndian.AppendUint32(nil, uint32(len(payload))), payload...)
+}
+
+func TestSendConnData_WritesHeaderAndJSON(t *testing.T) {
+	for want, payload := range map[string]any{
+		`{"a":"\u003c"}`: map[string]string{"a": "<"},
+		`[1,2]`:          json.RawMessage(" [1,\n2] "),
+		`"x"`:            "x",
+		`{"error":"x","id":"","result":null,"stream_url":null}`: acomm.Response{Error: errors.New("x")}, // by value, too
+	} {
+		a, b := connPair(t)
+		require.NoError(t, acomm.SendConnData(a, payload))
+		require.NoError(t, a.Close())
+		got, err := io.ReadAll(b)
+		require.NoError(t, err)
+		require.Equal(t, string(frame(want)), string(got))
+	}
+}
+
+// oneWrite is a connection that counts its writes.
+type oneWrite struct {
+	net.Conn
+	writes int
+}
+
+func (c *oneWrite) Write(p []byte) (int, error) {
+	c.writes++
+	return len(p), nil
+}
+
+// Hazard: a peer of 2016 reads a frame with a single read.
+func TestSendConnData_WritesOnce(t *testing.T) {
+	conn := &oneWrite{}
+	require.NoError(t, acomm.SendConnData(conn, strings.Repeat("x", 1<<20)))
+	require.Equal(t, 1, conn.writes)
+}
+
+func TestSendConnData_RefusesBadInput(t *testing.T) {
+	a, b := connPair(t)
+	for _, payload := range []any{nil, (*acomm.Request)(nil), (*acomm.Response)(nil)} {
+		require.ErrorIs(t, acomm.SendConnData(a, payload), fs.ErrInvalid)
+	}
+	require.ErrorIs(t, acomm.SendConnData(nil, 1), fs.ErrInvalid)
+	var unsupported *json.UnsupportedTypeError
+	require.ErrorAs(t, acomm.SendConnData(a, make(chan int)), &unsupported)
+	require.ErrorIs(t, acomm.SendConnData(a, make([]byte, acomm.MaxPayload/4*3)), syscall.EMSGSIZE, "base64 and two quotes")
+	require.NoError(t, a.Close())
+	got, err := io.ReadAll(b)
+	require.NoError(t, err)
+	require.Empty(t, got, "nothing is written of what is refused")
+
+	require.ErrorIs(t, acomm.SendConnData(a, 1), net.ErrClosed)
+	c, d := connPair(t)
+	require.NoError(t, d.Close())
+	require.ErrorIs(t, acomm.SendConnData(c, 1), io.ErrUnexpectedEOF)
+}
+
+func TestConnData_KeepsTheCallersDeadline(t *testing.T) {
+	a, _ := connPair(t)
+	require.NoError(t, a.SetDeadline(time.Now().Add(20*time.Millisecond)))
+	require.ErrorIs(t, acomm.SendConnData(a, make([]byte, 1<<20)), os.ErrDeadlineExceeded)
+	require.ErrorIs(t, acomm.UnmarshalConnData(a, new(any)), os.ErrDeadlineExceeded)
+}
+
+// Hazard: a frame over about 200 KiB, or arriving in pieces, was misread.
+func TestUnmarshalConnData_FrameInPieces(t *testing.T) {
+	want := strings.Repeat("x", 300<<10)
+	data := frame(`"` + want + `"`)
+	for _, piece := range []int{1, 2, 3, 4, 5, 4095, 4096, 65536, len(data)} {
+		a, b := connPair(t)
+		small := data
+		if piece < 4 { // a write a byte: a short frame is enough
+			want, small = "xyz", frame(`"xyz"`)
+		} else {
+			want = strings.Repeat("x", 300<<10)
+		}
+		written := async(func() {
+			for rest := small; len(rest) > 0; {
+				n, err := a.Write(rest[:min(piece, len(rest))])
+				if err != nil {
+					return
+				}
+				rest = rest[n:]
+			}
+		})
+		var got string
+		require.NoError(t, acomm.UnmarshalConnData(b, &got))
+		require.Equal(t, want, got)
+		within(t, written, "the writer")
+	}
+}
+
+func TestUnmarshalConnData_CutAtEveryByte(t *testing.T) {
+	data := frame(`{"id":"1"}`)
+	for cut := range data {
+		a, b := connPair(t)
+		_, err := a.Write(data[:cut])
+		require.NoError(t, err)
+		require.NoError(t, a.Close())
+		err = acomm.UnmarshalConnData(b, new(any))
+		require.ErrorIs(t, err, io.ErrUnexpectedEOF, "cut at %d", cut)
+	}
+}
+
+func TestUnmarshalConnData_LimitIs64MiB(t *testing.T) {
+	for announced, want := range map[uint32]error{
+		acomm.MaxPayload:     io.ErrUnexpectedEOF, // begun to read
+		acomm.MaxPayload + 1: syscall.EMSGSIZE,
+		1<<32 - 1:            syscall.EMSGSIZE,
+	} {
+		a, b := connPair(t)
+		_, err := a.Write(binary.BigEndian.AppendUint32(nil, announced))
+		require.NoError(t, err)
+		require.NoError(t, a.Close())
+		require.ErrorIs(t, acomm.UnmarshalConnData(b, new(any)), want)
+	}
+
+	a, b := connPair(t)
+	large := make([]byte, 6<<20) // 8 MiB of base64
+	sent := async(func() { require.NoError(t, acomm.SendConnData(a, large)) })
+	var got []byte
+	require.NoError(t, acomm.UnmarshalConnData(b, &got))
+	require.Equal(t, len(large), len(got))
+	within(t, sent, "the sender")
+}
+
+// Hazard: a header of 4 bytes made the reader allocate 4 GiB.
+func TestUnmarshalConnData_MemoryFollowsWhatArrives(t *testing.T) {
+	for _, announced := range []uint32{1<<32 - 1, acomm.MaxPayload} {
+		a, b := connPair(t)
+		_, err := a.Write(append(binary.BigEndian.AppendUint32(nil, announced), `"half`...))
+		require.NoError(t, err)
+		require.NoError(t, a.Close())
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		require.Error(t, acomm.UnmarshalConnData(b, new(any)))
+		runtime.ReadMemStats(&after)
+		require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(1<<20), "announced %d", announced)
+	}
+}
+
+func TestUnmarshalConnData_RefusesBadInput(t *testing.T) {
+	require.ErrorIs(t, acomm.UnmarshalConnData(nil, new(any)), fs.ErrInvalid)
+	a, b := connPair(t)
+	_, err := a.Write(frame(`"still there"`))
+	require.NoError(t, err)
+	for _, dest := range []any{nil, "x", (*string)(nil)} {
+		require.ErrorIs(t, acomm.UnmarshalConnData(b, dest), fs.ErrInvalid)
+	}
+	var got string
+	require.NoError(t, acomm.UnmarshalConnData(b, &got), "nothing is read for a destination that is refused")
+
+	for _, payload := range []string{"", "{", "[1,]", "{} {}", "\x00"} {
+		_, err := a.Write(frame(payload))
+		require.NoError(t, err)
+		var syntax *json.SyntaxError
+		require.ErrorAs(t, acomm.UnmarshalConnData(b, new(any)), &syntax, payload)
+	}
+	_, err = a.Write(frame(`"text"`))
+	require.NoError(t, err)
+	var mismatch *json.UnmarshalTypeError
+	require.ErrorAs(t, acomm.UnmarshalConnData(b, new(int)), &mismatch)
+}
+
+// Hazard: a null frame panicked.
+func TestUnmarshalConnData_NullIsAnEmptyResponse(t *testing.T) {
+	a, b := connPair(t)
+	_, err := a.Write(append(frame("null"), frame("null")...))
+	require.NoError(t, err)
+	resp := acomm.Response{ID: "old", Error: fs.ErrExist}
+	require.NoError(t, acomm.UnmarshalConnData(b, &resp))
+	require.Empty(t, resp)
+	req := &acomm.Request{}
+	require.NoError(t, acomm.UnmarshalConnData(b, req))
+	require.ErrorIs(t, req.Validate(), fs.ErrInvalid)
+}
