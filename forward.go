@@ -6,8 +6,6 @@ import (
 	"io/fs"
 	"net/url"
 	"time"
-
-	"github.com/sirupsen/logrus"
 )
 
 // A forward that did not arrive is tried again after a delay from the first of
@@ -53,8 +51,7 @@ func (t *Tracker) ProxyUnix(req *Request, timeout time.Duration) (*Request, erro
 // forward sends the response of a proxied request to the request's hook.
 func (t *Tracker) forward(p *pendingRequest, resp *Response) {
 	if err := t.tryForward(p, resp); err != nil {
-		logrus.WithFields(logrus.Fields{"error": err, "id": p.req.ID, "addr": p.req.ResponseHook.Redacted()}).
-			Error("failed to forward a response")
+		t.log.warn("failed to forward a response", err, p.req.ID, p.req.ResponseHook.Redacted())
 	}
 }
 
@@ -85,8 +82,7 @@ func (t *Tracker) publish(resp *Response) *url.URL {
 	}
 	u, err := t.ProxyStreamHTTPURL(resp.StreamURL)
 	if err != nil {
-		logrus.WithFields(logrus.Fields{"error": err, "id": resp.ID, "addr": resp.StreamURL.Redacted()}).
-			Error("forwarding a response without its stream")
+		t.log.warn("forwarding a response without its stream", err, resp.ID, resp.StreamURL.Redacted())
 		return nil
 	}
 	return u

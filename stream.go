@@ -12,20 +12,30 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
-
-	"github.com/sirupsen/logrus"
 )
 
 const (
 	streamBuffer = 32 << 10         // bytes, for each stream in transfer
 	streamClaim  = time.Hour        // for the consumer of a stream to come
 	streamStall  = 10 * time.Second // without a byte, after which Stop cuts a stream off
-	streamEnd    = time.Second      // for a source that was closed to let go
+	streamEnd    = time.Second      // for a source to let go, or a consumer of all of it, while Stop waits
+	streamLinger = time.Minute      // for the consumer to take the end of a whole stream
+
+	// streamSuffix ends the socket names of streams that can't be cut off
+	// unnoticed. A consumer that knows it writes one byte after connecting, which
+	// the provider reads only once the whole source is sent: whatever ends a
+	// provider before leaves the byte unread, and the kernel reports that to the
+	// consumer as ECONNRESET, behind the data.
+	streamSuffix = ".eof.sock"
 )
+
+// errConsumerLeft ends a transfer that nobody reads any more.
+var errConsumerLeft = errors.New("the consumer left")
 
 // servedStreams holds the socket paths of the streams that wait for a consumer,
 // of all trackers of this process. ProxyStreamHandler, which is given no
@@ -36,6 +46,8 @@ var servedStreams sync.Map
 type unixStream struct {
 	listener *UnixListener
 	src      io.ReadCloser
+	log      *logLimit     // the tracker's
+	whole    chan struct{} // closed when all of the source is sent
 	done     chan struct{} // closed when consumer and source are closed
 	moved    atomic.Int64  // when a byte last moved, in Unix nanoseconds; 0: unclaimed
 
@@ -44,7 +56,7 @@ type unixStream struct {
 
 // NewStreamUnix sets up an ad-hoc unix listener to stream data and returns its
 // URL, for the StreamURL of a [Response]. The socket is made in dir, under a
-// name nobody can guess and with permissions that the process's umask decides;
+// name nobody can guess, of 35 bytes, and with permissions that the process's umask decides;
 // if dir is empty, in a directory of its own that only the process's user can
 // enter.
 //
@@ -64,14 +76,14 @@ func (t *Tracker) NewStreamUnix(dir string, src io.ReadCloser) (*url.URL, error)
 	if !t.running() {
 		return nil, fmt.Errorf("new stream: tracker is not running: %w", net.ErrClosed)
 	}
-	listener := newListener(randomSocketPath("stream.sock"), 1, listenPrivate)
+	listener := newListener(randomSocketPath("stream"+streamSuffix), 1, listenPrivate)
 	if dir != "" {
-		listener = newListener(filepath.Join(dir, "stream-"+rand.Text()+".sock"), 1, listenUnclaimed)
+		listener = newListener(filepath.Join(dir, rand.Text()+streamSuffix), 1, listenUnclaimed)
 	}
 	if err := listener.Start(); err != nil {
 		return nil, fmt.Errorf("new stream: %w", err)
 	}
-	s := &unixStream{listener: listener, src: src, done: make(chan struct{})}
+	s := &unixStream{listener: listener, src: src, log: &t.log, whole: make(chan struct{}), done: make(chan struct{})}
 	if !t.addStream(s) {
 		listener.Stop(atOnce)
 		return nil, fmt.Errorf("new stream: tracker is not running: %w", net.ErrClosed)
@@ -127,37 +139,52 @@ func (s *unixStream) transfer(conn *net.UnixConn) {
 		waitPeerGone(conn)
 		s.closeSource()
 	})
-	readErr := s.copyTo(conn)
+	err := s.copyTo(conn)
+	if err == nil {
+		_ = conn.SetReadDeadline(time.Unix(1, 0)) // ends the watching
+		watching.Wait()
+		close(s.whole)
+		finish(conn)
+	}
 	s.listener.DoneConn(conn)
 	watching.Wait()
-	if readErr != nil {
-		logrus.WithFields(logrus.Fields{"error": readErr, "addr": s.listener.addr}).
-			Error("a stream's source failed")
+	if err != nil && err != errConsumerLeft {
+		s.log.warn("a stream's source failed", err, "", s.listener.addr)
 	}
 }
 
-// copyTo copies the source to the consumer and returns the source's error. A
-// consumer that leaves is none, nor is a source that fails once it is closed.
+// copyTo copies the source to the consumer. It returns nil if that was the whole
+// source, errConsumerLeft, which is also why a closed source fails, or the
+// source's error.
 func (s *unixStream) copyTo(conn net.Conn) error {
 	buf := make([]byte, streamBuffer)
 	for {
 		n, readErr := s.src.Read(buf)
 		if n > 0 {
 			if _, err := conn.Write(buf[:n]); err != nil {
-				return nil
+				return errConsumerLeft
 			}
 			s.touch()
 		}
 		switch {
 		case readErr == io.EOF:
 			return nil
+		case readErr != nil && peerGone(conn):
+			return errConsumerLeft
 		case readErr != nil:
-			if peerGone(conn) {
-				return nil
-			}
 			return readErr
 		}
 	}
+}
+
+// finish tells the consumer that the stream is whole: it ends the data, and
+// takes the byte that stays unread after a failure. A consumer of 2016 sends
+// none, it just closes.
+func finish(conn *net.UnixConn) {
+	if conn.CloseWrite() != nil || conn.SetReadDeadline(time.Now().Add(streamLinger)) != nil {
+		return
+	}
+	_, _ = io.Copy(io.Discard, conn)
 }
 
 func (s *unixStream) touch() { s.moved.Store(time.Now().UnixNano()) }
@@ -193,10 +220,13 @@ func (t *Tracker) endStreams() {
 // it is cut off; a source that even then does not let go is left behind, and
 // that is logged.
 func (s *unixStream) end(stall time.Duration) {
+	whole := s.whole
 	for idle := s.idle(); idle < stall; idle = s.idle() {
 		select {
 		case <-s.done:
 			return
+		case <-whole: // the consumer has all it needs, a slow one too
+			whole, stall = nil, min(stall, streamEnd)
 		case <-time.After(stall - idle):
 		}
 	}
@@ -204,8 +234,7 @@ func (s *unixStream) end(stall time.Duration) {
 	select {
 	case <-s.done:
 	case <-time.After(streamEnd):
-		logrus.WithFields(logrus.Fields{"addr": s.listener.addr}).
-			Error("a stream's source does not return from Read after Close")
+		s.log.warn("a stream's source does not return from Read after Close", nil, "", s.listener.addr)
 	}
 }
 
@@ -216,8 +245,10 @@ func (s *unixStream) end(stall time.Duration) {
 // answer are given a minute; after it a source may be silent for as long as it
 // likes.
 //
-// A source that is cut off over HTTP gives an error that matches
-// [io.ErrUnexpectedEOF], a nil argument [io/fs.ErrInvalid], a stream that is
+// A source that is cut off gives an error that matches [io.ErrUnexpectedEOF]: over
+// HTTP, and on Linux over the unix sockets of [Tracker.NewStreamUnix], even if
+// its process was killed. The unix sockets of other libraries can't tell the end
+// of their data from the end of their process. A nil argument [io/fs.ErrInvalid], a stream that is
 // gone [io/fs.ErrNotExist] or [syscall.ECONNREFUSED], a scheme that nobody
 // handles [errors.ErrUnsupported]. An error of dest ends the stream and is
 // returned.
@@ -239,16 +270,22 @@ func Stream(dest io.Writer, addr *url.URL) error {
 // openStream connects to the source of a stream. It stays open until it is
 // closed or the context ends.
 func openStream(ctx context.Context, addr *url.URL) (io.ReadCloser, error) {
-	if addr.Scheme == "unix" {
-		dialCtx, cancel := context.WithTimeout(ctx, sendTimeout)
-		defer cancel()
-		conn, err := dialUnix(dialCtx, addr.Path)
-		if err != nil {
+	if addr.Scheme != "unix" {
+		return openStreamHTTP(ctx, addr)
+	}
+	dialCtx, cancel := context.WithTimeout(ctx, sendTimeout)
+	defer cancel()
+	conn, err := dialUnix(dialCtx, addr.Path)
+	if err != nil {
+		return nil, err
+	}
+	if strings.HasSuffix(addr.Path, streamSuffix) {
+		if _, err := conn.Write([]byte{0}); err != nil { // fits any buffer: it can't block
+			_ = conn.Close()
 			return nil, err
 		}
-		return closeWith(ctx, conn), nil
 	}
-	return openStreamHTTP(ctx, addr)
+	return closeWith(ctx, conn), nil
 }
 
 // closeWith has the connection closed when the context ends.

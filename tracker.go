@@ -8,8 +8,6 @@ import (
 	"os"
 	"sync"
 	"time"
-
-	"github.com/sirupsen/logrus"
 )
 
 const (
@@ -37,7 +35,7 @@ type Tracker struct {
 	streamClaim     time.Duration // for the consumer of a stream to come
 	streamStall     time.Duration // for a stream to move while the tracker stops
 
-	unknown  logLimit       // for responses nobody waits for
+	log      logLimit
 	starting sync.Mutex     // one Start at a time; taken before mu
 	serving  sync.WaitGroup // serve and its connections; Stop waits
 
@@ -225,12 +223,12 @@ func (t *Tracker) RemoveRequest(req *Request) bool {
 // an HTTP hook of the service.
 func (t *Tracker) HandleResponse(resp *Response) {
 	if resp == nil {
-		t.logUnknown("", "dropped a response that is nil")
+		t.log.warn("dropped a response that is nil", nil, "", t.Addr())
 		return
 	}
 	p := t.take(resp.ID, nil)
 	if p == nil {
-		t.logUnknown(resp.ID, "dropped a response to a request that is not tracked")
+		t.log.warn("dropped a response to a request that is not tracked", nil, resp.ID, t.Addr())
 		return
 	}
 	t.complete(p, resp)
@@ -347,11 +345,4 @@ func (t *Tracker) complete(p *pendingRequest, resp *Response) {
 // runHandler is what is done with the response of a request that is not proxied.
 func (p *pendingRequest) runHandler(resp *Response) {
 	p.req.HandleResponse(resp)
-}
-
-// logUnknown logs a response that nobody waits for.
-func (t *Tracker) logUnknown(id, message string) {
-	if more, ok := t.unknown.allow(); ok {
-		logrus.WithFields(logrus.Fields{"id": id, "addr": t.Addr(), "suppressed": more}).Warn(message)
-	}
 }

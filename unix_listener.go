@@ -10,8 +10,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-
-	"github.com/sirupsen/logrus"
 )
 
 // The accept loop waits between failed attempts, for example while the process
@@ -290,10 +288,7 @@ func (ul *UnixListener) accept(run *listenerRun) {
 			break
 		}
 		if err != nil {
-			if more, ok := failures.allow(); ok {
-				logrus.WithFields(logrus.Fields{"error": err, "addr": ul.addr, "suppressed": more}).
-					Error("failed to accept a connection")
-			}
+			failures.warn("failed to accept a connection", err, "", ul.addr)
 			run.waitToAccept(delay)
 			delay = min(2*delay, maxAcceptDelay)
 			continue
