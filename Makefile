@@ -1,6 +1,7 @@
 GO          ?= go
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 FUZZTIME    ?= 30s
+DURATION    ?= 10m
 
 # The modules of the project; the root comes first.
 MODULES := $(patsubst %/go.mod,%,$(wildcard go.mod */go.mod cmd/*/go.mod))
@@ -10,7 +11,7 @@ MODULES := . $(filter-out go.mod,$(MODULES))
 each = set -e; for dir in $(MODULES); do echo "== $$dir: $(1)"; (cd $$dir && $(1)); done
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race lint fuzz cover demo
+.PHONY: help build test race lint fuzz soak long cover demo
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +31,16 @@ lint: ## check format, go vet (also for macOS) and staticcheck
 	@$(call each,$(GO) vet ./... && $(GO) run $(STATICCHECK) ./...)
 	GOOS=darwin $(GO) vet .
 	GOOS=freebsd $(GO) vet .
+
+fuzz: ## fuzz what reads from peers, FUZZTIME (30s) each
+	@set -e; for f in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9]*\)(.*/\1/p' *_test.go); do \
+		echo "== $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) .; done
+
+soak: ## load with faults for DURATION (10m), with a table at the end
+	$(GO) test -count=1 -v -timeout 0 -run '^TestSoak$$' . -soak $(DURATION)
+
+long: ## the proofs at full length: hundreds of killed processes, thousands of streams
+	$(GO) test -count=1 -v -timeout 60m . -long
 
 cover: ## show the coverage of the package
 	$(GO) test -coverprofile=coverage.out .

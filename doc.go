@@ -29,7 +29,10 @@
 // Bulk data does not travel in a response. The response names a StreamURL: a
 // unix socket for one consumer, made by [Tracker.NewStreamUnix] and read with
 // [Stream]. A coordinator publishes it over HTTP with
-// [Tracker.ProxyStreamHTTPURL] and [ProxyStreamHandler].
+// [Tracker.ProxyStreamHTTPURL] and [ProxyStreamHandler]. A stream that is cut
+// off, by a failing source or because a process was killed, ends with an error
+// at its consumer, on both hops (on Linux, and where both ends have this
+// library); it never just looks complete.
 //
 // # Concurrency
 //

@@ -247,8 +247,10 @@ func (s *unixStream) end(stall time.Duration) {
 //
 // A source that is cut off gives an error that matches [io.ErrUnexpectedEOF]: over
 // HTTP, and on Linux over the unix sockets of [Tracker.NewStreamUnix], even if
-// its process was killed. The unix sockets of other libraries can't tell the end
-// of their data from the end of their process. A nil argument [io/fs.ErrInvalid], a stream that is
+// its process was killed. With the unix sockets of the original the end of the
+// process can't be told from the end of the data.
+//
+// A nil argument gives an error that matches [io/fs.ErrInvalid], a stream that is
 // gone [io/fs.ErrNotExist] or [syscall.ECONNREFUSED], a scheme that nobody
 // handles [errors.ErrUnsupported]. An error of dest ends the stream and is
 // returned.
