@@ -6,6 +6,8 @@ import (
 	"io/fs"
 	"net/url"
 	"time"
+
+	"github.com/sirupsen/logrus"
 )
 
 // A forward that did not arrive is tried again after a delay from the first of
@@ -51,7 +53,7 @@ func (t *Tracker) ProxyUnix(req *Request, timeout time.Duration) (*Request, erro
 // forward sends the response of a proxied request to the request's hook.
 func (t *Tracker) forward(p *pendingRequest, resp *Response) {
 	if err := t.tryForward(p, resp); err != nil {
-		t.log.warn("failed to forward a response", err, p.req.ID, p.req.ResponseHook.Redacted())
+		t.failures.log(logrus.ErrorLevel, "failed to forward a response", err, p.req.ID, p.req.ResponseHook.Redacted())
 	}
 }
 
@@ -82,7 +84,7 @@ func (t *Tracker) publish(resp *Response) *url.URL {
 	}
 	u, err := t.ProxyStreamHTTPURL(resp.StreamURL)
 	if err != nil {
-		t.log.warn("forwarding a response without its stream", err, resp.ID, resp.StreamURL.Redacted())
+		t.failures.log(logrus.ErrorLevel, "forwarding a response without its stream", err, resp.ID, resp.StreamURL.Redacted())
 		return nil
 	}
 	return u

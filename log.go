@@ -32,8 +32,8 @@ type logLimit struct {
 	suppressed int        // refused since the last line that was allowed
 }
 
-// warn logs a failure, with what of it is not nil or empty.
-func (l *logLimit) warn(message string, err error, id, addr string) {
+// log writes what of a failure is not nil or empty.
+func (l *logLimit) log(level logrus.Level, message string, err error, id, addr string) {
 	suppressed, ok := l.allow()
 	if !ok {
 		return
@@ -51,7 +51,7 @@ func (l *logLimit) warn(message string, err error, id, addr string) {
 	if suppressed > 0 {
 		fields["suppressed"] = suppressed
 	}
-	logrus.WithFields(fields).Warn(message)
+	logrus.WithFields(fields).Log(level, message)
 }
 
 // allow reports whether a line may be logged, and how many were not since the

@@ -17,6 +17,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/sirupsen/logrus"
 )
 
 const (
@@ -46,7 +48,7 @@ var servedStreams sync.Map
 type unixStream struct {
 	listener *UnixListener
 	src      io.ReadCloser
-	log      *logLimit     // the tracker's
+	failures *logLimit     // the tracker's
 	whole    chan struct{} // closed when all of the source is sent
 	done     chan struct{} // closed when consumer and source are closed
 	moved    atomic.Int64  // when a byte last moved, in Unix nanoseconds; 0: unclaimed
@@ -83,7 +85,7 @@ func (t *Tracker) NewStreamUnix(dir string, src io.ReadCloser) (*url.URL, error)
 	if err := listener.Start(); err != nil {
 		return nil, fmt.Errorf("new stream: %w", err)
 	}
-	s := &unixStream{listener: listener, src: src, log: &t.log, whole: make(chan struct{}), done: make(chan struct{})}
+	s := &unixStream{listener: listener, src: src, failures: &t.failures, whole: make(chan struct{}), done: make(chan struct{})}
 	if !t.addStream(s) {
 		listener.Stop(atOnce)
 		return nil, fmt.Errorf("new stream: tracker is not running: %w", net.ErrClosed)
@@ -149,7 +151,7 @@ func (s *unixStream) transfer(conn *net.UnixConn) {
 	s.listener.DoneConn(conn)
 	watching.Wait()
 	if err != nil && err != errConsumerLeft {
-		s.log.warn("a stream's source failed", err, "", s.listener.addr)
+		s.failures.log(logrus.ErrorLevel, "a stream's source failed", err, "", s.listener.addr)
 	}
 }
 
@@ -234,7 +236,7 @@ func (s *unixStream) end(stall time.Duration) {
 	select {
 	case <-s.done:
 	case <-time.After(streamEnd):
-		s.log.warn("a stream's source does not return from Read after Close", nil, "", s.listener.addr)
+		s.failures.log(logrus.ErrorLevel, "a stream's source does not return from Read after Close", nil, "", s.listener.addr)
 	}
 }
 

@@ -8,6 +8,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"github.com/sirupsen/logrus"
 )
 
 const (
@@ -35,7 +37,8 @@ type Tracker struct {
 	streamClaim     time.Duration // for the consumer of a stream to come
 	streamStall     time.Duration // for a stream to move while the tracker stops
 
-	log      logLimit
+	unknown  logLimit       // responses nobody waits for
+	failures logLimit       // of forwards and streams
 	starting sync.Mutex     // one Start at a time; taken before mu
 	serving  sync.WaitGroup // serve and its connections; Stop waits
 
@@ -223,12 +226,12 @@ func (t *Tracker) RemoveRequest(req *Request) bool {
 // an HTTP hook of the service.
 func (t *Tracker) HandleResponse(resp *Response) {
 	if resp == nil {
-		t.log.warn("dropped a response that is nil", nil, "", t.Addr())
+		t.unknown.log(logrus.WarnLevel, "dropped a response that is nil", nil, "", t.Addr())
 		return
 	}
 	p := t.take(resp.ID, nil)
 	if p == nil {
-		t.log.warn("dropped a response to a request that is not tracked", nil, resp.ID, t.Addr())
+		t.unknown.log(logrus.WarnLevel, "dropped a response to a request that is not tracked", nil, resp.ID, t.Addr())
 		return
 	}
 	t.complete(p, resp)

@@ -7,9 +7,12 @@ import (
 	"net"
 	"net/url"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/sirupsen/logrus"
 )
 
 // The accept loop waits between failed attempts, for example while the process
@@ -67,9 +70,11 @@ func NewUnixListener(socketPath string, acceptLimit int) *UnixListener {
 
 // newListener is a listener with its own way to make the socket.
 func newListener(addr string, limit int, listen func(string) (*socket, error)) *UnixListener {
-	path, err := filepath.Abs(addr)
-	if err != nil {
-		path = addr
+	path := addr
+	if !strings.HasPrefix(addr, "@") { // a name of another kind, which Start refuses
+		if abs, err := filepath.Abs(addr); err == nil {
+			path = abs
+		}
 	}
 	return &UnixListener{addr: addr, path: path, limit: limit, listen: listen}
 }
@@ -288,7 +293,7 @@ func (ul *UnixListener) accept(run *listenerRun) {
 			break
 		}
 		if err != nil {
-			failures.warn("failed to accept a connection", err, "", ul.addr)
+			failures.log(logrus.ErrorLevel, "failed to accept a connection", err, "", ul.addr)
 			run.waitToAccept(delay)
 			delay = min(2*delay, maxAcceptDelay)
 			continue
