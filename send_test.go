@@ -300,7 +300,7 @@ func TestSend_RedirectsThatKeepThePayloadAreFollowed(t *testing.T) {
 		require.NoError(t, acomm.Send(peer, "kept"))
 		require.Equal(t, `"kept"`, within(t, bodies, "the payload"))
 	}
-	loop := httpPeer(t, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/hook", 307) })
+	loop := httpPeer(t, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/hook", http.StatusTemporaryRedirect) })
 	require.ErrorContains(t, acomm.Send(loop, 1), "redirects")
 }
 

@@ -23,9 +23,10 @@ const (
 	// the same directory, which takes it milliseconds.
 	lockTimeout = 5 * time.Second
 
-	// bindToListen is how long a process is given from bind to listen. A socket
-	// in between looks as if its owner were dead.
-	bindToListen = 20 * time.Millisecond
+	// insideBind is how long a process is given inside bind. The kernel makes the
+	// file a moment before it ties the socket to it, which looks dead until then; a
+	// socket that has yet to listen looks alive.
+	insideBind = 20 * time.Millisecond
 )
 
 // socket is a listening unix socket with its file.
@@ -164,7 +165,7 @@ func (s *socket) close() {
 // removeDead removes the socket file of a process that is gone. The caller holds
 // the directory's lock.
 func removeDead(path string) error {
-	for range 2 { // the second look is for a process that has yet to listen
+	for range 2 { // the second look is for a process that is inside bind
 		switch dead, err := isDead(path); {
 		case errors.Is(err, fs.ErrNotExist):
 			return nil
@@ -173,7 +174,7 @@ func removeDead(path string) error {
 		case !dead:
 			return fmt.Errorf("socket %s has a live listener: %w", path, syscall.EADDRINUSE)
 		}
-		time.Sleep(bindToListen)
+		time.Sleep(insideBind)
 	}
 	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -206,9 +207,13 @@ func isDead(path string) (bool, error) {
 
 // lockDir keeps other processes from making sockets in the directory, so that
 // of several that find the same dead file one replaces it and the others find
-// that one alive. File systems without locks do without.
+// that one alive. File systems without locks do without, and so do directories
+// that the process may write to but not read.
 func lockDir(dir string) (unlock func(), err error) {
 	f, err := os.Open(dir)
+	if errors.Is(err, fs.ErrPermission) {
+		return func() {}, nil
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -202,7 +202,7 @@ func (ul *UnixListener) DoneConn(conn net.Conn) {
 // timeout it closes what is still open once the timeout has passed; with zero
 // or less it waits as long as that takes. It is safe to call more than once,
 // before Start, and from several goroutines: each call returns when the listener
-// is down.
+// is down, and the timeout is that of the first.
 func (ul *UnixListener) Stop(timeout time.Duration) {
 	ul.mu.Lock()
 	run := ul.run

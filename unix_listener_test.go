@@ -1,0 +1,1028 @@
+package acomm_test
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math"
+	"net"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/mistifyio/acomm"
+	"github.com/sirupsen/logrus"
+	"github.com/stretchr/testify/require"
+)
+
+// moment is long enough for what must not happen to happen. No order depends on
+// it: where it is too short, a fault is missed, and nothing fails.
+const moment = 30 * time.Millisecond
+
+func TestUnixListener_RelativePathKeepsAddrAndGetsAbsoluteURL(t *testing.T) {
+	dir := socketDir(t)
+	t.Chdir(dir)
+	ul := acomm.NewUnixListener("sub/../s.sock", 0)
+	require.Equal(t, "sub/../s.sock", ul.Addr())
+	require.Equal(t, &url.URL{Scheme: "unix", Path: filepath.Join(dir, "s.sock")}, ul.URL())
+
+	// It is the directory of then that counts.
+	t.Chdir(socketDir(t))
+	require.NoError(t, ul.Start())
+	defer ul.Stop(0)
+	require.Equal(t, "sub/../s.sock", ul.Addr())
+	require.NoError(t, exchange(ul, ul.URL()))
+	require.FileExists(t, filepath.Join(dir, "s.sock"))
+}
+
+func TestUnixListener_URLIsTheCallers(t *testing.T) {
+	ul := acomm.NewUnixListener("/somewhere/s.sock", 0)
+	ul.URL().Path = "/elsewhere"
+	require.Equal(t, "unix:///somewhere/s.sock", ul.URL().String())
+	require.Equal(t, "/somewhere/s.sock", ul.Addr())
+}
+
+func TestUnixListener_PathsOfAnyCharactersWorkEndToEnd(t *testing.T) {
+	// Known fault: socket paths with spaces didn't work, nor with what means
+	// something in a URL.
+	for _, name := range []string{
+		"a b", " ", "100%", "%41", "%2F", "q?x=1&y", "h#f", "a+b", "a:b", "a@b", "ü☃", `back\slash`, `"quoted"`, "new\nline", "~", "-rf", "\xff",
+	} {
+		t.Run(strconv.Quote(name), func(t *testing.T) {
+			path := filepath.Join(socketDir(t), name, name+".sock")
+			ul := startListener(t, path, 0)
+			require.Equal(t, path, ul.Addr())
+			require.Equal(t, path, ul.URL().Path)
+			require.NoError(t, exchange(ul, ul.URL()))
+
+			byText, err := acomm.NewRequest("test", ul.URL().String(), nil, nil, nil)
+			require.NoError(t, err)
+			require.NoError(t, exchange(ul, byText.ResponseHook))
+
+			if name == "\xff" {
+				return // no JSON string can hold it
+			}
+			data, err := json.Marshal(byText)
+			require.NoError(t, err)
+			overWire := &acomm.Request{}
+			require.NoError(t, json.Unmarshal(data, overWire))
+			require.NoError(t, exchange(ul, overWire.ResponseHook))
+		})
+	}
+}
+
+func TestUnixListener_StartTwiceIsAnError(t *testing.T) {
+	path := filepath.Join(socketDir(t), "s.sock")
+	ul := startListener(t, path, 2)
+	require.ErrorIs(t, ul.Start(), syscall.EADDRINUSE)
+	require.NoError(t, exchange(ul, ul.URL()), "the listener goes on")
+	require.NoError(t, exchange(ul, ul.URL()))
+	require.Nil(t, ul.NextConn())
+	require.ErrorIs(t, ul.Start(), syscall.EADDRINUSE, "at its accept limit it is still started")
+}
+
+func TestUnixListener_OneOfManyStartsWins(t *testing.T) {
+	dir := socketDir(t)
+	t.Setenv("TMPDIR", dir)
+	for _, path := range []string{filepath.Join(dir, "s.sock"), ""} {
+		ul := acomm.NewUnixListener(path, 0)
+		for range 20 {
+			errs := make(chan error, 8)
+			for range 8 {
+				go func() { errs <- ul.Start() }()
+			}
+			var won int
+			for range 8 {
+				if err := within(t, errs, "Start"); err != nil {
+					require.ErrorIs(t, err, syscall.EADDRINUSE)
+					continue
+				}
+				won++
+			}
+			require.Equal(t, 1, won)
+			require.NoError(t, exchange(ul, ul.URL()))
+			ul.Stop(0)
+		}
+	}
+}
+
+func TestUnixListener_StartWhileStoppingIsAnError(t *testing.T) {
+	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	dial(t, ul)
+	conn := take(t, ul)
+	stopped := async(func() { ul.Stop(0) })
+	require.Nil(t, ul.NextConn(), "Stop has begun")
+	require.ErrorIs(t, ul.Start(), net.ErrClosed)
+	ul.DoneConn(conn)
+	within(t, stopped, "Stop")
+	require.NoError(t, ul.Start())
+}
+
+func TestUnixListener_ZeroValueDoesNoHarm(t *testing.T) {
+	var ul acomm.UnixListener
+	require.ErrorIs(t, ul.Start(), fs.ErrInvalid)
+	require.Nil(t, ul.NextConn())
+	require.Empty(t, ul.Addr())
+	require.NotNil(t, ul.URL())
+	ul.DoneConn(nil)
+	ul.Stop(0)
+}
+
+func TestUnixListener_StopWithoutARunDoesNoHarm(t *testing.T) {
+	// Known fault: Stop panicked before Start, after a failed one, and a second
+	// time.
+	dir := socketDir(t)
+	path := filepath.Join(dir, "s.sock")
+	ul := acomm.NewUnixListener(path, 0)
+	ul.Stop(0)
+	ul.Stop(time.Nanosecond)
+
+	require.NoError(t, os.WriteFile(path, nil, 0o600))
+	require.Error(t, ul.Start())
+	ul.Stop(0)
+	require.FileExists(t, path, "what was in the way")
+
+	require.NoError(t, os.Remove(path))
+	require.NoError(t, ul.Start())
+	require.NoError(t, exchange(ul, ul.URL()))
+	ul.Stop(0)
+	ul.Stop(0)
+	ul.Stop(time.Nanosecond)
+	require.NoFileExists(t, path)
+}
+
+func TestUnixListener_SecondStopWaitsForTheFirst(t *testing.T) {
+	// Known fault: two calls of Stop panicked, or the second didn't wait.
+	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	dial(t, ul)
+	conn := take(t, ul)
+
+	const callers = 5
+	var done atomic.Bool
+	early := make(chan bool, callers)
+	for i := range callers {
+		timeout := []time.Duration{0, time.Nanosecond}[min(i, 1)]
+		go func() {
+			ul.Stop(timeout) // the timeout of the first is what counts
+			early <- !done.Load()
+		}()
+		awaitBlocked(t, "acomm.(*UnixListener).Stop", i+1)
+	}
+	done.Store(true)
+	ul.DoneConn(conn)
+	for range callers {
+		require.False(t, within(t, early, "Stop"), "returned before the connection was done")
+	}
+}
+
+func TestUnixListener_RestartsAfterStop(t *testing.T) {
+	path := filepath.Join(socketDir(t), "s.sock")
+	ul := acomm.NewUnixListener(path, 0)
+	for range 5 {
+		require.NoError(t, ul.Start())
+		require.Equal(t, path, ul.Addr())
+		require.NoError(t, exchange(ul, ul.URL()))
+		require.NoError(t, exchange(ul, ul.URL()))
+		ul.Stop(0)
+		require.NoFileExists(t, path)
+		require.ErrorIs(t, acomm.Send(ul.URL(), "anybody?"), fs.ErrNotExist)
+	}
+}
+
+func TestUnixListener_IdleStopIsQuick(t *testing.T) {
+	// Known fault: an idle Stop took a second. These would take a minute.
+	ul := acomm.NewUnixListener(filepath.Join(socketDir(t), "s.sock"), 0)
+	within(t, async(func() {
+		for range 60 {
+			if err := ul.Start(); err != nil {
+				t.Error(err)
+				return
+			}
+			ul.Stop(0)
+		}
+	}), "60 times Start and Stop")
+}
+
+func TestUnixListener_NextConnWithoutARunIsNil(t *testing.T) {
+	ul := acomm.NewUnixListener(filepath.Join(socketDir(t), "s.sock"), 0)
+	require.Nil(t, ul.NextConn(), "before Start")
+	require.NoError(t, ul.Start())
+	ul.Stop(0)
+	require.Nil(t, ul.NextConn(), "after Stop")
+}
+
+func TestUnixListener_StopEndsEveryBlockedNextConn(t *testing.T) {
+	const callers = 5
+	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	conns := make(chan net.Conn, callers)
+	for range callers {
+		go func() { conns <- ul.NextConn() }()
+	}
+	awaitBlocked(t, "acomm.(*UnixListener).NextConn", callers)
+	within(t, async(func() { ul.Stop(0) }), "Stop")
+	for range callers {
+		require.Nil(t, within(t, conns, "NextConn"))
+	}
+}
+
+func TestUnixListener_StopHandsOutWhatWasAccepted(t *testing.T) {
+	// Known fault: connections accepted but not yet taken at Stop were dropped,
+	// and Stop hung.
+	const number = 3
+	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	for i := range number {
+		_, err := dial(t, ul).Write([]byte{byte(i)})
+		require.NoError(t, err)
+	}
+	awaitAccepted(t, ul, number)
+	stopped := async(func() { ul.Stop(0) })
+	awaitBlocked(t, "acomm.(*UnixListener).Stop", 1)
+	_, err := net.Dial("unix", ul.Addr())
+	require.Error(t, err, "Stop has begun")
+
+	var conns []net.Conn
+	for i := range number {
+		conn := take(t, ul)
+		var b [1]byte
+		_, err := io.ReadFull(conn, b[:])
+		require.NoError(t, err)
+		require.Equal(t, byte(i), b[0], "in the order of their arrival")
+		conns = append(conns, conn)
+	}
+	require.Nil(t, ul.NextConn(), "none is left, none can come")
+	for _, conn := range conns {
+		select {
+		case <-stopped:
+			require.FailNow(t, "Stop did not wait")
+		case <-time.After(moment):
+		}
+		ul.DoneConn(conn)
+	}
+	within(t, stopped, "Stop")
+}
+
+func TestUnixListener_StopClosesWhatIsOpenAfterItsTimeout(t *testing.T) {
+	// Known fault: the timeout was ignored, one silent peer blocked Stop for ever.
+	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	peers := []net.Conn{dial(t, ul), dial(t, ul)}
+	awaitAccepted(t, ul, len(peers))
+	taken := take(t, ul) // the other one nobody takes
+	read := make(chan error)
+	go func() {
+		_, err := taken.Read(make([]byte, 1))
+		read <- err
+	}()
+
+	began := time.Now()
+	within(t, async(func() { ul.Stop(moment) }), "Stop")
+	require.GreaterOrEqual(t, time.Since(began), moment, "the time it was given")
+	require.ErrorIs(t, within(t, read, "Read"), net.ErrClosed)
+	for _, peer := range peers {
+		_, err := readByte(peer)
+		require.ErrorIs(t, err, io.EOF)
+	}
+	require.Nil(t, ul.NextConn())
+	ul.DoneConn(taken)
+	require.NoFileExists(t, ul.Addr())
+	require.NoError(t, ul.Start())
+	require.NoError(t, exchange(ul, ul.URL()))
+}
+
+func TestUnixListener_StopReturnsBeforeItsTimeoutWhenAllIsDone(t *testing.T) {
+	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	dial(t, ul)
+	conn := take(t, ul)
+	stopped := async(func() { ul.Stop(100 * patience) })
+	awaitBlocked(t, "acomm.(*UnixListener).Stop", 1)
+	ul.DoneConn(conn)
+	within(t, stopped, "Stop")
+}
+
+func TestUnixListener_StopWithANegativeTimeoutWaits(t *testing.T) {
+	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	peer := dial(t, ul)
+	conn := take(t, ul)
+	stopped := async(func() { ul.Stop(-time.Second) })
+	awaitBlocked(t, "acomm.(*UnixListener).Stop", 1)
+	_, err := conn.Write([]byte{7})
+	require.NoError(t, err, "the connection is open")
+	b, err := readByte(peer)
+	require.NoError(t, err)
+	require.Equal(t, byte(7), b)
+	ul.DoneConn(conn)
+	within(t, stopped, "Stop")
+}
+
+// unhashableConn can't be the key of a map.
+type unhashableConn struct {
+	net.Conn
+	_ []int
+}
+
+func TestUnixListener_DoneConnIgnoresWhatIsNotItsOwn(t *testing.T) {
+	// Known fault: a second DoneConn, or one of a foreign connection, upset the
+	// count that Stop waits for.
+	dir := socketDir(t)
+	ul := startListener(t, filepath.Join(dir, "s.sock"), 0)
+	other := startListener(t, filepath.Join(dir, "other.sock"), 0)
+	peer, otherPeer := dial(t, ul), dial(t, other)
+	conn, foreign := take(t, ul), take(t, other)
+	near, far := net.Pipe()
+	defer near.Close()
+	defer far.Close()
+
+	done := func() {
+		ul.DoneConn(nil)
+		ul.DoneConn((*net.UnixConn)(nil))
+		ul.DoneConn(near)
+		ul.DoneConn(unhashableConn{Conn: near})
+		ul.DoneConn(unhashableConn{Conn: conn})
+		ul.DoneConn(foreign)
+		ul.DoneConn(peer)
+	}
+	done()
+	stopped := async(func() { ul.Stop(0) })
+	awaitBlocked(t, "acomm.(*UnixListener).Stop", 1)
+	done()
+	for from, to := range map[net.Conn]net.Conn{conn: peer, foreign: otherPeer, near: far} {
+		go from.Write([]byte{7})
+		b, err := readByte(to)
+		require.NoError(t, err, "it is still open")
+		require.Equal(t, byte(7), b)
+	}
+	select {
+	case <-stopped:
+		require.FailNow(t, "Stop did not wait")
+	case <-time.After(moment):
+	}
+
+	var finish sync.WaitGroup
+	for range 4 {
+		finish.Go(func() { ul.DoneConn(conn) })
+	}
+	finish.Wait()
+	within(t, stopped, "Stop")
+	_, err := readByte(peer)
+	require.ErrorIs(t, err, io.EOF, "DoneConn closes")
+	ul.DoneConn(conn)
+	done()
+	other.DoneConn(foreign)
+}
+
+func TestUnixListener_DoneConnOfAnEarlierRunIsIgnored(t *testing.T) {
+	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	dial(t, ul)
+	old := take(t, ul)
+	ul.Stop(time.Nanosecond)
+	require.NoError(t, ul.Start())
+	peer := dial(t, ul)
+	conn := take(t, ul)
+	stopped := async(func() { ul.Stop(0) })
+	awaitBlocked(t, "acomm.(*UnixListener).Stop", 1)
+	ul.DoneConn(old)
+	select {
+	case <-stopped:
+		require.FailNow(t, "Stop did not wait")
+	case <-time.After(moment):
+	}
+	ul.DoneConn(conn)
+	within(t, stopped, "Stop")
+	_, err := readByte(peer)
+	require.ErrorIs(t, err, io.EOF)
+}
+
+func TestUnixListener_AcceptsAsManyAsItsLimit(t *testing.T) {
+	const limit = 3
+	ul := acomm.NewUnixListener(filepath.Join(socketDir(t), "s.sock"), limit)
+	for range 2 { // the second run has the whole limit again
+		require.NoError(t, ul.Start())
+		for range limit {
+			dial(t, ul)
+		}
+		var conns []net.Conn
+		for range limit {
+			conns = append(conns, take(t, ul))
+		}
+		require.Nil(t, ul.NextConn(), "all were taken, none can come")
+		require.Nil(t, ul.NextConn())
+		_, err := net.Dial("unix", ul.Addr())
+		require.Error(t, err)
+		require.NoFileExists(t, ul.Addr())
+
+		stopped := async(func() { ul.Stop(0) })
+		for _, conn := range conns {
+			select {
+			case <-stopped:
+				require.FailNow(t, "Stop did not wait")
+			default:
+			}
+			ul.DoneConn(conn)
+		}
+		within(t, stopped, "Stop")
+	}
+}
+
+func TestUnixListener_NobodyGetsInBehindTheLast(t *testing.T) {
+	// The hazard: whoever connects between the last accept and the end of
+	// listening takes the listener for alive.
+	ul := acomm.NewUnixListener(filepath.Join(socketDir(t), "s.sock"), 1)
+	for range 300 {
+		require.NoError(t, ul.Start())
+		first, err := net.Dial("unix", ul.Addr())
+		require.NoError(t, err)
+		conn := ul.NextConn()
+		second, err := net.Dial("unix", ul.Addr())
+		ul.DoneConn(conn)
+		ul.Stop(0)
+		require.NoError(t, first.Close())
+		if err == nil {
+			require.NoError(t, second.Close())
+		}
+		require.Error(t, err)
+	}
+}
+
+func TestUnixListener_StopsAtItsLimitWithNothingOpen(t *testing.T) {
+	// The hazard: nobody is left to tell Stop that the last connection is done.
+	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 2)
+	require.NoError(t, exchange(ul, ul.URL()))
+	require.NoError(t, exchange(ul, ul.URL()))
+	require.Nil(t, ul.NextConn())
+	within(t, async(func() { ul.Stop(0) }), "Stop")
+}
+
+func TestUnixListener_LimitTurnsAwayWhoeverComesLate(t *testing.T) {
+	const limit = 2
+	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), limit)
+	var served, refused atomic.Int32
+	var peers sync.WaitGroup
+	for range 10 {
+		peers.Go(func() {
+			conn, err := net.Dial("unix", ul.Addr())
+			if err != nil {
+				refused.Add(1)
+				return
+			}
+			defer conn.Close()
+			if _, err := readByte(conn); err != nil { // not left to wait
+				refused.Add(1)
+				return
+			}
+			served.Add(1)
+		})
+	}
+	for range limit {
+		conn := take(t, ul)
+		_, err := conn.Write([]byte{7})
+		require.NoError(t, err)
+		ul.DoneConn(conn)
+	}
+	require.Nil(t, ul.NextConn())
+	within(t, async(peers.Wait), "every peer's answer")
+	require.EqualValues(t, limit, served.Load())
+	require.EqualValues(t, 10-limit, refused.Load())
+}
+
+func TestUnixListener_WithoutALimitItGoesOn(t *testing.T) {
+	for _, limit := range []int{0, -1, math.MinInt} {
+		ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), limit)
+		for range 20 {
+			require.NoError(t, exchange(ul, ul.URL()))
+		}
+	}
+}
+
+func TestUnixListener_ConnsGiveAccessToTheirSocket(t *testing.T) {
+	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	dial(t, ul)
+	conn := take(t, ul)
+	defer ul.DoneConn(conn)
+	raw, ok := conn.(syscall.Conn)
+	require.True(t, ok)
+	_, err := raw.SyscallConn()
+	require.NoError(t, err)
+}
+
+func TestUnixListener_PrivateSocketIsTheUsersOnly(t *testing.T) {
+	for _, mask := range []int{0, 0o022, 0o077, 0o777} {
+		t.Run(fmt.Sprintf("umask %03o", mask), func(t *testing.T) {
+			temp := socketDir(t)
+			t.Setenv("TMPDIR", temp)
+			setUmask(t, mask)
+			ul := acomm.NewUnixListener("", 0)
+			require.Empty(t, list(t, temp), "nothing is touched before Start")
+			path := ul.Addr()
+			require.Equal(t, path, ul.URL().Path)
+			require.Equal(t, temp, filepath.Dir(filepath.Dir(path)))
+			for range 2 {
+				require.NoError(t, ul.Start())
+				require.Equal(t, path, ul.Addr())
+				require.Equal(t, fs.ModeDir|0o700, mode(t, filepath.Dir(path)))
+				require.Equal(t, fs.ModeSocket|0o600, mode(t, path))
+				require.NoError(t, exchange(ul, ul.URL()))
+				ul.Stop(0)
+				require.Empty(t, list(t, temp), "Stop removes what Start made")
+			}
+		})
+	}
+}
+
+func TestUnixListener_PrivateSocketIsNeverWider(t *testing.T) {
+	// The hazard: a socket that is made with the umask's permissions and narrowed
+	// a moment later can be connected to in between.
+	if runtime.GOOS != "linux" {
+		t.Skip("elsewhere only the directory keeps others out from the first moment")
+	}
+	t.Setenv("TMPDIR", socketDir(t))
+	setUmask(t, 0)
+	ul := acomm.NewUnixListener("", 0)
+	quit, quitted := make(chan struct{}), make(chan struct{})
+	var wider atomic.Uint32
+	go func() {
+		defer close(quitted)
+		for {
+			select {
+			case <-quit:
+				return
+			default:
+			}
+			for _, path := range []string{ul.Addr(), filepath.Dir(ul.Addr())} {
+				if info, err := os.Lstat(path); err == nil && info.Mode().Perm()&0o077 != 0 {
+					wider.Store(uint32(info.Mode()))
+				}
+			}
+		}
+	}()
+	for range 300 {
+		require.NoError(t, ul.Start())
+		ul.Stop(0)
+	}
+	close(quit)
+	within(t, quitted, "the watcher")
+	require.Zero(t, fs.FileMode(wider.Load()))
+}
+
+func TestUnixListener_PrivateNamesCantBeGuessed(t *testing.T) {
+	t.Setenv("TMPDIR", "/t")
+	// The bits of a name are those of its characters that vary, each as much as
+	// it was seen to.
+	const names = 1000
+	seen := make(map[string]bool)
+	var alphabets []map[byte]bool
+	for range names {
+		name := acomm.NewUnixListener("", 0).Addr()
+		seen[name] = true
+		for i := range len(name) {
+			if i == len(alphabets) {
+				alphabets = append(alphabets, make(map[byte]bool))
+			}
+			alphabets[i][name[i]] = true
+		}
+	}
+	require.Len(t, seen, names)
+	var bits float64
+	for _, alphabet := range alphabets {
+		bits += math.Log2(float64(len(alphabet)))
+	}
+	require.GreaterOrEqual(t, bits, 128.0)
+}
+
+func TestUnixListener_UmaskDecidesWhereTheCallerNamesThePath(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("the permissions of a new socket differ")
+	}
+	for _, mask := range []int{0, 0o022, 0o027, 0o077} {
+		t.Run(fmt.Sprintf("umask %03o", mask), func(t *testing.T) {
+			dir := socketDir(t)
+			setUmask(t, mask)
+			ul := startListener(t, filepath.Join(dir, "a", "b", "s.sock"), 0)
+			perm := fs.FileMode(0o777 &^ mask)
+			require.Equal(t, fs.ModeSocket|perm, mode(t, ul.Addr()))
+			require.Equal(t, fs.ModeDir|perm, mode(t, filepath.Join(dir, "a")))
+			require.Equal(t, fs.ModeDir|perm, mode(t, filepath.Join(dir, "a", "b")))
+		})
+	}
+}
+
+func TestUnixListener_ParentDirectoriesAreCreated(t *testing.T) {
+	dir := socketDir(t)
+	ul := startListener(t, filepath.Join(dir, "a", "b", "s.sock"), 0)
+	require.NoError(t, exchange(ul, ul.URL()))
+	ul.Stop(0)
+	require.DirExists(t, filepath.Join(dir, "a", "b"), "they may serve others by now")
+
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "file"), nil, 0o600))
+	blocked := acomm.NewUnixListener(filepath.Join(dir, "file", "s.sock"), 0)
+	require.ErrorIs(t, blocked.Start(), syscall.ENOTDIR)
+}
+
+func TestUnixListener_IsSafeFromAnyGoroutine(t *testing.T) {
+	ul := acomm.NewUnixListener(filepath.Join(socketDir(t), "s.sock"), 3)
+	var callers sync.WaitGroup
+	for i := range 4 {
+		callers.Go(func() {
+			for range 100 {
+				if err := ul.Start(); err != nil && !errors.Is(err, syscall.EADDRINUSE) && !errors.Is(err, net.ErrClosed) {
+					t.Error(err)
+				}
+				if conn, err := net.Dial("unix", ul.URL().Path); err == nil {
+					defer conn.Close()
+				}
+				if i%2 == 0 {
+					ul.Stop(time.Microsecond)
+				}
+			}
+		})
+		callers.Go(func() {
+			for range 100 {
+				conn := ul.NextConn()
+				if conn == nil {
+					runtime.Gosched()
+					continue
+				}
+				ul.DoneConn(conn)
+				ul.DoneConn(conn)
+			}
+		})
+	}
+	finished := async(callers.Wait)
+	for done := false; !done; { // whoever waits for a connection is let go
+		ul.Stop(time.Microsecond)
+		select {
+		case <-finished:
+			done = true
+		case <-time.After(time.Millisecond):
+		}
+	}
+	ul.Stop(0)
+	require.NoFileExists(t, ul.Addr())
+}
+
+func TestUnixListener_LeaksNoDescriptors(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("descriptors are counted in /proc")
+	}
+	ul := acomm.NewUnixListener(filepath.Join(socketDir(t), "s.sock"), 0)
+	run := func(n int) {
+		for range n {
+			require.NoError(t, ul.Start())
+			require.NoError(t, exchange(ul, ul.URL()))
+			conn := dial(t, ul) // nobody is done with it
+			awaitAccepted(t, ul, 1)
+			ul.Stop(time.Nanosecond)
+			require.NoError(t, conn.Close())
+			require.Error(t, acomm.NewUnixListener(filepath.Dir(ul.Addr()), 0).Start())
+		}
+	}
+	run(1)
+	before := openFiles(t)
+	run(50)
+	require.LessOrEqual(t, openFiles(t), before)
+}
+
+func TestUnixListener_AcceptBacksOffWhenDescriptorsRunOut(t *testing.T) {
+	// Known fault: with the descriptors used up the accept loop burnt a core and
+	// flooded the log.
+	const peers = 60
+	path := filepath.Join(socketDir(t), "s.sock")
+	child := startHelper(t, "descriptors", path)
+	child.expect("ready")
+	var conns []net.Conn
+	for range peers {
+		conn, err := net.Dial("unix", path)
+		require.NoError(t, err)
+		defer conn.Close()
+		conns = append(conns, conn)
+	}
+	var lines, cpuNanos, windowNanos int64
+	_, err := fmt.Sscan(child.line(), &lines, &cpuNanos, &windowNanos)
+	require.NoError(t, err)
+	cpu, window := time.Duration(cpuNanos), time.Duration(windowNanos)
+	t.Logf("%d lines in the log, %s of CPU time in %s", lines, cpu, window)
+	require.Positive(t, lines, "somebody should know")
+	require.LessOrEqual(t, lines, int64(15))
+	require.Less(t, cpu, window/4)
+
+	child.say("go on")
+	for _, conn := range conns {
+		_, err := readByte(conn)
+		require.NoError(t, err, "the service resumes")
+	}
+}
+
+// helpDescriptors is the process whose descriptors run out.
+func helpDescriptors(path string, said *bufio.Scanner) {
+	const window = 500 * time.Millisecond
+	failed := make(chan struct{}, 1000)
+	logrus.SetOutput(writerFunc(func(p []byte) (int, error) {
+		failed <- struct{}{}
+		return len(p), nil
+	}))
+	ul := acomm.NewUnixListener(path, 0)
+	if err := ul.Start(); err != nil {
+		fmt.Println(err)
+		return
+	}
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		fmt.Println(err)
+		return
+	}
+	limit.Cur = 40
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		fmt.Println(err)
+		return
+	}
+	fmt.Println("ready")
+
+	<-failed
+	before := cpuTime()
+	time.Sleep(window) // a span to measure, nothing waits for its end
+	fmt.Println(1+len(failed), int64(cpuTime()-before), int64(window))
+
+	said.Scan()
+	ended := async(func() {
+		for said.Scan() {
+		}
+		ul.Stop(time.Nanosecond)
+	})
+	for conn := ul.NextConn(); conn != nil; conn = ul.NextConn() {
+		_, _ = conn.Write([]byte{7})
+		ul.DoneConn(conn)
+	}
+	<-ended
+}
+
+func cpuTime() time.Duration {
+	var usage syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
+		panic(err)
+	}
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// What the tests of the sockets have in common.
+
+// socketDir returns a new directory whose path is short, as those of sockets
+// have to be. It is removed with the test.
+func socketDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "acomm")
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	dir, err = filepath.EvalSymlinks(dir)
+	require.NoError(t, err)
+	return dir
+}
+
+// startListener returns a started listener. It is stopped with the test.
+func startListener(t testing.TB, path string, limit int) *acomm.UnixListener {
+	t.Helper()
+	ul := acomm.NewUnixListener(path, limit)
+	require.NoError(t, ul.Start())
+	t.Cleanup(func() { // also after a test that has failed halfway
+		stopped := async(func() { ul.Stop(time.Nanosecond) })
+		for conn := ul.NextConn(); conn != nil; conn = ul.NextConn() {
+			ul.DoneConn(conn)
+		}
+		<-stopped
+	})
+	return ul
+}
+
+// take returns the next connection. It is done at the latest with the test.
+func take(t testing.TB, ul *acomm.UnixListener) net.Conn {
+	t.Helper()
+	conns := make(chan net.Conn, 1)
+	go func() { conns <- ul.NextConn() }()
+	conn := within(t, conns, "a connection")
+	require.NotNil(t, conn)
+	t.Cleanup(func() { ul.DoneConn(conn) })
+	return conn
+}
+
+// dial connects to the listener. The connection is closed with the test.
+func dial(t testing.TB, ul *acomm.UnixListener) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("unix", ul.URL().Path)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// readByte reads one byte, within patience.
+func readByte(conn net.Conn) (byte, error) {
+	var b [1]byte
+	if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		return 0, err
+	}
+	_, err := io.ReadFull(conn, b[:])
+	return b[0], err
+}
+
+// exchange sends something to the URL, where the listener has to receive it.
+func exchange(ul *acomm.UnixListener, addr *url.URL) error {
+	sent := make(chan error, 1)
+	go func() { sent <- acomm.Send(addr, "payload") }()
+	received := make(chan error, 1)
+	go func() {
+		conn := ul.NextConn()
+		if conn == nil {
+			received <- net.ErrClosed
+			return
+		}
+		defer ul.DoneConn(conn)
+		var payload string
+		if err := acomm.UnmarshalConnData(conn, &payload); err != nil || payload != "payload" {
+			received <- fmt.Errorf("received %q: %w", payload, err)
+			return
+		}
+		received <- acomm.SendConnData(conn, &acomm.Response{})
+	}()
+	select {
+	case err := <-sent:
+		if err != nil {
+			return err // the receiver ends with the listener
+		}
+	case <-time.After(patience):
+		return errors.New("nothing came of sending")
+	}
+	return <-received
+}
+
+// awaitAccepted waits until the listener has accepted, in all, the number of
+// connections that are still open. The kernel knows: it lists them under the
+// listener's path, connected as opposed to connecting.
+func awaitAccepted(t testing.TB, ul *acomm.UnixListener, number int) {
+	t.Helper()
+	if runtime.GOOS != "linux" {
+		t.Skip("what is accepted shows in /proc")
+	}
+	await(t, fmt.Sprintf("%d accepted connections", number), func() bool {
+		sockets, err := os.ReadFile("/proc/net/unix")
+		require.NoError(t, err)
+		var accepted int
+		for line := range strings.Lines(string(sockets)) {
+			fields := strings.Fields(line)
+			if len(fields) == 8 && fields[5] == "03" && fields[7] == ul.URL().Path {
+				accepted++
+			}
+		}
+		return accepted == number
+	})
+}
+
+// awaitBlocked waits until the number of goroutines wait inside the function.
+func awaitBlocked(t testing.TB, function string, number int) {
+	t.Helper()
+	buf := make([]byte, 1<<20)
+	await(t, fmt.Sprintf("%d goroutines blocked in %s", number, function), func() bool {
+		var blocked int
+		for stack := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
+			head, rest, _ := strings.Cut(stack, "\n")
+			if strings.Contains(rest, function+"(") && !strings.Contains(head, "[run") && !strings.Contains(head, "[sync.Mutex") {
+				blocked++
+			}
+		}
+		return blocked == number
+	})
+}
+
+// await asks again and again until the answer is yes.
+func await(t testing.TB, what string, reached func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !reached(); time.Sleep(time.Millisecond) {
+		require.True(t, time.Now().Before(deadline), "timed out waiting for %s", what)
+	}
+}
+
+// setUmask sets the umask of the process until the test ends.
+func setUmask(t *testing.T, mask int) {
+	old := syscall.Umask(mask)
+	t.Cleanup(func() { syscall.Umask(old) })
+}
+
+func mode(t testing.TB, path string) fs.FileMode {
+	t.Helper()
+	info, err := os.Lstat(path)
+	require.NoError(t, err)
+	return info.Mode()
+}
+
+func list(t testing.TB, dir string) []os.DirEntry {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	return entries
+}
+
+// helper is another process, which does what the test says.
+type helper struct {
+	t     testing.TB
+	cmd   *exec.Cmd
+	stdin io.WriteCloser
+	lines chan string // of its output, closed at the end
+}
+
+const (
+	helperMode = "ACOMM_TEST_HELPER"
+	helperPath = "ACOMM_TEST_HELPER_PATH"
+)
+
+// startHelper starts the test binary once more, as TestSocketHelper only. The
+// process ends with the test.
+func startHelper(t testing.TB, mode, path string) *helper {
+	t.Helper()
+	cmd := exec.Command(os.Args[0], "-test.run=^TestSocketHelper$")
+	cmd.Env = append(os.Environ(), helperMode+"="+mode, helperPath+"="+path,
+		"GORACE=atexit_sleep_ms=0 "+os.Getenv("GORACE")) // the race detector would take a second to end
+	cmd.Stderr = os.Stderr
+	stdin, err := cmd.StdinPipe()
+	require.NoError(t, err)
+	stdout, err := cmd.StdoutPipe()
+	require.NoError(t, err)
+	require.NoError(t, cmd.Start())
+	h := &helper{t: t, cmd: cmd, stdin: stdin, lines: make(chan string, 100)}
+	go func() { // ends with the process; end waits
+		defer close(h.lines)
+		for scanner := bufio.NewScanner(stdout); scanner.Scan(); {
+			h.lines <- scanner.Text()
+		}
+	}()
+	t.Cleanup(h.end)
+	return h
+}
+
+// end closes the helper's input, which it takes as the end, and waits for it.
+func (h *helper) end() {
+	_ = h.stdin.Close()
+	late := time.AfterFunc(patience, func() { _ = h.cmd.Process.Kill() })
+	defer late.Stop()
+	for range h.lines {
+	}
+	_ = h.cmd.Wait()
+}
+
+// kill ends the helper with SIGKILL.
+func (h *helper) kill() {
+	h.t.Helper()
+	require.NoError(h.t, h.cmd.Process.Kill())
+	for range h.lines {
+	}
+	require.ErrorContains(h.t, h.cmd.Wait(), "killed")
+}
+
+func (h *helper) say(line string) {
+	h.t.Helper()
+	_, err := fmt.Fprintln(h.stdin, line)
+	require.NoError(h.t, err)
+}
+
+func (h *helper) line() string {
+	h.t.Helper()
+	return within(h.t, h.lines, "the other process")
+}
+
+func (h *helper) expect(line string) {
+	h.t.Helper()
+	require.Equal(h.t, line, h.line())
+}
+
+// TestSocketHelper is no test: it is what a process started by startHelper runs.
+func TestSocketHelper(t *testing.T) {
+	mode, path := os.Getenv(helperMode), os.Getenv(helperPath)
+	if mode == "" {
+		t.Skip("runs in a process of its own, started by other tests")
+	}
+	said := bufio.NewScanner(os.Stdin)
+	switch mode {
+	case "descriptors":
+		helpDescriptors(path, said)
+	case "hold":
+		helpHold(path, said)
+	case "hold as in 2016":
+		helpHold2016(path, said)
+	case "contend":
+		helpContend(said)
+	case "lock":
+		helpLock(path, said)
+	default:
+		t.Fatal("no such helper: " + mode)
+	}
+}
