@@ -300,7 +300,9 @@ func TestSend_RedirectsThatKeepThePayloadAreFollowed(t *testing.T) {
 		require.NoError(t, acomm.Send(peer, "kept"))
 		require.Equal(t, `"kept"`, within(t, bodies, "the payload"))
 	}
-	loop := httpPeer(t, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/hook", http.StatusTemporaryRedirect) })
+	loop := httpPeer(t, func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, "/hook", http.StatusTemporaryRedirect)
+	})
 	require.ErrorContains(t, acomm.Send(loop, 1), "redirects")
 }
 
