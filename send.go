@@ -39,7 +39,7 @@ const (
 // payload (307 and 308). At most 1 MiB of the answer is read.
 //
 // The peer's refusal is returned with its text unchanged. The other errors match
-// [io/fs.ErrInvalid] (nil URL or payload, a path that is no socket path),
+// [io/fs.ErrInvalid] (nil URL or payload, no host, a path that is no socket path),
 // [syscall.EMSGSIZE] (over 64 MiB of JSON), [errors.ErrUnsupported] (a scheme
 // nobody handles), [io/fs.ErrNotExist] (no such socket), [syscall.ECONNREFUSED]
 // (nobody listens), [syscall.ENAMETOOLONG] (the socket's path),
@@ -170,6 +170,10 @@ func sendHTTP(ctx context.Context, addr *url.URL, payload []byte) (*Response, er
 // doHTTP sends the request through http.DefaultTransport. Its errors say nothing
 // of the URL: the caller does.
 func doHTTP(req *http.Request, client *http.Client) (*http.Response, error) {
+	isHTTP := req.URL.Scheme == "http" || req.URL.Scheme == "https"
+	if isHTTP && req.URL.Host == "" {
+		return nil, fmt.Errorf("URL has no host: %w", fs.ErrInvalid)
+	}
 	answer, err := client.Do(req)
 	if err == nil {
 		return answer, nil
@@ -178,21 +182,18 @@ func doHTTP(req *http.Request, client *http.Client) (*http.Response, error) {
 	if errors.As(err, &request) {
 		err = request.Err
 	}
-	if !supported(req.URL, err) {
+	if !isHTTP && unsupported(req.URL, err) {
 		return nil, fmt.Errorf("scheme %q: %w", req.URL.Scheme, errors.ErrUnsupported)
 	}
 	return nil, err
 }
 
-// supported tells an error of a scheme's transport from the lack of one. The
-// standard library has no error value for the latter, so a transport with
+// unsupported tells the lack of a transport for a scheme from an error of that
+// transport. The standard library has no error value for it, so a transport with
 // nothing registered is asked what it says of the scheme.
-func supported(addr *url.URL, err error) bool {
-	if addr.Scheme == "http" || addr.Scheme == "https" {
-		return true
-	}
-	_, unsupported := new(http.Transport).RoundTrip(&http.Request{URL: addr, Header: http.Header{}})
-	return unsupported == nil || err.Error() != unsupported.Error()
+func unsupported(addr *url.URL, err error) bool {
+	_, lack := new(http.Transport).RoundTrip(&http.Request{URL: addr, Header: http.Header{}})
+	return lack != nil && err.Error() == lack.Error()
 }
 
 // withoutEmptyUser drops the user information that a URL has after it has come

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"net/http"
 	"net/url"
 	"sync"
@@ -70,7 +71,9 @@ func ProxyStreamHandler(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer src.Close()
-	proxyStream(w, src)
+	if !proxyStream(w, src) {
+		abort(w, r)
+	}
 }
 
 // parseStreamQuery returns the address in the query, and whether this process
@@ -109,15 +112,14 @@ func sourceStatus(err error) int {
 	return http.StatusBadGateway
 }
 
-// proxyStream copies the source to the client. It panics with
-// http.ErrAbortHandler, net/http's way to abort a connection, where a return
-// would make the data look complete.
-func proxyStream(w http.ResponseWriter, src io.Reader) {
+// proxyStream copies the source to the client. It reports whether the client has
+// been told how that ended, which a return from the handler would misstate.
+func proxyStream(w http.ResponseWriter, src io.Reader) bool {
 	buf := make([]byte, streamBuffer)
-	n, err := src.Read(buf)
-	if n == 0 && err != nil && err != io.EOF {
+	n, readErr := src.Read(buf)
+	if n == 0 && readErr != nil && readErr != io.EOF {
 		http.Error(w, http.StatusText(http.StatusBadGateway), http.StatusBadGateway)
-		return
+		return true
 	}
 	w.Header().Set("Content-Type", "application/octet-stream")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
@@ -125,17 +127,32 @@ func proxyStream(w http.ResponseWriter, src io.Reader) {
 	flusher := http.NewResponseController(w)
 	for {
 		if _, err := w.Write(buf[:n]); err != nil {
-			panic(http.ErrAbortHandler)
+			return false
 		}
 		if err := flusher.Flush(); err != nil && !errors.Is(err, errors.ErrUnsupported) {
-			panic(http.ErrAbortHandler)
+			return false
 		}
-		if err == io.EOF {
-			return
+		if readErr != nil {
+			return readErr == io.EOF
 		}
-		if err != nil {
-			panic(http.ErrAbortHandler)
-		}
-		n, err = src.Read(buf)
+		n, readErr = src.Read(buf)
 	}
+}
+
+// abort ends the connection so that the client can tell what it got is not all.
+// In HTTP/1.0, which reverse proxies speak, the end of the connection is the end
+// of the data, so there it is reset.
+func abort(w http.ResponseWriter, r *http.Request) {
+	if !r.ProtoAtLeast(1, 1) {
+		if conn, _, err := http.NewResponseController(w).Hijack(); err == nil {
+			if secure, ok := conn.(interface{ NetConn() net.Conn }); ok {
+				conn = secure.NetConn() // TLS would say goodbye
+			}
+			if tcp, ok := conn.(*net.TCPConn); ok {
+				_ = tcp.SetLinger(0)
+			}
+			_ = conn.Close()
+		}
+	}
+	panic(http.ErrAbortHandler) // net/http's way
 }

@@ -311,8 +311,8 @@ func (t *Tracker) take(id string, p *pendingRequest) *pendingRequest {
 	if found == nil || p != nil && p != found {
 		return nil
 	}
+	t.handlers.Add(1) // before Stop can learn that the table is empty
 	t.removeLocked(found)
-	t.handlers.Add(1)
 	return found
 }
 
