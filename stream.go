@@ -249,8 +249,8 @@ func (s *unixStream) end(stall time.Duration) {
 //
 // A source that is cut off gives an error that matches [io.ErrUnexpectedEOF]: over
 // HTTP, and on Linux over the unix sockets of [Tracker.NewStreamUnix], even if
-// its process was killed. With the unix sockets of the original the end of the
-// process can't be told from the end of the data.
+// its process was killed. With the unix sockets of the original, and HTTP/1.0
+// servers, the end of the process can't be told from the end of the data.
 //
 // A nil argument gives an error that matches [io/fs.ErrInvalid], a stream that is
 // gone [io/fs.ErrNotExist] or [syscall.ECONNREFUSED], a scheme that nobody
