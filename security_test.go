@@ -426,7 +426,11 @@ func TestSocket_OwnPlaceIsTheUsersOnlyFromTheFirstMoment(t *testing.T) {
 			t.Run(fmt.Sprintf("%s, umask %03o", what, mask), func(t *testing.T) {
 				setUmask(t, mask)
 				widest := watchModes(temp)
-				for range 200 {
+				rounds := 200
+				if mask != 0 {
+					rounds = 20 // it is the umask that hides a slip
+				}
+				for range rounds {
 					path, remove := make()
 					require.Equal(t, fs.ModeSocket|0o600, mode(t, path))
 					require.Equal(t, fs.ModeDir|0o700, mode(t, filepath.Dir(path)))
