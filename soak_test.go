@@ -283,6 +283,7 @@ func (s *scope) end() {
 		s.cleanups = s.cleanups[:len(s.cleanups)-1]
 		last()
 	}
+	s.cleanups = nil // the test keeps the scope, and would keep all that was in it
 }
 
 // soakPeer is a provider, in all the lives it has.
