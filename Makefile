@@ -2,6 +2,8 @@ GO          ?= go
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 FUZZTIME    ?= 30s
 DURATION    ?= 10m
+BENCHTIME   ?= 1s
+ROUNDS      ?= 5
 
 # The modules of the project; the root comes first.
 MODULES := $(patsubst %/go.mod,%,$(wildcard go.mod */go.mod cmd/*/go.mod))
@@ -11,7 +13,7 @@ MODULES := . $(filter-out go.mod,$(MODULES))
 each = set -e; for dir in $(MODULES); do echo "== $$dir: $(1)"; (cd $$dir && $(1)); done
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race lint fuzz soak long cover demo
+.PHONY: help build test race lint fuzz soak long cover demo bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
@@ -34,7 +36,7 @@ lint: ## check format, go vet (also for macOS) and staticcheck
 
 fuzz: ## fuzz what reads from peers, FUZZTIME (30s) each
 	@set -e; for f in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9]*\)(.*/\1/p' *_test.go); do \
-		echo "== $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) .; done
+		echo "== $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x .; done
 
 soak: ## load with faults for DURATION (10m), with a table at the end
 	$(GO) test -count=1 -v -timeout 0 -run '^TestSoak$$' . -soak $(DURATION)
@@ -48,3 +50,6 @@ cover: ## show the coverage of the package
 
 demo: ## run a coordinator, a provider and a requester; DEMO=path for another file or directory
 	$(GO) run ./examples/demo $(DEMO)
+
+bench: ## compare with other libraries; BENCHTIME=100ms ROUNDS=3 for under two minutes, JSON=v2 for the next engine
+	cd bench && $(if $(filter v2,$(JSON)),GOEXPERIMENT=jsonv2 )$(GO) run . -benchtime $(BENCHTIME) -rounds $(ROUNDS) $(BENCHFLAGS)
