@@ -4,6 +4,7 @@ FUZZTIME    ?= 30s
 DURATION    ?= 10m
 BENCHTIME   ?= 1s
 ROUNDS      ?= 5
+MODE        ?= calls
 
 # The modules of the project; the root comes first.
 MODULES := $(patsubst %/go.mod,%,$(wildcard go.mod */go.mod cmd/*/go.mod))
@@ -13,13 +14,13 @@ MODULES := . $(filter-out go.mod,$(MODULES))
 each = set -e; for dir in $(MODULES); do echo "== $$dir: $(1)"; (cd $$dir && $(1)); done
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race lint fuzz soak long cover demo bench
+.PHONY: help build test race lint fuzz soak long cover demo bench quick
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
 
 build: ## compile everything
-	@$(call each,$(GO) build ./...)
+	@$(call each,$(GO) build -o /dev/null ./...)
 
 test: ## run the tests, with both JSON engines of the standard library
 	@$(call each,$(GO) test ./...)
@@ -51,5 +52,9 @@ cover: ## show the coverage of the package
 demo: ## run a coordinator, a provider and a requester; DEMO=path for another file or directory
 	$(GO) run ./examples/demo $(DEMO)
 
-bench: ## compare with other libraries; BENCHTIME=100ms ROUNDS=3 for under two minutes, JSON=v2 for the next engine
-	cd bench && $(if $(filter v2,$(JSON)),GOEXPERIMENT=jsonv2 )$(GO) run . -benchtime $(BENCHTIME) -rounds $(ROUNDS) $(BENCHFLAGS)
+bench: ## compare with other libraries; BENCHTIME, ROUNDS, MODE (calls, tracking, streams, all...), JSON=v2
+	cd bench && $(if $(filter v2,$(JSON)),GOEXPERIMENT=jsonv2 )$(GO) run . \
+		-benchtime $(BENCHTIME) -rounds $(ROUNDS) -mode $(MODE) $(BENCHFLAGS)
+
+quick: ## the same in under two minutes
+	@$(MAKE) bench BENCHTIME=100ms ROUNDS=3

@@ -1,0 +1,62 @@
+// Bench compares acomm with the libraries a user might take instead, and
+// measures what else its users pay for.
+//
+//	go run .                            the table of calls, seven to ten minutes
+//	go run . -benchtime 100ms -rounds 3 the same in under two minutes
+//	go run . -only acomm,grpc -columns 128B/1,16KiB/64
+//	go run . -mode all                  the calls and every other mode
+//	go run . -markdown                  tables for RESULTS.md
+//	go test -bench Echo/acomm           the same calls as Go benchmarks
+//
+// With GOEXPERIMENT=jsonv2 in the environment everything runs on the JSON engine
+// of the next Go; the head of the output names the engine that was used.
+//
+// # Calls
+//
+// A call is an echo of {"seq":n,"data":"<N bytes>"}. Client and server are in one
+// process, and do the same work whatever carries it: the client encodes the
+// arguments, the server decodes them into a struct and encodes that as the
+// result, the client decodes the result and compares it with what it has sent. A
+// wrong answer, an error, a call that gets no answer, or a server that has not
+// served exactly the calls that were made, fails the run.
+//
+// The candidates:
+//
+//   - acomm: requests to a UnixListener that is served as the demo's provider
+//     does it (NextConn, UnmarshalConnData, SendConnData, DoneConn, Respond),
+//     responses to a Tracker; a caller waits for its handler. Four frames: the
+//     request, its acknowledgement, the response, its acknowledgement.
+//   - The peers: net/rpc with jsonrpc, ttrpc, HTTP/1.1, gRPC, creachadair/jrpc2
+//     and sourcegraph/jsonrpc2 over unix sockets, NATS with an embedded server
+//     over TCP. All callers share one connection; HTTP/1.1 keeps one for each.
+//     ttrpc, gRPC and NATS carry the JSON as bytes, the others have it as their
+//     own encoding. They are set up as their documentation does it; what differs
+//     is said where they are started.
+//   - The floors: four frames with acomm's envelopes, and two frames with nothing
+//     but the arguments, each on connections that are kept for each caller, with
+//     encoding/json and without any bookkeeping. No library does less.
+//
+// A column is a size and a number of callers, each of whom makes its next call
+// when it has the answer to the last. Within a column the candidates take turns,
+// for -benchtime each, in -rounds rounds; a candidate is started anew for each
+// turn, and warmed up: each caller makes a small call, one makes a full one. A
+// cell is the median of the rounds:
+//
+//   - wall: the time of the turn divided by the calls made in it
+//   - CPU: user and system time of the process, client, server, garbage collector
+//     and all, per call
+//   - p99: what 99 of 100 calls did not exceed (in steps of 3 %)
+//   - allocations and bytes allocated, per call
+//   - ratio: to the peer with the lowest median in that column. Neither acomm nor
+//     the floors are peers.
+//
+// # Modes
+//
+//   - tracking: a million outstanding requests with time-outs
+//   - streams: a stream from a unix connection to a unix connection, and to an
+//     HTTP client through ProxyStreamHandler, next to the same path with io.Copy
+//   - forward: responses to an HTTP hook, next to a bare http.Client, and the TCP
+//     connections it opens
+//   - growth: the call of acomm with more callers, more sockets, larger payloads
+//   - idle: what a started tracker and a waiting exchange hold
+package main
