@@ -33,11 +33,8 @@ func Example() {
 	go func() { // the provider: acknowledge at once, work, respond
 		conn, req := provider.NextConn(), &acomm.Request{}
 		defer provider.DoneConn(conn)
-		if acomm.UnmarshalConnData(conn, req) != nil || acomm.SendConnData(conn, &acomm.Response{}) != nil {
-			return // unacknowledged, so the requester's Send fails
-		}
-		if err := req.Respond(&acomm.Response{ID: req.ID, Result: req.Args}); err != nil {
-			log.Print(err)
+		if acomm.UnmarshalConnData(conn, req) == nil && acomm.SendConnData(conn, &acomm.Response{}) == nil {
+			_ = req.Respond(&acomm.Response{ID: req.ID, Result: req.Args}) // on an error, log it
 		}
 	}()
 
@@ -45,11 +42,8 @@ func Example() {
 	success := func(_ *acomm.Request, resp *acomm.Response) { answer <- string(*resp.Result) }
 	failure := func(_ *acomm.Request, resp *acomm.Response) { answer <- resp.Error.Error() }
 	req, err := acomm.NewRequest("echo", tracker.URL().String(), "hello", success, failure)
-	if err != nil {
+	if err := errors.Join(err, tracker.TrackRequest(req, time.Minute)); err != nil {
 		log.Panic(err) // not Fatal: on the way out the sockets are removed
-	}
-	if err := tracker.TrackRequest(req, 10*time.Second); err != nil {
-		log.Panic(err)
 	}
 	if err := acomm.Send(provider.URL(), req); err != nil {
 		tracker.RemoveRequest(req) // no response will come
