@@ -31,7 +31,8 @@ const (
 // logged, if the tracker has no stream URL. Forwarding is at most once: it is
 // tried again, until the request would have timed out, only where the response
 // certainly has not arrived: nobody listens at the hook, its name can't be
-// resolved, or it answers with the status 429 or 503 (a Retry-After is heeded). A
+// resolved, or it answers with the status 429 or 503 (a Retry-After is heeded, but for the last try when
+// the request would have timed out). A
 // forward that fails is logged.
 //
 // A request that is not valid gives an error that matches [io/fs.ErrInvalid], an
@@ -107,7 +108,9 @@ func (t *Tracker) ProxyStreamHTTPURL(addr *url.URL) (*url.URL, error) {
 	}
 	u := *t.streamURL
 	query := u.Query()
-	text := addr.String()
+	bare := *addr
+	bare.Fragment, bare.RawFragment = "", "" // never sent over HTTP, no part of a socket's path
+	text := bare.String()
 	query.Set(streamAddrParam, text)
 	query.Set(streamSignatureParam, signStream(text))
 	u.RawQuery = query.Encode()

@@ -92,7 +92,8 @@ func (m *MultiRequest) RemoveRequest(req *Request) {
 
 // Responses returns responses for all of the requests, keyed on the request name
 // (as opposed to request id). It blocks until all requests are accounted for:
-// answered, timed out or removed. It may be called more than once, and from
+// answered, timed out or removed with RemoveRequest of the MultiRequest (not of
+// the tracker, which leaves it waiting). It may be called more than once, and from
 // several goroutines; each call returns a map of its own with the same
 // responses.
 func (m *MultiRequest) Responses() map[string]*Response {

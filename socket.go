@@ -19,8 +19,8 @@ const (
 	// maxSocketPath is what fits a socket address, with its closing NUL.
 	maxSocketPath = len(syscall.RawSockaddrUnix{}.Path) - 1
 
-	// lockTimeout bounds the wait for another process that is making a socket in
-	// the same directory, which takes it milliseconds.
+	// lockTimeout bounds the wait for another process that is replacing a dead
+	// socket in the same directory, which takes it milliseconds.
 	lockTimeout = 5 * time.Second
 
 	// insideBind is how long a process is given inside bind. The kernel makes the
@@ -104,15 +104,18 @@ func listenAt(path string) (*socket, error) {
 	if err := os.MkdirAll(dir, 0o777); err != nil {
 		return nil, err
 	}
-	unlock, err := lockDir(dir)
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
 	s, err := bind(path, 0)
 	if !errors.Is(err, syscall.EADDRINUSE) {
 		return s, err
 	}
+	if err := checkDead(path); err != nil {
+		return nil, err
+	}
+	unlock, err := lockDir(dir) // only who removes a file needs the others to wait
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
 	if err := removeDead(path); err != nil {
 		return nil, err
 	}
@@ -165,21 +168,29 @@ func (s *socket) close() {
 // removeDead removes the socket file of a process that is gone. The caller holds
 // the directory's lock.
 func removeDead(path string) error {
-	for range 2 { // the second look is for a process that is inside bind
-		switch dead, err := isDead(path); {
-		case errors.Is(err, fs.ErrNotExist):
-			return nil
-		case err != nil:
-			return err
-		case !dead:
-			return fmt.Errorf("socket %s has a live listener: %w", path, syscall.EADDRINUSE)
-		}
-		time.Sleep(insideBind)
+	if err := checkDead(path); err != nil {
+		return err
+	}
+	time.Sleep(insideBind)
+	if err := checkDead(path); err != nil {
+		return err
 	}
 	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil
+}
+
+// checkDead returns an error unless the file is a dead socket's, or gone.
+func checkDead(path string) error {
+	dead, err := isDead(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil && !dead {
+		err = fmt.Errorf("socket %s has a live listener: %w", path, syscall.EADDRINUSE)
+	}
+	return err
 }
 
 // isDead reports whether nobody listens on the socket file. It asks with a
@@ -205,7 +216,7 @@ func isDead(path string) (bool, error) {
 	return false, fmt.Errorf("socket %s is in use or not ours to replace: %w: %w", path, syscall.EADDRINUSE, err)
 }
 
-// lockDir keeps other processes from making sockets in the directory, so that
+// lockDir keeps other processes from removing dead sockets in the directory, so that
 // of several that find the same dead file one replaces it and the others find
 // that one alive. File systems without locks do without, and so do directories
 // that the process may write to but not read.

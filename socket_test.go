@@ -470,7 +470,9 @@ func TestSocket_DirectoryLockedForLongIsAnError(t *testing.T) {
 	dir := socketDir(t)
 	child := startHelper(t, "lock", dir)
 	child.expect("locked")
-	ul := acomm.NewUnixListener(filepath.Join(dir, "s.sock"), 0)
+	dead := filepath.Join(dir, "s.sock")
+	leaveDeadSocket(t, dead)
+	ul := acomm.NewUnixListener(dead, 0)
 	started := make(chan error, 1)
 	go func() { started <- ul.Start() }()
 	awaitBlocked(t, "acomm.lockDir", 1)
@@ -479,18 +481,31 @@ func TestSocket_DirectoryLockedForLongIsAnError(t *testing.T) {
 	err := within(t, started, "Start")
 	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
 	require.ErrorContains(t, err, dir)
-	require.Empty(t, list(t, dir))
+	require.Len(t, list(t, dir), 1, "as it was")
 	child.say("unlock")
 	child.expect("unlocked")
 	require.NoError(t, ul.Start())
 	ul.Stop(0)
 }
 
+func TestSocket_LockOfTheDirectoryDelaysNoNewName(t *testing.T) {
+	// The hazard: whoever can open a directory can lock it.
+	dir := socketDir(t)
+	child := startHelper(t, "lock", dir)
+	child.expect("locked")
+	ul := startListener(t, filepath.Join(dir, "new.sock"), 0)
+	require.NoError(t, exchange(ul, ul.URL()))
+	err := acomm.NewUnixListener(filepath.Join(dir, "new.sock"), 0).Start()
+	require.ErrorIs(t, err, syscall.EADDRINUSE, "nor to see that one is in use")
+}
+
 func TestSocket_DirectoryLockedForAMomentIsWaitedFor(t *testing.T) {
 	dir := socketDir(t)
 	child := startHelper(t, "lock", dir)
 	child.expect("locked")
-	ul := acomm.NewUnixListener(filepath.Join(dir, "s.sock"), 0)
+	dead := filepath.Join(dir, "s.sock")
+	leaveDeadSocket(t, dead)
+	ul := acomm.NewUnixListener(dead, 0)
 	started := make(chan error, 1)
 	go func() { started <- ul.Start() }()
 	awaitBlocked(t, "acomm.lockDir", 1)

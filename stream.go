@@ -51,7 +51,8 @@ type unixStream struct {
 	failures *logLimit     // the tracker's
 	whole    chan struct{} // closed when all of the source is sent
 	done     chan struct{} // closed when consumer and source are closed
-	moved    atomic.Int64  // when a byte last moved, in Unix nanoseconds; 0: unclaimed
+	born     time.Time
+	moved    atomic.Int64 // when a byte last moved, in nanoseconds from born; 0: unclaimed
 
 	closing sync.Once
 }
@@ -85,7 +86,7 @@ func (t *Tracker) NewStreamUnix(dir string, src io.ReadCloser) (*url.URL, error)
 	if err := listener.Start(); err != nil {
 		return nil, fmt.Errorf("new stream: %w", err)
 	}
-	s := &unixStream{listener: listener, src: src, failures: &t.failures, whole: make(chan struct{}), done: make(chan struct{})}
+	s := &unixStream{listener: listener, src: src, failures: &t.failures, born: time.Now(), whole: make(chan struct{}), done: make(chan struct{})}
 	if !t.addStream(s) {
 		listener.Stop(atOnce)
 		return nil, fmt.Errorf("new stream: tracker is not running: %w", net.ErrClosed)
@@ -143,10 +144,12 @@ func (s *unixStream) transfer(conn *net.UnixConn) {
 	})
 	err := s.copyTo(conn)
 	if err == nil {
+		s.touch() // gives the end its time, however long the source was silent before
+		close(s.whole)
+		_ = conn.CloseWrite()
 		_ = conn.SetReadDeadline(time.Unix(1, 0)) // ends the watching
 		watching.Wait()
-		close(s.whole)
-		finish(conn)
+		takeByte(conn)
 	}
 	s.listener.DoneConn(conn)
 	watching.Wait()
@@ -179,19 +182,17 @@ func (s *unixStream) copyTo(conn net.Conn) error {
 	}
 }
 
-// finish tells the consumer that the stream is whole: it ends the data, and
-// takes the byte that stays unread after a failure. A consumer of 2016 sends
-// none, it just closes.
-func finish(conn *net.UnixConn) {
-	if conn.CloseWrite() != nil || conn.SetReadDeadline(time.Now().Add(streamLinger)) != nil {
-		return
+// takeByte reads what stays unread after a failure, until the consumer of a
+// whole stream closes. A consumer of 2016 sends none, it just closes.
+func takeByte(conn *net.UnixConn) {
+	if conn.SetReadDeadline(time.Now().Add(streamLinger)) == nil {
+		_, _ = io.Copy(io.Discard, conn)
 	}
-	_, _ = io.Copy(io.Discard, conn)
 }
 
-func (s *unixStream) touch() { s.moved.Store(time.Now().UnixNano()) }
+func (s *unixStream) touch() { s.moved.Store(int64(time.Since(s.born))) }
 
-func (s *unixStream) idle() time.Duration { return time.Since(time.Unix(0, s.moved.Load())) }
+func (s *unixStream) idle() time.Duration { return time.Since(s.born) - time.Duration(s.moved.Load()) }
 
 // closeSource closes the source, once.
 func (s *unixStream) closeSource() {
@@ -208,7 +209,7 @@ func (t *Tracker) endStreams() {
 	}
 	t.mu.Unlock()
 	for _, s := range streams {
-		s.moved.CompareAndSwap(0, time.Now().UnixNano()) // an unclaimed one gets time to close
+		s.moved.CompareAndSwap(0, int64(time.Since(s.born))) // an unclaimed one gets time to close
 		s.listener.refuse()
 	}
 	var ending sync.WaitGroup
@@ -260,22 +261,34 @@ func Stream(dest io.Writer, addr *url.URL) error {
 	if dest == nil || addr == nil {
 		return fmt.Errorf("stream: destination or URL is nil: %w", fs.ErrInvalid)
 	}
-	src, err := openStream(context.Background(), addr)
+	src, err := openStream(context.Background(), &getClient, addr)
 	if err != nil {
 		return fmt.Errorf("stream from %s: %w", addr.Redacted(), timedOut(closedEarly(err)))
 	}
 	defer src.Close()
-	if n, err := io.Copy(dest, src); err != nil {
-		return fmt.Errorf("stream from %s, after %d bytes: %w", addr.Redacted(), n, closedEarly(err))
+	if n, err := io.Copy(dest, sourceReader{src}); err != nil {
+		return fmt.Errorf("stream from %s, after %d bytes: %w", addr.Redacted(), n, err)
 	}
 	return nil
 }
 
+// sourceReader gives the early end of a source its name, so that an error of the
+// destination is not taken for one.
+type sourceReader struct{ io.Reader }
+
+func (r sourceReader) Read(p []byte) (int, error) {
+	n, err := r.Reader.Read(p)
+	if err != io.EOF {
+		err = closedEarly(err)
+	}
+	return n, err
+}
+
 // openStream connects to the source of a stream. It stays open until it is
 // closed or the context ends.
-func openStream(ctx context.Context, addr *url.URL) (io.ReadCloser, error) {
+func openStream(ctx context.Context, client *http.Client, addr *url.URL) (io.ReadCloser, error) {
 	if addr.Scheme != "unix" {
-		return openStreamHTTP(ctx, addr)
+		return openStreamHTTP(ctx, client, addr)
 	}
 	dialCtx, cancel := context.WithTimeout(ctx, sendTimeout)
 	defer cancel()
@@ -315,7 +328,7 @@ func (s streamSource) Close() error {
 // getClient uses http.DefaultTransport, whatever it is at the time of a request.
 var getClient http.Client
 
-func openStreamHTTP(ctx context.Context, addr *url.URL) (io.ReadCloser, error) {
+func openStreamHTTP(ctx context.Context, client *http.Client, addr *url.URL) (io.ReadCloser, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	answered := time.AfterFunc(sendTimeout, func() { cancel(os.ErrDeadlineExceeded) })
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "", nil)
@@ -324,7 +337,7 @@ func openStreamHTTP(ctx context.Context, addr *url.URL) (io.ReadCloser, error) {
 		return nil, err
 	}
 	req.URL = withoutEmptyUser(addr)
-	answer, err := doHTTP(req, &getClient)
+	answer, err := doHTTP(req, client)
 	answered.Stop()
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {

@@ -29,6 +29,11 @@ var streamKey = sync.OnceValue(func() []byte {
 	return key
 })
 
+// proxyClient follows no redirect: it leads to an address that nobody signed.
+var proxyClient = http.Client{
+	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+}
+
 func signStream(addr string) string {
 	mac := hmac.New(sha256.New, streamKey())
 	mac.Write([]byte(addr))
@@ -42,10 +47,11 @@ func signStream(addr string) string {
 //
 // The data is application/octet-stream, and each piece is flushed as it comes.
 // Statuses: 405 for anything but GET (a HEAD would use up the stream), 400 for a
-// query that can't be read, 403 for an address that this process has not
+// query that can't be read or a request with a body, 403 for an address that this process has not
 // published, 404 for a stream that is gone, 502 for a source that fails before
-// its first byte. A source that fails later has the connection aborted, so that
-// what was cut off can't look complete. The server's WriteTimeout, if any, ends
+// its first byte, or redirects. A source that fails later has the connection
+// aborted, so that what was cut off can't look complete (to a client that speaks
+// HTTP/1.0, only over TCP on the server's own listener). The server's WriteTimeout, if any, ends
 // streams too.
 //
 // A service with rules of its own writes its own handler, with [Stream].
@@ -53,6 +59,10 @@ func ProxyStreamHandler(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodGet {
 		w.Header().Set("Allow", http.MethodGet)
 		http.Error(w, "a stream can only be read with GET", http.StatusMethodNotAllowed)
+		return
+	}
+	if r.ContentLength != 0 { // net/http can't see a client leave whose body is unread
+		http.Error(w, "a stream is read without a body", http.StatusBadRequest)
 		return
 	}
 	addr, published, err := parseStreamQuery(r.URL.RawQuery)
@@ -64,7 +74,7 @@ func ProxyStreamHandler(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "not a stream of this service", http.StatusForbidden)
 		return
 	}
-	src, err := openStream(r.Context(), addr)
+	src, err := openStream(r.Context(), &proxyClient, addr)
 	if err != nil {
 		status := sourceStatus(err)
 		http.Error(w, http.StatusText(status), status)
@@ -106,7 +116,8 @@ func parseStreamQuery(rawQuery string) (addr *url.URL, published bool, err error
 func sourceStatus(err error) int {
 	var status *statusError
 	gone := errors.As(err, &status) && (status.code == http.StatusNotFound || status.code == http.StatusGone)
-	if gone || errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+	claimed := errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) // while we connected
+	if gone || claimed || errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
 		return http.StatusNotFound
 	}
 	return http.StatusBadGateway

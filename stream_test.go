@@ -570,3 +570,69 @@ func TestStreams_LeakNothing(t *testing.T) {
 	tracker.Stop()
 	require.LessOrEqual(t, openFiles(t), before)
 }
+
+// Hazard: a signed address that redirects leads to one that nobody signed.
+func TestProxyStreamHandler_FollowsNoRedirect(t *testing.T) {
+	tracker, _ := streamProxy(t)
+	touched := make(chan struct{}, 10)
+	internal := httpPeer(t, func(http.ResponseWriter, *http.Request) { touched <- struct{}{} })
+	for _, status := range []int{301, 302, 303, 307, 308} {
+		outside := httpPeer(t, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, internal.String(), status) })
+		u, err := tracker.ProxyStreamHTTPURL(outside)
+		require.NoError(t, err)
+		got, _, err := get(t, u)
+		require.NoError(t, err)
+		require.Equal(t, http.StatusBadGateway, got)
+	}
+	require.Empty(t, touched)
+}
+
+// Hazard: net/http does not see a client leave that sent a body nobody reads, and
+// the source would be held until it speaks.
+func TestProxyStreamHandler_RefusesABody(t *testing.T) {
+	tracker, _ := streamProxy(t)
+	addr, err := tracker.NewStreamUnix("", bytesSource([]byte("still here")))
+	require.NoError(t, err)
+	u, err := tracker.ProxyStreamHTTPURL(addr)
+	require.NoError(t, err)
+	for _, body := range []io.Reader{strings.NewReader("body"), io.MultiReader(strings.NewReader("chunked"))} {
+		req, err := http.NewRequest("GET", u.String(), body)
+		require.NoError(t, err)
+		resp, err := http.DefaultClient.Do(req)
+		require.NoError(t, err)
+		resp.Body.Close()
+		require.Equal(t, http.StatusBadRequest, resp.StatusCode)
+	}
+	_, body, err := get(t, u)
+	require.NoError(t, err)
+	require.Equal(t, "still here", string(body))
+}
+
+func TestProxyStreamHTTPURL_FragmentStaysBehind(t *testing.T) {
+	tracker, _ := streamProxy(t)
+	paths := make(chan string, 1)
+	peer := httpPeer(t, func(_ http.ResponseWriter, r *http.Request) { paths <- r.URL.Path })
+	peer.Fragment = "part"
+	u, err := tracker.ProxyStreamHTTPURL(peer)
+	require.NoError(t, err)
+	status, _, _ := get(t, u)
+	require.Equal(t, http.StatusOK, status)
+	require.Equal(t, "/hook", within(t, paths, "the request"))
+}
+
+// failingWriter is a destination with an error that a source may have as well.
+type failingWriter struct{ err error }
+
+func (w failingWriter) Write([]byte) (int, error) { return 0, w.err }
+
+// Hazard: a destination that failed was taken for a source that was cut off.
+func TestStream_DestinationsErrorIsNotTheSources(t *testing.T) {
+	tracker := newTracker(t)
+	for _, dest := range []error{syscall.EPIPE, syscall.ECONNRESET, io.EOF} {
+		u, err := tracker.NewStreamUnix("", bytesSource([]byte("x")))
+		require.NoError(t, err)
+		err = acomm.Stream(failingWriter{dest}, u)
+		require.ErrorIs(t, err, dest)
+		require.NotErrorIs(t, err, io.ErrUnexpectedEOF)
+	}
+}

@@ -272,8 +272,8 @@ func (t *Tracker) Stop() {
 
 	t.mu.Lock()
 	t.state = trackerStopped
+	close(t.stopped) // under mu: a Start and a Stop that follow make a new one
 	t.mu.Unlock()
-	close(t.stopped)
 }
 
 // serve hands each connection on the response socket to a goroutine, until the

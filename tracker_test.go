@@ -849,3 +849,21 @@ func TestTracker_ZeroValueIsRefused(t *testing.T) {
 	tracker.HandleResponse(&acomm.Response{ID: req.ID})
 	tracker.Stop()
 }
+
+// Hazard: a Stop that ends while another Start and Stop begin closed the channel
+// of the latter.
+func TestTracker_StartsAndStopsFromManyGoroutines(t *testing.T) {
+	tracker := newTracker(t)
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			for range 200 {
+				if err := tracker.Start(); err != nil {
+					require.ErrorIs(t, err, net.ErrClosed)
+				}
+				tracker.Stop()
+			}
+		})
+	}
+	within(t, async(all.Wait), "the goroutines")
+}

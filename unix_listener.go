@@ -99,7 +99,8 @@ func (ul *UnixListener) URL() *url.URL {
 // is under way [net.ErrClosed]; with a path that is too long
 // [syscall.ENAMETOOLONG]; with one that is no path of a socket
 // [io/fs.ErrInvalid]. After an error the listener is as it was. It blocks for
-// milliseconds; at most 5 s, when another process holds a lock on the directory.
+// milliseconds; at most 5 s, when a dead socket file is to be replaced and another
+// process holds a lock on the directory.
 func (ul *UnixListener) Start() error {
 	ul.starting.Lock()
 	defer ul.starting.Unlock()

@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"runtime/debug"
@@ -242,6 +243,9 @@ func TestDemo_LeavesNothingWhenInterrupted(t *testing.T) {
 		"SIGHUP, terminal gone": {syscall.SIGHUP, true, 129},
 	} {
 		t.Run(name, func(t *testing.T) {
+			if signal.Ignored(test.signal) {
+				t.Skip("ignored here, as under nohup, and so it is by the demo")
+			}
 			d := start(t, program, "", input)
 			d.until(during)
 			pid := d.Process.Pid
