@@ -116,8 +116,7 @@ func parseStreamQuery(rawQuery string) (addr *url.URL, published bool, err error
 func sourceStatus(err error) int {
 	var status *statusError
 	gone := errors.As(err, &status) && (status.code == http.StatusNotFound || status.code == http.StatusGone)
-	claimed := errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) // while we connected
-	if gone || claimed || errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+	if gone || errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
 		return http.StatusNotFound
 	}
 	return http.StatusBadGateway
