@@ -604,7 +604,8 @@ func (s *soakRun) audit() {
 }
 
 // whyLate tells a response that was too slow, which is no fault, from one that
-// went astray: that one had a second or more to be handled.
+// went astray: that one had two seconds or more to be handled, of
+// the three at least that a request is given.
 func (s *soakRun) whyLate(call lateCall) string {
 	entry := s.books[call.seq]
 	at := entry.answered
@@ -614,7 +615,7 @@ func (s *soakRun) whyLate(call lateCall) string {
 	switch {
 	case entry.answered.IsZero() && call.peer.killedAfter(call.state):
 		return "time-out, its provider was killed later"
-	case entry.answered.IsZero() || at.IsZero() || call.deadline.Sub(at) > time.Second:
+	case entry.answered.IsZero() || at.IsZero() || call.deadline.Sub(at) > 2*time.Second:
 		s.t.Logf("lost: request %d, over HTTP %t, acknowledged %t, taken %d; before its deadline: answered %s, forwarded %s",
 			call.seq, entry.overHTTP, entry.acknowledged, entry.taken, call.deadline.Sub(entry.answered), call.deadline.Sub(entry.posted))
 		return "LOST"
