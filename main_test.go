@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -78,6 +79,73 @@ func captureLog(t testing.TB) *logLines {
 	logrus.SetOutput(lines)
 	t.Cleanup(func() { logrus.SetOutput(io.Discard) })
 	return lines
+}
+
+// shortDir returns a new directory whose path is short, as those of sockets have
+// to be. It is removed with the test.
+func shortDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "")
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	dir, err = filepath.EvalSymlinks(dir)
+	require.NoError(t, err)
+	return dir
+}
+
+// counter counts events and lets a test wait for a number of them.
+type counter struct {
+	mu      sync.Mutex    // guards the fields below
+	n       int           // events so far
+	changed chan struct{} // closed by the next event; nil: nobody waits
+}
+
+func (c *counter) add() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.n++
+	if c.changed != nil {
+		close(c.changed)
+		c.changed = nil
+	}
+}
+
+func (c *counter) load() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.n
+}
+
+// next returns the number of events, and a channel that the next one closes.
+func (c *counter) next() (int, <-chan struct{}) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.changed == nil {
+		c.changed = make(chan struct{})
+	}
+	return c.n, c.changed
+}
+
+// reach waits for the number of events, or until there is something to read from
+// the other channel. It reports whether the number was reached.
+func reach[T any](c *counter, number int, giveUp <-chan T) bool {
+	for {
+		n, changed := c.next()
+		if n >= number {
+			return true
+		}
+		select {
+		case <-changed:
+		case <-giveUp:
+			return false
+		}
+	}
+}
+
+// requireReached fails the test if the number is not reached.
+func requireReached(t testing.TB, c *counter, number int, what string) {
+	t.Helper()
+	require.True(t, reach(c, number, time.After(patience)), "timed out waiting for %s", what)
 }
 
 // openFiles counts this process's descriptors.

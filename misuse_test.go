@@ -139,7 +139,7 @@ func misuses(t *testing.T) map[string][]misuse {
 	tracked := request()
 	require.NoError(t, live.TrackRequest(tracked, time.Hour))
 	t.Cleanup(func() { live.RemoveRequest(tracked) })
-	none := filepath.Join(socketDir(t), "none")
+	none := filepath.Join(shortDir(t), "none")
 	unix := func(path string) *url.URL { return &url.URL{Scheme: "unix", Path: path} }
 	proxied := func(tracker *acomm.Tracker, req *acomm.Request) error {
 		out, err := tracker.ProxyUnix(req, 0)
@@ -498,7 +498,7 @@ func misuses(t *testing.T) map[string][]misuse {
 			{"long directory", syscall.ENAMETOOLONG, func(*testing.T) error { return offered(live, strings.Repeat("/x", 100), newSource()) }},
 			{"NUL in the directory", fs.ErrInvalid, func(*testing.T) error { return offered(live, "/\x00", newSource()) }},
 			{"directory is a file", syscall.ENOTDIR, func(t *testing.T) error {
-				file := filepath.Join(socketDir(t), "file")
+				file := filepath.Join(shortDir(t), "file")
 				writeFile(t, file)
 				return offered(live, file, newSource())
 			}},

@@ -98,7 +98,7 @@ func signatureIn(t testing.TB, tracker *acomm.Tracker, addr *url.URL) string {
 // published, in every way known. Nothing of it is ever connected to.
 func TestProxyStreamHandler_AttacksAreRefused(t *testing.T) {
 	tracker, server := streamProxy(t)
-	dir := socketDir(t)
+	dir := shortDir(t)
 	other := newVictim(t, "unix", filepath.Join(dir, "other.sock"))
 	internal := newVictim(t, "tcp", "127.0.0.1:0")
 	link := filepath.Join(dir, "link.sock")
@@ -254,7 +254,7 @@ func TestProxyStreamHandler_AttacksAreRefused(t *testing.T) {
 // leads to a live socket, at each byte of address and signature.
 func TestProxyStreamHandler_EveryTamperedByteIsRefused(t *testing.T) {
 	tracker, _ := streamProxy(t)
-	target := newVictim(t, "unix", filepath.Join(socketDir(t), "target.sock"))
+	target := newVictim(t, "unix", filepath.Join(shortDir(t), "target.sock"))
 	text, signature := target.url.String(), signatureIn(t, tracker, target.url)
 	call := func(text, signature string) int {
 		w := httptest.NewRecorder()
@@ -365,7 +365,7 @@ func TestProxyUnix_PublishesTheAddressTheResponderNames(t *testing.T) {
 // first, as this one does.
 func TestRespond_HooksLeadWhereverTheRequesterSays(t *testing.T) {
 	allowed := func(hook *url.URL) bool { return hook.Scheme == "https" && hook.Hostname() == "callbacks.example" }
-	dir := socketDir(t)
+	dir := shortDir(t)
 	for _, target := range []*victim{newVictim(t, "unix", filepath.Join(dir, "s.sock")), newVictim(t, "tcp", "127.0.0.1:0")} {
 		req, _ := newRequest(t, target.url, nil)
 		require.False(t, allowed(req.ResponseHook))
@@ -419,7 +419,7 @@ func TestSocket_OwnPlaceIsTheUsersOnlyFromTheFirstMoment(t *testing.T) {
 		t.Skip("elsewhere only the directory keeps others out from the first moment")
 	}
 	for _, mask := range []int{0, 0o022, 0o077} {
-		temp := socketDir(t)
+		temp := shortDir(t)
 		t.Setenv("TMPDIR", temp)
 		tracker := newTracker(t)
 		for what, make := range inOwnPlace(t, tracker) {
@@ -481,10 +481,10 @@ func watchModes(dir string) (widest func() fs.FileMode) {
 }
 
 func TestSocket_NamesOfTheLibraryCantBeGuessed(t *testing.T) {
-	t.Setenv("TMPDIR", socketDir(t))
+	t.Setenv("TMPDIR", shortDir(t))
 	tracker := newTracker(t)
 	makers := inOwnPlace(t, tracker)
-	given := socketDir(t)
+	given := shortDir(t)
 	makers["stream in a directory of the caller"] = func() (string, func()) {
 		u, err := tracker.NewStreamUnix(given, bytesSource(nil))
 		require.NoError(t, err)
@@ -528,7 +528,7 @@ func TestSocket_DirectoryOfTheCallerRestrictsWhoGetsIn(t *testing.T) {
 	}
 	for mask, want := range map[int]fs.FileMode{0: 0o777, 0o022: 0o755, 0o027: 0o750, 0o077: 0o700} {
 		t.Run(fmt.Sprintf("umask %03o", mask), func(t *testing.T) {
-			narrow := filepath.Join(socketDir(t), "narrow")
+			narrow := filepath.Join(shortDir(t), "narrow")
 			require.NoError(t, os.Mkdir(narrow, 0o750))
 			require.NoError(t, os.Chmod(narrow, 0o710))
 			setUmask(t, mask)

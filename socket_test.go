@@ -24,7 +24,7 @@ func TestSocket_FileOfAKilledProcessIsReplaced(t *testing.T) {
 	// Known fault: a socket file left by a killed process blocked the restart.
 	for _, kind := range []string{"hold", "hold as in 2016"} {
 		t.Run(kind, func(t *testing.T) {
-			path := filepath.Join(socketDir(t), "s.sock")
+			path := filepath.Join(shortDir(t), "s.sock")
 			child := startHelper(t, kind, path)
 			child.expect("holding")
 			require.ErrorIs(t, acomm.NewUnixListener(path, 0).Start(), syscall.EADDRINUSE, "it lives")
@@ -78,7 +78,7 @@ func TestSocket_DeadFilesOfAnyKindAreReplaced(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			path := filepath.Join(socketDir(t), "s.sock")
+			path := filepath.Join(shortDir(t), "s.sock")
 			leave(t, path)
 			require.FileExists(t, path)
 			ul := startListener(t, path, 0)
@@ -95,7 +95,7 @@ func TestSocket_LiveListenerIsNeverReplacedNorDisturbed(t *testing.T) {
 			if network == "unixpacket" && runtime.GOOS != "linux" {
 				t.Skip("not everywhere")
 			}
-			path := filepath.Join(socketDir(t), "s.sock")
+			path := filepath.Join(shortDir(t), "s.sock")
 			owner, err := net.Listen(network, path)
 			require.NoError(t, err)
 			defer owner.Close()
@@ -115,7 +115,7 @@ func TestSocket_LiveListenerIsNeverReplacedNorDisturbed(t *testing.T) {
 		})
 	}
 	t.Run("of this library", func(t *testing.T) {
-		path := filepath.Join(socketDir(t), "s.sock")
+		path := filepath.Join(shortDir(t), "s.sock")
 		owner := startListener(t, path, 1) // a connection too many ends it
 		refuseToReplace(t, path)
 		require.NoError(t, exchange(owner, owner.URL()))
@@ -126,7 +126,7 @@ func TestSocket_LiveListenerWithAFullBacklogIsNeverReplaced(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("elsewhere a full backlog refuses connections as a dead socket does")
 	}
-	path := filepath.Join(socketDir(t), "s.sock")
+	path := filepath.Join(shortDir(t), "s.sock")
 	fd := bindOnly(t, path)
 	defer syscall.Close(fd)
 	require.NoError(t, syscall.Listen(fd, 0))
@@ -142,7 +142,7 @@ func TestSocket_LiveListenerWithAFullBacklogIsNeverReplaced(t *testing.T) {
 }
 
 func TestSocket_LiveDatagramSocketIsNeverReplacedNorDisturbed(t *testing.T) {
-	path := filepath.Join(socketDir(t), "s.sock")
+	path := filepath.Join(shortDir(t), "s.sock")
 	owner, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
 	require.NoError(t, err)
 	defer owner.Close()
@@ -180,7 +180,7 @@ func TestSocket_WhatIsNotASocketIsNeverReplaced(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			dir := socketDir(t)
+			dir := shortDir(t)
 			path := filepath.Join(dir, "s.sock")
 			put(t, path)
 			before := snapshot(t, dir)
@@ -193,7 +193,7 @@ func TestSocket_WhatIsNotASocketIsNeverReplaced(t *testing.T) {
 func TestSocket_OneThatIsYetToListenIsNeverReplaced(t *testing.T) {
 	// The hazard: from bind to listen a socket refuses connections as a dead one
 	// does. A process of 2016, which takes no lock, can be just there.
-	path := filepath.Join(socketDir(t), "s.sock")
+	path := filepath.Join(shortDir(t), "s.sock")
 	fd := bindOnly(t, path)
 	defer syscall.Close(fd)
 	_, err := net.Dial("unix", path)
@@ -208,7 +208,7 @@ func TestSocket_OneThatIsYetToListenIsNeverReplaced(t *testing.T) {
 func TestSocket_WhoeverTakesNoLockWinsOrLosesAsAWhole(t *testing.T) {
 	// The hazard: a process of 2016 gets the path, and loses it at once to a check
 	// that looked at its socket too early.
-	dir := socketDir(t)
+	dir := shortDir(t)
 	for i := range 300 {
 		path := filepath.Join(dir, fmt.Sprintf("%d.sock", i))
 		begin := make(chan struct{})
@@ -242,7 +242,7 @@ func TestSocket_WhoeverTakesNoLockWinsOrLosesAsAWhole(t *testing.T) {
 func TestSocket_OneOfManyProcessesReplacesADeadFile(t *testing.T) {
 	// The hazard: one process removes the file that another has just made.
 	const processes, rounds = 8, 20
-	dir := socketDir(t)
+	dir := shortDir(t)
 	var children []*helper
 	for range processes {
 		children = append(children, startHelper(t, "contend", ""))
@@ -302,7 +302,7 @@ func helpContend(said *bufio.Scanner) {
 
 func TestSocket_OneOfManyListenersReplacesADeadFile(t *testing.T) {
 	const listeners, rounds = 32, 20
-	dir := socketDir(t)
+	dir := shortDir(t)
 	for round := range rounds {
 		path := filepath.Join(dir, fmt.Sprintf("%d.sock", round))
 		leaveDeadSocket(t, path)
@@ -361,7 +361,7 @@ func TestSocket_StopLeavesWhatReplacedItsFile(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			dir := socketDir(t)
+			dir := shortDir(t)
 			ul := startListener(t, filepath.Join(dir, "s.sock"), 0)
 			replace(t, ul.Addr())
 			before := snapshot(t, dir)
@@ -401,7 +401,7 @@ func TestSocket_StopOfOneLeavesTheFileOfTheNext(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			path := filepath.Join(socketDir(t), "s.sock")
+			path := filepath.Join(shortDir(t), "s.sock")
 			first := startListener(t, path, 2)
 			inode := inodeOf(t, path)
 			stop := end(t, first)
@@ -416,7 +416,7 @@ func TestSocket_StopOfOneLeavesTheFileOfTheNext(t *testing.T) {
 }
 
 func TestSocket_PathTooLongIsAnErrorThatSaysSo(t *testing.T) {
-	dir := socketDir(t)
+	dir := shortDir(t)
 	fits := filepath.Join(dir, strings.Repeat("x", acomm.MaxPath-len(dir)-1))
 	require.Len(t, fits, acomm.MaxPath)
 	ul := startListener(t, fits, 0)
@@ -442,7 +442,7 @@ func TestSocket_PathTooLongIsAnErrorThatSaysSo(t *testing.T) {
 }
 
 func TestSocket_WhatIsNoPathOfASocketIsRefused(t *testing.T) {
-	dir := socketDir(t)
+	dir := shortDir(t)
 	t.Chdir(dir)
 	for _, path := range []string{
 		"a\x00b", "\x00abstract", filepath.Join(dir, "a\x00b"),
@@ -467,7 +467,7 @@ func TestSocket_DirectoryLockedForLongIsAnError(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes 5 s")
 	}
-	dir := socketDir(t)
+	dir := shortDir(t)
 	child := startHelper(t, "lock", dir)
 	child.expect("locked")
 	dead := filepath.Join(dir, "s.sock")
@@ -490,7 +490,7 @@ func TestSocket_DirectoryLockedForLongIsAnError(t *testing.T) {
 
 func TestSocket_LockOfTheDirectoryDelaysNoNewName(t *testing.T) {
 	// The hazard: whoever can open a directory can lock it.
-	dir := socketDir(t)
+	dir := shortDir(t)
 	child := startHelper(t, "lock", dir)
 	child.expect("locked")
 	ul := startListener(t, filepath.Join(dir, "new.sock"), 0)
@@ -500,7 +500,7 @@ func TestSocket_LockOfTheDirectoryDelaysNoNewName(t *testing.T) {
 }
 
 func TestSocket_DirectoryLockedForAMomentIsWaitedFor(t *testing.T) {
-	dir := socketDir(t)
+	dir := shortDir(t)
 	child := startHelper(t, "lock", dir)
 	child.expect("locked")
 	dead := filepath.Join(dir, "s.sock")
@@ -542,7 +542,7 @@ func TestSocket_DirectoryThatCantBeReadWillDo(t *testing.T) {
 	if os.Geteuid() == 0 {
 		t.Skip("root can read it")
 	}
-	dir := socketDir(t)
+	dir := shortDir(t)
 	require.NoError(t, os.Chmod(dir, 0o300))
 	defer os.Chmod(dir, 0o700)
 	ul := startListener(t, filepath.Join(dir, "s.sock"), 0)
@@ -550,7 +550,7 @@ func TestSocket_DirectoryThatCantBeReadWillDo(t *testing.T) {
 }
 
 func TestSocket_FailedStartKeepsNothing(t *testing.T) {
-	path := filepath.Join(socketDir(t), "s.sock")
+	path := filepath.Join(shortDir(t), "s.sock")
 	owner := listenPlain(t, path)
 	defer owner.Close()
 	ul := acomm.NewUnixListener(path, 0)
@@ -563,7 +563,7 @@ func TestSocket_FailedStartKeepsNothing(t *testing.T) {
 }
 
 func TestSocket_FailedStartRemovesThePrivateDirectory(t *testing.T) {
-	temp := socketDir(t)
+	temp := shortDir(t)
 	t.Setenv("TMPDIR", temp)
 	ul := startListener(t, "", 0) // the runtime needs descriptors of its own, once
 	ul.Stop(0)
@@ -592,7 +592,7 @@ func TestSocket_FailedStartRemovesThePrivateDirectory(t *testing.T) {
 }
 
 func TestSocket_StopAfterItsDirectoryIsGone(t *testing.T) {
-	dir := socketDir(t)
+	dir := shortDir(t)
 	ul := startListener(t, filepath.Join(dir, "a", "s.sock"), 0)
 	conn := dial(t, ul)
 	require.NoError(t, os.RemoveAll(filepath.Join(dir, "a")))
@@ -608,7 +608,7 @@ func TestSocket_StopAfterItsDirectoryIsGone(t *testing.T) {
 }
 
 func TestSocket_StopLeavesWhatOthersPutIntoThePrivateDirectory(t *testing.T) {
-	t.Setenv("TMPDIR", socketDir(t))
+	t.Setenv("TMPDIR", shortDir(t))
 	ul := startListener(t, "", 0)
 	dir := filepath.Dir(ul.Addr())
 	writeFile(t, filepath.Join(dir, "file"))
@@ -625,7 +625,7 @@ func TestSocket_StopLeavesWhatOthersPutIntoThePrivateDirectory(t *testing.T) {
 
 func TestSocket_ManyStartAtOnceInOneDirectory(t *testing.T) {
 	// The hazard: the directory's lock turns listeners away that want other paths.
-	dir := socketDir(t)
+	dir := shortDir(t)
 	var starting sync.WaitGroup
 	for i := range 32 {
 		ul := acomm.NewUnixListener(filepath.Join(dir, fmt.Sprintf("%d.sock", i)), 0)

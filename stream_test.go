@@ -56,15 +56,6 @@ func randomBytes(n int) []byte {
 	return data
 }
 
-// shortDir is a directory with room for long names in a socket's path.
-func shortDir(t testing.TB) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "")
-	require.NoError(t, err)
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
-}
-
 func dialStream(t testing.TB, u *url.URL) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("unix", u.Path)

@@ -23,7 +23,6 @@ import (
 	"time"
 
 	"github.com/mistifyio/acomm"
-	"github.com/sirupsen/logrus"
 	"github.com/stretchr/testify/require"
 )
 
@@ -32,14 +31,14 @@ import (
 const moment = 30 * time.Millisecond
 
 func TestUnixListener_RelativePathKeepsAddrAndGetsAbsoluteURL(t *testing.T) {
-	dir := socketDir(t)
+	dir := shortDir(t)
 	t.Chdir(dir)
 	ul := acomm.NewUnixListener("sub/../s.sock", 0)
 	require.Equal(t, "sub/../s.sock", ul.Addr())
 	require.Equal(t, &url.URL{Scheme: "unix", Path: filepath.Join(dir, "s.sock")}, ul.URL())
 
 	// It is the directory of then that counts.
-	t.Chdir(socketDir(t))
+	t.Chdir(shortDir(t))
 	require.NoError(t, ul.Start())
 	defer ul.Stop(0)
 	require.Equal(t, "sub/../s.sock", ul.Addr())
@@ -61,7 +60,7 @@ func TestUnixListener_PathsOfAnyCharactersWorkEndToEnd(t *testing.T) {
 		"a b", " ", "100%", "%41", "%2F", "q?x=1&y", "h#f", "a+b", "a:b", "a@b", "ü☃", `back\slash`, `"quoted"`, "new\nline", "~", "-rf", "\xff",
 	} {
 		t.Run(strconv.Quote(name), func(t *testing.T) {
-			path := filepath.Join(socketDir(t), name, name+".sock")
+			path := filepath.Join(shortDir(t), name, name+".sock")
 			ul := startListener(t, path, 0)
 			require.Equal(t, path, ul.Addr())
 			require.Equal(t, path, ul.URL().Path)
@@ -84,7 +83,7 @@ func TestUnixListener_PathsOfAnyCharactersWorkEndToEnd(t *testing.T) {
 }
 
 func TestUnixListener_StartTwiceIsAnError(t *testing.T) {
-	path := filepath.Join(socketDir(t), "s.sock")
+	path := filepath.Join(shortDir(t), "s.sock")
 	ul := startListener(t, path, 2)
 	require.ErrorIs(t, ul.Start(), syscall.EADDRINUSE)
 	require.NoError(t, exchange(ul, ul.URL()), "the listener goes on")
@@ -94,7 +93,7 @@ func TestUnixListener_StartTwiceIsAnError(t *testing.T) {
 }
 
 func TestUnixListener_OneOfManyStartsWins(t *testing.T) {
-	dir := socketDir(t)
+	dir := shortDir(t)
 	t.Setenv("TMPDIR", dir)
 	for _, path := range []string{filepath.Join(dir, "s.sock"), ""} {
 		ul := acomm.NewUnixListener(path, 0)
@@ -119,7 +118,7 @@ func TestUnixListener_OneOfManyStartsWins(t *testing.T) {
 }
 
 func TestUnixListener_StartWhileStoppingIsAnError(t *testing.T) {
-	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
 	dial(t, ul)
 	conn := take(t, ul)
 	stopped := async(func() { ul.Stop(0) })
@@ -143,7 +142,7 @@ func TestUnixListener_ZeroValueDoesNoHarm(t *testing.T) {
 func TestUnixListener_StopWithoutARunDoesNoHarm(t *testing.T) {
 	// Known fault: Stop panicked before Start, after a failed one, and a second
 	// time.
-	dir := socketDir(t)
+	dir := shortDir(t)
 	path := filepath.Join(dir, "s.sock")
 	ul := acomm.NewUnixListener(path, 0)
 	ul.Stop(0)
@@ -165,7 +164,7 @@ func TestUnixListener_StopWithoutARunDoesNoHarm(t *testing.T) {
 
 func TestUnixListener_SecondStopWaitsForTheFirst(t *testing.T) {
 	// Known fault: two calls of Stop panicked, or the second didn't wait.
-	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
 	dial(t, ul)
 	conn := take(t, ul)
 
@@ -188,7 +187,7 @@ func TestUnixListener_SecondStopWaitsForTheFirst(t *testing.T) {
 }
 
 func TestUnixListener_RestartsAfterStop(t *testing.T) {
-	path := filepath.Join(socketDir(t), "s.sock")
+	path := filepath.Join(shortDir(t), "s.sock")
 	ul := acomm.NewUnixListener(path, 0)
 	for range 5 {
 		require.NoError(t, ul.Start())
@@ -203,7 +202,7 @@ func TestUnixListener_RestartsAfterStop(t *testing.T) {
 
 func TestUnixListener_IdleStopIsQuick(t *testing.T) {
 	// Known fault: an idle Stop took a second. These would take a minute.
-	ul := acomm.NewUnixListener(filepath.Join(socketDir(t), "s.sock"), 0)
+	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 0)
 	within(t, async(func() {
 		for range 60 {
 			if err := ul.Start(); err != nil {
@@ -216,7 +215,7 @@ func TestUnixListener_IdleStopIsQuick(t *testing.T) {
 }
 
 func TestUnixListener_NextConnWithoutARunIsNil(t *testing.T) {
-	ul := acomm.NewUnixListener(filepath.Join(socketDir(t), "s.sock"), 0)
+	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 0)
 	require.Nil(t, ul.NextConn(), "before Start")
 	require.NoError(t, ul.Start())
 	ul.Stop(0)
@@ -225,7 +224,7 @@ func TestUnixListener_NextConnWithoutARunIsNil(t *testing.T) {
 
 func TestUnixListener_StopEndsEveryBlockedNextConn(t *testing.T) {
 	const callers = 5
-	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
 	conns := make(chan net.Conn, callers)
 	for range callers {
 		go func() { conns <- ul.NextConn() }()
@@ -241,7 +240,7 @@ func TestUnixListener_StopHandsOutWhatWasAccepted(t *testing.T) {
 	// Known fault: connections accepted but not yet taken at Stop were dropped,
 	// and Stop hung.
 	const number = 3
-	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
 	for i := range number {
 		_, err := dial(t, ul).Write([]byte{byte(i)})
 		require.NoError(t, err)
@@ -275,7 +274,7 @@ func TestUnixListener_StopHandsOutWhatWasAccepted(t *testing.T) {
 
 func TestUnixListener_StopClosesWhatIsOpenAfterItsTimeout(t *testing.T) {
 	// Known fault: the timeout was ignored, one silent peer blocked Stop for ever.
-	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
 	peers := []net.Conn{dial(t, ul), dial(t, ul)}
 	awaitAccepted(t, ul, len(peers))
 	taken := take(t, ul) // the other one nobody takes
@@ -301,7 +300,7 @@ func TestUnixListener_StopClosesWhatIsOpenAfterItsTimeout(t *testing.T) {
 }
 
 func TestUnixListener_StopReturnsBeforeItsTimeoutWhenAllIsDone(t *testing.T) {
-	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
 	dial(t, ul)
 	conn := take(t, ul)
 	stopped := async(func() { ul.Stop(100 * patience) })
@@ -311,7 +310,7 @@ func TestUnixListener_StopReturnsBeforeItsTimeoutWhenAllIsDone(t *testing.T) {
 }
 
 func TestUnixListener_StopWithANegativeTimeoutWaits(t *testing.T) {
-	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
 	peer := dial(t, ul)
 	conn := take(t, ul)
 	stopped := async(func() { ul.Stop(-time.Second) })
@@ -334,7 +333,7 @@ type unhashableConn struct {
 func TestUnixListener_DoneConnIgnoresWhatIsNotItsOwn(t *testing.T) {
 	// Known fault: a second DoneConn, or one of a foreign connection, upset the
 	// count that Stop waits for.
-	dir := socketDir(t)
+	dir := shortDir(t)
 	ul := startListener(t, filepath.Join(dir, "s.sock"), 0)
 	other := startListener(t, filepath.Join(dir, "other.sock"), 0)
 	peer, otherPeer := dial(t, ul), dial(t, other)
@@ -382,7 +381,7 @@ func TestUnixListener_DoneConnIgnoresWhatIsNotItsOwn(t *testing.T) {
 }
 
 func TestUnixListener_DoneConnOfAnEarlierRunIsIgnored(t *testing.T) {
-	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
 	dial(t, ul)
 	old := take(t, ul)
 	ul.Stop(time.Nanosecond)
@@ -405,7 +404,7 @@ func TestUnixListener_DoneConnOfAnEarlierRunIsIgnored(t *testing.T) {
 
 func TestUnixListener_AcceptsAsManyAsItsLimit(t *testing.T) {
 	const limit = 3
-	ul := acomm.NewUnixListener(filepath.Join(socketDir(t), "s.sock"), limit)
+	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), limit)
 	for range 2 { // the second run has the whole limit again
 		require.NoError(t, ul.Start())
 		for range limit {
@@ -437,7 +436,7 @@ func TestUnixListener_AcceptsAsManyAsItsLimit(t *testing.T) {
 func TestUnixListener_NobodyGetsInBehindTheLast(t *testing.T) {
 	// The hazard: whoever connects between the last accept and the end of
 	// listening takes the listener for alive.
-	ul := acomm.NewUnixListener(filepath.Join(socketDir(t), "s.sock"), 1)
+	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 1)
 	for range 300 {
 		require.NoError(t, ul.Start())
 		first, err := net.Dial("unix", ul.Addr())
@@ -456,7 +455,7 @@ func TestUnixListener_NobodyGetsInBehindTheLast(t *testing.T) {
 
 func TestUnixListener_StopsAtItsLimitWithNothingOpen(t *testing.T) {
 	// The hazard: nobody is left to tell Stop that the last connection is done.
-	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 2)
+	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 2)
 	require.NoError(t, exchange(ul, ul.URL()))
 	require.NoError(t, exchange(ul, ul.URL()))
 	require.Nil(t, ul.NextConn())
@@ -465,7 +464,7 @@ func TestUnixListener_StopsAtItsLimitWithNothingOpen(t *testing.T) {
 
 func TestUnixListener_LimitTurnsAwayWhoeverComesLate(t *testing.T) {
 	const limit = 2
-	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), limit)
+	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), limit)
 	var served, refused atomic.Int32
 	var peers sync.WaitGroup
 	for range 10 {
@@ -497,7 +496,7 @@ func TestUnixListener_LimitTurnsAwayWhoeverComesLate(t *testing.T) {
 
 func TestUnixListener_WithoutALimitItGoesOn(t *testing.T) {
 	for _, limit := range []int{0, -1, math.MinInt} {
-		ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), limit)
+		ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), limit)
 		for range 20 {
 			require.NoError(t, exchange(ul, ul.URL()))
 		}
@@ -505,7 +504,7 @@ func TestUnixListener_WithoutALimitItGoesOn(t *testing.T) {
 }
 
 func TestUnixListener_ConnsGiveAccessToTheirSocket(t *testing.T) {
-	ul := startListener(t, filepath.Join(socketDir(t), "s.sock"), 0)
+	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
 	dial(t, ul)
 	conn := take(t, ul)
 	defer ul.DoneConn(conn)
@@ -518,7 +517,7 @@ func TestUnixListener_ConnsGiveAccessToTheirSocket(t *testing.T) {
 func TestUnixListener_PrivateSocketIsTheUsersOnly(t *testing.T) {
 	for _, mask := range []int{0, 0o022, 0o077, 0o777} {
 		t.Run(fmt.Sprintf("umask %03o", mask), func(t *testing.T) {
-			temp := socketDir(t)
+			temp := shortDir(t)
 			t.Setenv("TMPDIR", temp)
 			setUmask(t, mask)
 			ul := acomm.NewUnixListener("", 0)
@@ -545,7 +544,7 @@ func TestUnixListener_PrivateSocketIsNeverWider(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("elsewhere only the directory keeps others out from the first moment")
 	}
-	t.Setenv("TMPDIR", socketDir(t))
+	t.Setenv("TMPDIR", shortDir(t))
 	setUmask(t, 0)
 	ul := acomm.NewUnixListener("", 0)
 	quit, quitted := make(chan struct{}), make(chan struct{})
@@ -605,7 +604,7 @@ func TestUnixListener_UmaskDecidesWhereTheCallerNamesThePath(t *testing.T) {
 	}
 	for _, mask := range []int{0, 0o022, 0o027, 0o077} {
 		t.Run(fmt.Sprintf("umask %03o", mask), func(t *testing.T) {
-			dir := socketDir(t)
+			dir := shortDir(t)
 			setUmask(t, mask)
 			ul := startListener(t, filepath.Join(dir, "a", "b", "s.sock"), 0)
 			perm := fs.FileMode(0o777 &^ mask)
@@ -617,7 +616,7 @@ func TestUnixListener_UmaskDecidesWhereTheCallerNamesThePath(t *testing.T) {
 }
 
 func TestUnixListener_ParentDirectoriesAreCreated(t *testing.T) {
-	dir := socketDir(t)
+	dir := shortDir(t)
 	ul := startListener(t, filepath.Join(dir, "a", "b", "s.sock"), 0)
 	require.NoError(t, exchange(ul, ul.URL()))
 	ul.Stop(0)
@@ -629,7 +628,7 @@ func TestUnixListener_ParentDirectoriesAreCreated(t *testing.T) {
 }
 
 func TestUnixListener_IsSafeFromAnyGoroutine(t *testing.T) {
-	ul := acomm.NewUnixListener(filepath.Join(socketDir(t), "s.sock"), 3)
+	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 3)
 	var callers sync.WaitGroup
 	for i := range 4 {
 		callers.Go(func() {
@@ -674,7 +673,7 @@ func TestUnixListener_LeaksNoDescriptors(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("descriptors are counted in /proc")
 	}
-	ul := acomm.NewUnixListener(filepath.Join(socketDir(t), "s.sock"), 0)
+	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 0)
 	run := func(n int) {
 		for range n {
 			require.NoError(t, ul.Start())
@@ -692,79 +691,6 @@ func TestUnixListener_LeaksNoDescriptors(t *testing.T) {
 	require.LessOrEqual(t, openFiles(t), before)
 }
 
-func TestUnixListener_AcceptBacksOffWhenDescriptorsRunOut(t *testing.T) {
-	// Known fault: with the descriptors used up the accept loop burnt a core and
-	// flooded the log.
-	const peers = 60
-	path := filepath.Join(socketDir(t), "s.sock")
-	child := startHelper(t, "descriptors", path)
-	child.expect("ready")
-	var conns []net.Conn
-	for range peers {
-		conn, err := net.Dial("unix", path)
-		require.NoError(t, err)
-		defer conn.Close()
-		conns = append(conns, conn)
-	}
-	var lines, cpuNanos, windowNanos int64
-	_, err := fmt.Sscan(child.line(), &lines, &cpuNanos, &windowNanos)
-	require.NoError(t, err)
-	cpu, window := time.Duration(cpuNanos), time.Duration(windowNanos)
-	t.Logf("%d lines in the log, %s of CPU time in %s", lines, cpu, window)
-	require.Positive(t, lines, "somebody should know")
-	require.LessOrEqual(t, lines, int64(15))
-	require.Less(t, cpu, window/4)
-
-	child.say("go on")
-	for _, conn := range conns {
-		_, err := readByte(conn)
-		require.NoError(t, err, "the service resumes")
-	}
-}
-
-// helpDescriptors is the process whose descriptors run out.
-func helpDescriptors(path string, said *bufio.Scanner) {
-	const window = 500 * time.Millisecond
-	failed := make(chan struct{}, 1000)
-	logrus.SetOutput(writerFunc(func(p []byte) (int, error) {
-		failed <- struct{}{}
-		return len(p), nil
-	}))
-	ul := acomm.NewUnixListener(path, 0)
-	if err := ul.Start(); err != nil {
-		fmt.Println(err)
-		return
-	}
-	var limit syscall.Rlimit
-	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
-		fmt.Println(err)
-		return
-	}
-	limit.Cur = 40
-	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
-		fmt.Println(err)
-		return
-	}
-	fmt.Println("ready")
-
-	<-failed
-	before := cpuTime()
-	time.Sleep(window) // a span to measure, nothing waits for its end
-	fmt.Println(1+len(failed), int64(cpuTime()-before), int64(window))
-
-	said.Scan()
-	ended := async(func() {
-		for said.Scan() {
-		}
-		ul.Stop(time.Nanosecond)
-	})
-	for conn := ul.NextConn(); conn != nil; conn = ul.NextConn() {
-		_, _ = conn.Write([]byte{7})
-		ul.DoneConn(conn)
-	}
-	<-ended
-}
-
 func cpuTime() time.Duration {
 	var usage syscall.Rusage
 	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
@@ -778,18 +704,6 @@ type writerFunc func([]byte) (int, error)
 func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
 // What the tests of the sockets have in common.
-
-// socketDir returns a new directory whose path is short, as those of sockets
-// have to be. It is removed with the test.
-func socketDir(t testing.TB) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "acomm")
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	dir, err = filepath.EvalSymlinks(dir)
-	require.NoError(t, err)
-	return dir
-}
 
 // startListener returns a started listener. It is stopped with the test.
 func startListener(t testing.TB, path string, limit int) *acomm.UnixListener {
@@ -1012,8 +926,6 @@ func TestSocketHelper(t *testing.T) {
 	}
 	said := bufio.NewScanner(os.Stdin)
 	switch mode {
-	case "descriptors":
-		helpDescriptors(path, said)
 	case "hold":
 		helpHold(path, said)
 	case "hold as in 2016":

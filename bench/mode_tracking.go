@@ -71,59 +71,86 @@ func measureTracking(n int) (result trackingResult, err error) {
 		return result, err
 	}
 	defer tracker.Stop()
-	handled := 0
-	requests := newRequests(n, tracker.URL(), func(*acomm.Request, *acomm.Response) { handled++ })
-	each := func(f func(*acomm.Request)) float64 {
-		start := time.Now()
-		for _, req := range requests {
-			f(req)
-		}
-		return float64(time.Since(start)) / float64(n)
-	}
-	trackAll := func() (float64, error) {
-		var failed error
-		took := each(func(req *acomm.Request) { failed = errors.Join(failed, tracker.TrackRequest(req, trackingTimeout)) })
-		if outstanding := tracker.NumRequests(); failed == nil && outstanding != n {
-			failed = fmt.Errorf("%d requests outstanding, not %d", outstanding, n)
-		}
-		return took, failed
-	}
-	removeAll := func() { each(func(req *acomm.Request) { tracker.RemoveRequest(req) }) }
-	defer removeAll() // before Stop, which waits for them
-
-	before := liveBytes()
-	if result.track, err = trackAll(); err != nil {
+	run := &trackingRun{tracker: tracker}
+	run.requests = newRequests(n, tracker.URL(), func(*acomm.Request, *acomm.Response) { run.handled++ })
+	defer run.removeAll() // before Stop, which waits for them
+	if err := run.measureCompletion(&result); err != nil {
 		return result, err
+	}
+	if _, err := run.trackAll(); err != nil {
+		return result, err
+	}
+	result.stop = run.timeStop()
+	return result, nil
+}
+
+// trackingRun is a tracker and the requests it is to track.
+type trackingRun struct {
+	tracker  *acomm.Tracker
+	requests []*acomm.Request
+	handled  int
+}
+
+// each returns the time that f takes for a request.
+func (r *trackingRun) each(f func(*acomm.Request)) float64 {
+	start := time.Now()
+	for _, req := range r.requests {
+		f(req)
+	}
+	return float64(time.Since(start)) / float64(len(r.requests))
+}
+
+func (r *trackingRun) trackAll() (float64, error) {
+	var failed error
+	took := r.each(func(req *acomm.Request) {
+		failed = errors.Join(failed, r.tracker.TrackRequest(req, trackingTimeout))
+	})
+	if outstanding := r.tracker.NumRequests(); failed == nil && outstanding != len(r.requests) {
+		failed = fmt.Errorf("%d requests outstanding, not %d", outstanding, len(r.requests))
+	}
+	return took, failed
+}
+
+func (r *trackingRun) removeAll() {
+	r.each(func(req *acomm.Request) { r.tracker.RemoveRequest(req) })
+}
+
+// measureCompletion tracks the requests and completes them by their responses.
+func (r *trackingRun) measureCompletion(result *trackingResult) (err error) {
+	n := len(r.requests)
+	before := liveBytes()
+	if result.track, err = r.trackAll(); err != nil {
+		return err
 	}
 	result.heap = float64(liveBytes()-before) / float64(n)
-	result.count = timeNumRequests(tracker)
+	result.count = timeNumRequests(r.tracker)
 	resp := &acomm.Response{}
-	result.complete = each(func(req *acomm.Request) {
+	result.complete = r.each(func(req *acomm.Request) {
 		resp.ID = req.ID
-		tracker.HandleResponse(resp)
+		r.tracker.HandleResponse(resp)
 	})
-	if handled != n || tracker.NumRequests() != 0 {
-		return result, fmt.Errorf("%d of %d handlers ran, %d requests outstanding", handled, n, tracker.NumRequests())
+	if outstanding := r.tracker.NumRequests(); r.handled != n || outstanding != 0 {
+		return fmt.Errorf("%d of %d handlers ran, %d requests outstanding", r.handled, n, outstanding)
 	}
+	return nil
+}
 
-	if _, err := trackAll(); err != nil {
-		return result, err
-	}
+// timeStop returns the time for a request that a stop takes while all are removed.
+func (r *trackingRun) timeStop() float64 {
 	start := time.Now()
 	stopped := make(chan struct{})
 	go func() { // ends when all are removed
-		tracker.Stop()
+		r.tracker.Stop()
 		close(stopped)
 	}()
-	late := &acomm.Request{ID: "late", Task: echoTask, ResponseHook: tracker.URL()}
-	for !errors.Is(tracker.TrackRequest(late, trackingTimeout), net.ErrClosed) { // Stop has begun
-		tracker.RemoveRequest(late)
+	late := &acomm.Request{ID: "late", Task: echoTask, ResponseHook: r.tracker.URL()}
+	for !errors.Is(r.tracker.TrackRequest(late, trackingTimeout), net.ErrClosed) { // Stop has begun
+		r.tracker.RemoveRequest(late)
 		runtime.Gosched()
 	}
-	removeAll()
+	r.removeAll()
 	<-stopped
-	result.stop = float64(time.Since(start)) / float64(n)
-	return result, nil
+	return float64(time.Since(start)) / float64(len(r.requests))
 }
 
 // newRequests makes requests as they look when they have come over the wire.
