@@ -27,4 +27,6 @@ func (t *Tracker) SetExchangeTimeout(d time.Duration) { t.exchangeTimeout = d }
 
 func (t *Tracker) SetStreamClaim(d time.Duration) { t.streamClaim = d }
 
+func (t *Tracker) SetStreamEnd(d time.Duration) { t.streamEnd = d }
+
 func (t *Tracker) SetStreamStall(d time.Duration) { t.streamStall = d }

@@ -30,10 +30,9 @@ const (
 // in it is published with [Tracker.ProxyStreamHTTPURL], or left out, and that
 // logged, if the tracker has no stream URL. Forwarding is at most once: it is
 // tried again, until the request would have timed out, only where the response
-// certainly has not arrived: nobody listens at the hook, its name can't be
-// resolved, or it answers with the status 429 or 503 (a Retry-After is heeded, but for the last try when
-// the request would have timed out). A
-// forward that fails is logged.
+// certainly has not arrived: nobody can be connected to at the hook, or it
+// answers with the status 429 or 503 (a Retry-After is heeded, but for the last
+// try when the request would have timed out). A forward that fails is logged.
 //
 // A request that is not valid gives an error that matches [io/fs.ErrInvalid], an
 // id that is tracked already [io/fs.ErrExist], a tracker that is not started or
@@ -54,7 +53,7 @@ func (t *Tracker) ProxyUnix(req *Request, timeout time.Duration) (*Request, erro
 // forward sends the response of a proxied request to the request's hook.
 func (t *Tracker) forward(p *pendingRequest, resp *Response) {
 	if err := t.tryForward(p, resp); err != nil {
-		t.failures.log(logrus.ErrorLevel, "failed to forward a response", err, p.req.ID, p.req.ResponseHook.Redacted())
+		t.failures.log(logrus.ErrorLevel, "failed to forward a response", err, p.id, p.req.ResponseHook.Redacted())
 	}
 }
 

@@ -69,10 +69,11 @@ func listenPrivate(path string) (*socket, error) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, err
 	}
-	if err := os.Chmod(dir, 0o700); err != nil { // whatever the umask took away
-		return nil, err
+	err := os.Chmod(dir, 0o700) // whatever the umask took away
+	var s *socket
+	if err == nil {
+		s, err = bind(path, 0o600)
 	}
-	s, err := bind(path, 0o600)
 	if err != nil {
 		_ = os.Remove(dir)
 		return nil, err
@@ -216,10 +217,10 @@ func isDead(path string) (bool, error) {
 	return false, fmt.Errorf("socket %s is in use or not ours to replace: %w: %w", path, syscall.EADDRINUSE, err)
 }
 
-// lockDir keeps other processes from removing dead sockets in the directory, so that
-// of several that find the same dead file one replaces it and the others find
-// that one alive. File systems without locks do without, and so do directories
-// that the process may write to but not read.
+// lockDir keeps other processes from removing dead sockets in the directory, so
+// that of several that find the same dead file one replaces it and the others
+// find that one alive. File systems without locks do without, and so do
+// directories that the process may write to but not read.
 func lockDir(dir string) (unlock func(), err error) {
 	f, err := os.Open(dir)
 	if errors.Is(err, fs.ErrPermission) {

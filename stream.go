@@ -59,9 +59,9 @@ type unixStream struct {
 
 // NewStreamUnix sets up an ad-hoc unix listener to stream data and returns its
 // URL, for the StreamURL of a [Response]. The socket is made in dir, under a
-// name nobody can guess, of 35 bytes, and with permissions that the process's umask decides;
-// if dir is empty, in a directory of its own that only the process's user can
-// enter.
+// name of 35 bytes that nobody can guess, and with permissions that the process's
+// umask decides; if dir is empty, in a directory of its own that only the
+// process's user can enter.
 //
 // The first consumer that connects ([Stream] does) is sent all of src; a second
 // one gets an error. From the return on src is the library's: it is closed
@@ -79,14 +79,22 @@ func (t *Tracker) NewStreamUnix(dir string, src io.ReadCloser) (*url.URL, error)
 	if !t.running() {
 		return nil, fmt.Errorf("new stream: tracker is not running: %w", net.ErrClosed)
 	}
-	listener := newListener(randomSocketPath("stream"+streamSuffix), 1, listenPrivate)
+	path, listen := randomSocketPath("stream"+streamSuffix), listenPrivate
 	if dir != "" {
-		listener = newListener(filepath.Join(dir, rand.Text()+streamSuffix), 1, listenUnclaimed)
+		path, listen = filepath.Join(dir, rand.Text()+streamSuffix), listenUnclaimed
 	}
+	listener := newListener(path, 1, listen)
 	if err := listener.Start(); err != nil {
 		return nil, fmt.Errorf("new stream: %w", err)
 	}
-	s := &unixStream{listener: listener, src: src, failures: &t.failures, born: time.Now(), whole: make(chan struct{}), done: make(chan struct{})}
+	s := &unixStream{
+		listener: listener,
+		src:      src,
+		failures: &t.failures,
+		whole:    make(chan struct{}),
+		done:     make(chan struct{}),
+		born:     time.Now(),
+	}
 	if !t.addStream(s) {
 		listener.Stop(atOnce)
 		return nil, fmt.Errorf("new stream: tracker is not running: %w", net.ErrClosed)
@@ -214,29 +222,29 @@ func (t *Tracker) endStreams() {
 	}
 	var ending sync.WaitGroup
 	for _, s := range streams {
-		ending.Go(func() { s.end(t.streamStall) })
+		ending.Go(func() { s.end(t.streamStall, t.streamEnd) })
 	}
 	ending.Wait()
 }
 
-// end waits until the stream is done. Once no byte has moved for the time given
-// it is cut off; a source that even then does not let go is left behind, and
-// that is logged.
-func (s *unixStream) end(stall time.Duration) {
+// end waits until the stream is done. Once no byte has moved for the time of a
+// stall, or for that of the end once all of the source is sent, it is cut off; a
+// source that even then does not let go is left behind, and that is logged.
+func (s *unixStream) end(stall, end time.Duration) {
 	whole := s.whole
 	for idle := s.idle(); idle < stall; idle = s.idle() {
 		select {
 		case <-s.done:
 			return
 		case <-whole: // the consumer has all it needs, a slow one too
-			whole, stall = nil, min(stall, streamEnd)
+			whole, stall = nil, min(stall, end)
 		case <-time.After(stall - idle):
 		}
 	}
 	s.listener.Stop(atOnce) // without a connection, the source is closed as well
 	select {
 	case <-s.done:
-	case <-time.After(streamEnd):
+	case <-time.After(end):
 		s.failures.log(logrus.ErrorLevel, "a stream's source does not return from Read after Close", nil, "", s.listener.addr)
 	}
 }

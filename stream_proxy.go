@@ -47,12 +47,12 @@ func signStream(addr string) string {
 //
 // The data is application/octet-stream, and each piece is flushed as it comes.
 // Statuses: 405 for anything but GET (a HEAD would use up the stream), 400 for a
-// query that can't be read or a request with a body, 403 for an address that this process has not
-// published, 404 for a stream that is gone, 502 for a source that fails before
-// its first byte, or redirects. A source that fails later has the connection
-// aborted, so that what was cut off can't look complete (to a client that speaks
-// HTTP/1.0, only over TCP on the server's own listener). The server's WriteTimeout, if any, ends
-// streams too.
+// query that can't be read or a request with a body, 403 for an address that this
+// process has not published, 404 for a stream that is gone, 502 for a source that
+// fails before its first byte, or redirects. A source that fails later has the
+// connection aborted, so that what was cut off can't look complete (to a client
+// that speaks HTTP/1.0, only over TCP on the server's own listener). The server's
+// WriteTimeout, if any, ends streams too.
 //
 // A service with rules of its own writes its own handler, with [Stream].
 func ProxyStreamHandler(w http.ResponseWriter, r *http.Request) {

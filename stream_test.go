@@ -263,6 +263,39 @@ func TestTracker_StopCutsOffStreamsThatStall(t *testing.T) {
 	require.NotContains(t, lines.String(), "source failed", "it was cut off, it did not fail")
 }
 
+// Hazard: a source that was silent for longer than a whole stream is given to
+// end, and then ended, was cut off at its end.
+func TestTracker_StopLetsAWholeStreamEnd(t *testing.T) {
+	const end = 100 * time.Millisecond
+	tracker, err := acomm.NewTracker("", nil, 0)
+	require.NoError(t, err)
+	tracker.SetStreamEnd(end)
+	require.NoError(t, tracker.Start())
+	var sources []*source
+	errs := make(chan error, 20)
+	for range cap(errs) {
+		src := newSource()
+		sources = append(sources, src)
+		u, err := tracker.NewStreamUnix("", src)
+		require.NoError(t, err)
+		go func() { errs <- acomm.Stream(io.Discard, u) }()
+		_, err = src.feed.Write([]byte("x"))
+		require.NoError(t, err)
+	}
+	// A request on another tracker tells when the streams were silent for so long.
+	req, expired := newRequest(t, tracker.URL(), nil)
+	require.NoError(t, newTracker(t).TrackRequest(req, 2*end))
+	stopped := async(tracker.Stop)
+	within(t, expired, "the time-out")
+	for _, src := range sources {
+		src.feed.Close()
+	}
+	for range cap(errs) {
+		require.NoError(t, within(t, errs, "the consumer"))
+	}
+	within(t, stopped, "Stop")
+}
+
 // stubborn is a source whose Read does not end with Close.
 type stubborn struct {
 	reading, release chan struct{}
@@ -281,6 +314,7 @@ func TestTracker_StopDoesNotHangOnAStubbornSource(t *testing.T) {
 	tracker, err := acomm.NewTracker("", nil, 0)
 	require.NoError(t, err)
 	tracker.SetStreamStall(time.Millisecond)
+	tracker.SetStreamEnd(time.Millisecond)
 	require.NoError(t, tracker.Start())
 	src := stubborn{make(chan struct{}), make(chan struct{})}
 	u, err := tracker.NewStreamUnix("", src)

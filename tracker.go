@@ -36,6 +36,7 @@ type Tracker struct {
 	exchangeTimeout time.Duration // for one response on the socket
 	streamClaim     time.Duration // for the consumer of a stream to come
 	streamStall     time.Duration // for a stream to move while the tracker stops
+	streamEnd       time.Duration // for a stream to end that has nothing left to move, then
 
 	unknown  logLimit       // responses nobody waits for
 	failures logLimit       // of forwards and streams
@@ -61,6 +62,7 @@ const (
 
 // pendingRequest is a tracked request.
 type pendingRequest struct {
+	id       string // of the entry, whatever becomes of the request's fields
 	req      *Request
 	handle   func(*pendingRequest, *Response)
 	deadline time.Time
@@ -89,6 +91,7 @@ func NewTracker(socketPath string, httpStreamURL *url.URL, defaultTimeout time.D
 		exchangeTimeout: exchangeTimeout,
 		streamClaim:     streamClaim,
 		streamStall:     streamStall,
+		streamEnd:       streamEnd,
 		pending:         make(map[string]*pendingRequest),
 		streams:         make(map[*unixStream]struct{}),
 	}
@@ -192,9 +195,9 @@ func (t *Tracker) track(req *Request, timeout time.Duration, handle func(*pendin
 	if _, ok := t.pending[req.ID]; ok {
 		return fmt.Errorf("track request %s: already tracked: %w", req.ID, fs.ErrExist)
 	}
-	p := &pendingRequest{req: req, handle: handle, deadline: time.Now().Add(timeout)}
+	p := &pendingRequest{id: req.ID, req: req, handle: handle, deadline: time.Now().Add(timeout)}
 	p.timer = time.AfterFunc(timeout, func() { t.timeOut(p) })
-	t.pending[req.ID] = p
+	t.pending[p.id] = p
 	return nil
 }
 
@@ -318,7 +321,7 @@ func (t *Tracker) take(id string, p *pendingRequest) *pendingRequest {
 
 // removeLocked takes an entry out of the table. The caller holds mu.
 func (t *Tracker) removeLocked(p *pendingRequest) {
-	delete(t.pending, p.req.ID)
+	delete(t.pending, p.id)
 	p.timer.Stop()
 	t.checkDrainedLocked()
 }
@@ -333,8 +336,8 @@ func (t *Tracker) checkDrainedLocked() {
 
 // timeOut completes a request whose time is up, unless somebody else has.
 func (t *Tracker) timeOut(p *pendingRequest) {
-	if t.take(p.req.ID, p) != nil {
-		t.complete(p, &Response{ID: p.req.ID, Error: timeoutError{}})
+	if t.take(p.id, p) != nil {
+		t.complete(p, &Response{ID: p.id, Error: timeoutError{}})
 	}
 }
 

@@ -850,6 +850,20 @@ func TestTracker_ZeroValueIsRefused(t *testing.T) {
 	tracker.Stop()
 }
 
+// Hazard: a request whose id the caller changes could not be found any more, and
+// Stop would wait for it for ever.
+func TestTracker_ChangedRequestStillEnds(t *testing.T) {
+	tracker := newTracker(t)
+	req, responses := newRequest(t, tracker.URL(), nil)
+	id := req.ID
+	require.NoError(t, tracker.TrackRequest(req, time.Hour))
+	req.ID = "another"
+	tracker.HandleResponse(&acomm.Response{ID: id})
+	require.Equal(t, id, within(t, responses, "the response").ID)
+	require.Zero(t, tracker.NumRequests())
+	within(t, async(tracker.Stop), "Stop")
+}
+
 // Hazard: a Stop that ends while another Start and Stop begin closed the channel
 // of the latter.
 func TestTracker_StartsAndStopsFromManyGoroutines(t *testing.T) {
