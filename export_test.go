@@ -14,6 +14,7 @@ const (
 	MaxPayload  = maxPayload
 	MaxAnswer   = maxAnswer
 	MaxPath     = maxSocketPath
+	StreamEnd   = streamEnd
 )
 
 // SendContext is Send with another time than a minute.

@@ -263,36 +263,45 @@ func TestTracker_StopCutsOffStreamsThatStall(t *testing.T) {
 	require.NotContains(t, lines.String(), "source failed", "it was cut off, it did not fail")
 }
 
+// slowToClose is a source whose Close waits.
+type slowToClose struct {
+	*source
+	closing, release chan struct{}
+}
+
+func (s slowToClose) Close() error {
+	close(s.closing)
+	<-s.release
+	return s.source.Close()
+}
+
 // Hazard: a source that was silent for longer than a whole stream is given to
 // end, and then ended, was cut off at its end.
 func TestTracker_StopLetsAWholeStreamEnd(t *testing.T) {
-	const end = 100 * time.Millisecond
-	tracker, err := acomm.NewTracker("", nil, 0)
+	tracker, clock := newTracker(t), newTracker(t)
+	src := slowToClose{newSource(), make(chan struct{}), make(chan struct{})}
+	u, err := tracker.NewStreamUnix("", src)
 	require.NoError(t, err)
-	tracker.SetStreamEnd(end)
-	require.NoError(t, tracker.Start())
-	var sources []*source
-	errs := make(chan error, 20)
-	for range cap(errs) {
-		src := newSource()
-		sources = append(sources, src)
-		u, err := tracker.NewStreamUnix("", src)
-		require.NoError(t, err)
-		go func() { errs <- acomm.Stream(io.Discard, u) }()
-		_, err = src.feed.Write([]byte("x"))
-		require.NoError(t, err)
-	}
-	// A request on another tracker tells when the streams were silent for so long.
-	req, expired := newRequest(t, tracker.URL(), nil)
-	require.NoError(t, newTracker(t).TrackRequest(req, 2*end))
+	conn := dialStream(t, u)
+	_, err = conn.Write([]byte{0})
+	require.NoError(t, err)
+	_, err = src.feed.Write([]byte("x"))
+	require.NoError(t, err)
 	stopped := async(tracker.Stop)
+	// A request on another tracker tells when the source was silent for so long.
+	req, expired := newRequest(t, clock.URL(), nil)
+	require.NoError(t, clock.TrackRequest(req, acomm.StreamEnd+acomm.StreamEnd/10))
 	within(t, expired, "the time-out")
-	for _, src := range sources {
-		src.feed.Close()
+	src.feed.Close()
+	within(t, src.closing, "the end of the source")
+	for range 30 { // time enough to be cut off in
+		require.NoError(t, acomm.Send(clock.URL(), &acomm.Response{ID: "nobody's"}))
 	}
-	for range cap(errs) {
-		require.NoError(t, within(t, errs, "the consumer"))
-	}
+	close(src.release)
+	got, err := io.ReadAll(conn)
+	require.NoError(t, err)
+	require.Equal(t, "x", string(got))
+	conn.Close()
 	within(t, stopped, "Stop")
 }
 
