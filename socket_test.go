@@ -239,6 +239,38 @@ func TestSocket_WhoeverTakesNoLockWinsOrLosesAsAWhole(t *testing.T) {
 	}
 }
 
+func TestSocket_WhatReplacesADeadFileMeanwhileIsNeverRemoved(t *testing.T) {
+	// The hazard: the file is removed some time after the last look at it, and by
+	// then it may be that of somebody who needs no lock.
+	dir := shortDir(t)
+	for i := range 100 {
+		path := filepath.Join(dir, fmt.Sprintf("%d.sock", i))
+		leaveDeadSocket(t, path)
+		ul := acomm.NewUnixListener(path, 0)
+		started := make(chan error, 1)
+		go func() { started <- ul.Start() }()
+		await(t, "a pause between two looks", func() bool {
+			return len(started) > 0 || blockedIn("acomm.removeDead") > 0
+		})
+		if len(started) > 0 { // the pause was over before it was seen
+			require.NoError(t, <-started)
+			ul.Stop(0)
+			continue
+		}
+		require.NoError(t, os.Remove(path))
+		other := listenPlain(t, path)
+		err := within(t, started, "Start")
+		ul.Stop(0)
+		conn, dialErr := net.Dial("unix", path)
+		require.NoError(t, other.Close())
+		require.ErrorIs(t, err, syscall.EADDRINUSE)
+		require.NoError(t, dialErr)
+		require.NoError(t, conn.Close())
+		return
+	}
+	require.FailNow(t, "no pause was ever seen")
+}
+
 func TestSocket_OneOfManyProcessesReplacesADeadFile(t *testing.T) {
 	// The hazard: one process removes the file that another has just made.
 	const processes, rounds = 8, 20

@@ -805,17 +805,21 @@ func awaitAccepted(t testing.TB, ul *acomm.UnixListener, number int) {
 // awaitBlocked waits until the number of goroutines wait inside the function.
 func awaitBlocked(t testing.TB, function string, number int) {
 	t.Helper()
-	buf := make([]byte, 1<<20)
 	await(t, fmt.Sprintf("%d goroutines blocked in %s", number, function), func() bool {
-		var blocked int
-		for stack := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
-			head, rest, _ := strings.Cut(stack, "\n")
-			if strings.Contains(rest, function+"(") && !strings.Contains(head, "[run") && !strings.Contains(head, "[sync.Mutex") {
-				blocked++
-			}
-		}
-		return blocked == number
+		return blockedIn(function) == number
 	})
+}
+
+// blockedIn counts the goroutines that wait inside the function.
+func blockedIn(function string) (number int) {
+	buf := make([]byte, 1<<20)
+	for stack := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
+		head, rest, _ := strings.Cut(stack, "\n")
+		if strings.Contains(rest, function+"(") && !strings.Contains(head, "[run") && !strings.Contains(head, "[sync.Mutex") {
+			number++
+		}
+	}
+	return number
 }
 
 // await asks again and again until the answer is yes.
