@@ -1,7 +1,6 @@
 package acomm_test
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -25,10 +24,11 @@ func TestSocket_FileOfAKilledProcessIsReplaced(t *testing.T) {
 	for _, kind := range []string{"hold", "hold as in 2016"} {
 		t.Run(kind, func(t *testing.T) {
 			path := filepath.Join(shortDir(t), "s.sock")
-			child := startHelper(t, kind, path)
-			child.expect("holding")
+			child := startProcess(t, "socket "+kind, "SOCKET="+path)
+			require.Equal(t, "holding", child.ReadLine())
 			require.ErrorIs(t, acomm.NewUnixListener(path, 0).Start(), syscall.EADDRINUSE, "it lives")
-			child.kill()
+			child.Kill()
+			require.ErrorContains(t, child.Wait(), "killed")
 			require.Equal(t, fs.ModeSocket, mode(t, path).Type(), "what it left")
 			_, err := net.Dial("unix", path)
 			require.ErrorIs(t, err, syscall.ECONNREFUSED)
@@ -41,28 +41,21 @@ func TestSocket_FileOfAKilledProcessIsReplaced(t *testing.T) {
 	}
 }
 
-// helpHold listens until it is told to end, or killed.
-func helpHold(path string, said *bufio.Scanner) {
-	ul := acomm.NewUnixListener(path, 0)
-	if err := ul.Start(); err != nil {
-		fmt.Println(err)
-		return
+func init() {
+	roles["socket hold"] = func() {
+		orExit(acomm.NewUnixListener(os.Getenv("SOCKET"), 0).Start())
+		fmt.Println("holding")
+		<-commands
 	}
-	defer ul.Stop(time.Nanosecond)
-	fmt.Println("holding")
-	said.Scan()
-}
-
-// helpHold2016 is helpHold with nothing of this library.
-func helpHold2016(path string, said *bufio.Scanner) {
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		fmt.Println(err)
-		return
+	roles["socket hold as in 2016"] = func() {
+		l, err := net.Listen("unix", os.Getenv("SOCKET"))
+		orExit(err)
+		defer l.Close()
+		fmt.Println("holding")
+		<-commands
 	}
-	defer l.Close()
-	fmt.Println("holding")
-	said.Scan()
+	roles["socket contend"] = socketContend
+	roles["socket lock"] = socketLock
 }
 
 func TestSocket_DeadFilesOfAnyKindAreReplaced(t *testing.T) {
@@ -275,22 +268,22 @@ func TestSocket_OneOfManyProcessesReplacesADeadFile(t *testing.T) {
 	// The hazard: one process removes the file that another has just made.
 	const processes, rounds = 8, 20
 	dir := shortDir(t)
-	var children []*helper
+	var children []*process
 	for range processes {
-		children = append(children, startHelper(t, "contend", ""))
+		children = append(children, startProcess(t, "socket contend"))
 	}
 	for _, child := range children {
-		child.expect("ready")
+		require.Equal(t, "ready", child.ReadLine())
 	}
 	for round := range rounds {
 		path := filepath.Join(dir, fmt.Sprintf("%d.sock", round))
 		leaveDeadSocket(t, path)
 		for _, child := range children {
-			child.say(path)
+			require.NoError(t, child.WriteLine(path))
 		}
 		var won int
 		for _, child := range children {
-			switch answer := child.line(); answer {
+			switch answer := child.ReadLine(); answer {
 			case "won":
 				won++
 			case "in use":
@@ -303,21 +296,21 @@ func TestSocket_OneOfManyProcessesReplacesADeadFile(t *testing.T) {
 		require.NoError(t, err, "it can be reached")
 		require.NoError(t, conn.Close())
 		for _, child := range children {
-			child.say("stop")
+			require.NoError(t, child.WriteLine("stop"))
 		}
 		for _, child := range children {
-			child.expect("stopped")
+			require.Equal(t, "stopped", child.ReadLine())
 		}
 		require.NoFileExists(t, path)
 	}
 }
 
-// helpContend starts a listener at each path it is told, until it is told to
+// socketContend starts a listener at each path it is told, until it is told to
 // stop it.
-func helpContend(said *bufio.Scanner) {
+func socketContend() {
 	fmt.Println("ready")
-	for said.Scan() {
-		ul := acomm.NewUnixListener(said.Text(), 0)
+	for path := range commands {
+		ul := acomm.NewUnixListener(path, 0)
 		switch err := ul.Start(); {
 		case err == nil:
 			fmt.Println("won")
@@ -326,7 +319,7 @@ func helpContend(said *bufio.Scanner) {
 		default:
 			fmt.Println(err)
 		}
-		said.Scan()
+		<-commands
 		ul.Stop(time.Nanosecond)
 		fmt.Println("stopped")
 	}
@@ -500,8 +493,8 @@ func TestSocket_DirectoryLockedForLongIsAnError(t *testing.T) {
 		t.Skip("takes 5 s")
 	}
 	dir := shortDir(t)
-	child := startHelper(t, "lock", dir)
-	child.expect("locked")
+	child := startProcess(t, "socket lock", "DIR="+dir)
+	require.Equal(t, "locked", child.ReadLine())
 	dead := filepath.Join(dir, "s.sock")
 	leaveDeadSocket(t, dead)
 	ul := acomm.NewUnixListener(dead, 0)
@@ -514,8 +507,8 @@ func TestSocket_DirectoryLockedForLongIsAnError(t *testing.T) {
 	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
 	require.ErrorContains(t, err, dir)
 	require.Len(t, list(t, dir), 1, "as it was")
-	child.say("unlock")
-	child.expect("unlocked")
+	require.NoError(t, child.WriteLine("unlock"))
+	require.Equal(t, "unlocked", child.ReadLine())
 	require.NoError(t, ul.Start())
 	ul.Stop(0)
 }
@@ -523,8 +516,8 @@ func TestSocket_DirectoryLockedForLongIsAnError(t *testing.T) {
 func TestSocket_LockOfTheDirectoryDelaysNoNewName(t *testing.T) {
 	// The hazard: whoever can open a directory can lock it.
 	dir := shortDir(t)
-	child := startHelper(t, "lock", dir)
-	child.expect("locked")
+	child := startProcess(t, "socket lock", "DIR="+dir)
+	require.Equal(t, "locked", child.ReadLine())
 	ul := startListener(t, filepath.Join(dir, "new.sock"), 0)
 	require.NoError(t, exchange(ul, ul.URL()))
 	err := acomm.NewUnixListener(filepath.Join(dir, "new.sock"), 0).Start()
@@ -533,40 +526,32 @@ func TestSocket_LockOfTheDirectoryDelaysNoNewName(t *testing.T) {
 
 func TestSocket_DirectoryLockedForAMomentIsWaitedFor(t *testing.T) {
 	dir := shortDir(t)
-	child := startHelper(t, "lock", dir)
-	child.expect("locked")
+	child := startProcess(t, "socket lock", "DIR="+dir)
+	require.Equal(t, "locked", child.ReadLine())
 	dead := filepath.Join(dir, "s.sock")
 	leaveDeadSocket(t, dead)
 	ul := acomm.NewUnixListener(dead, 0)
 	started := make(chan error, 1)
 	go func() { started <- ul.Start() }()
 	awaitBlocked(t, "acomm.lockDir", 1)
-	child.say("unlock")
-	child.expect("unlocked")
+	require.NoError(t, child.WriteLine("unlock"))
+	require.Equal(t, "unlocked", child.ReadLine())
 	require.NoError(t, within(t, started, "Start"))
 	defer ul.Stop(0)
 	require.False(t, locked(t, dir), "Start keeps no lock")
 	require.NoError(t, exchange(ul, ul.URL()))
 }
 
-// helpLock holds the lock on a directory until it is told to let go.
-func helpLock(dir string, said *bufio.Scanner) {
-	f, err := os.Open(dir)
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	defer f.Close()
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
-		fmt.Println(err)
-		return
-	}
+// socketLock holds the lock on a directory until it is told to let go.
+func socketLock() {
+	f, err := os.Open(os.Getenv("DIR"))
+	orExit(err)
+	orExit(syscall.Flock(int(f.Fd()), syscall.LOCK_EX))
 	fmt.Println("locked")
-	if said.Scan() {
-		_ = f.Close()
-		fmt.Println("unlocked")
-		said.Scan()
-	}
+	<-commands
+	orExit(f.Close())
+	fmt.Println("unlocked")
+	<-commands
 }
 
 func TestSocket_DirectoryThatCantBeReadWillDo(t *testing.T) {

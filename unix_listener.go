@@ -188,13 +188,16 @@ func (ul *UnixListener) DoneConn(conn net.Conn) {
 	run := ul.run
 	if run != nil {
 		_, ok = run.open[uc]
-		delete(run.open, uc)
-		run.checkDrainedLocked()
 	}
 	ul.mu.Unlock()
-	if run != nil && ok {
-		_ = uc.Close()
+	if run == nil || !ok {
+		return
 	}
+	_ = uc.Close() // before Stop can learn that nothing is open
+	ul.mu.Lock()
+	delete(run.open, uc)
+	run.checkDrainedLocked()
+	ul.mu.Unlock()
 }
 
 // Stop stops listening for new connections, removes the socket file if it is

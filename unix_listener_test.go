@@ -1,7 +1,6 @@
 package acomm_test
 
 import (
-	"bufio"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,7 +10,6 @@ import (
 	"net"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strconv"
@@ -848,97 +846,4 @@ func list(t testing.TB, dir string) []os.DirEntry {
 	entries, err := os.ReadDir(dir)
 	require.NoError(t, err)
 	return entries
-}
-
-// helper is another process, which does what the test says.
-type helper struct {
-	t     testing.TB
-	cmd   *exec.Cmd
-	stdin io.WriteCloser
-	lines chan string // of its output, closed at the end
-}
-
-const (
-	helperMode = "ACOMM_TEST_HELPER"
-	helperPath = "ACOMM_TEST_HELPER_PATH"
-)
-
-// startHelper starts the test binary once more, as TestSocketHelper only. The
-// process ends with the test.
-func startHelper(t testing.TB, mode, path string) *helper {
-	t.Helper()
-	cmd := exec.Command(os.Args[0], "-test.run=^TestSocketHelper$")
-	cmd.Env = append(os.Environ(), helperMode+"="+mode, helperPath+"="+path,
-		"GORACE=atexit_sleep_ms=0 "+os.Getenv("GORACE")) // the race detector would take a second to end
-	cmd.Stderr = os.Stderr
-	stdin, err := cmd.StdinPipe()
-	require.NoError(t, err)
-	stdout, err := cmd.StdoutPipe()
-	require.NoError(t, err)
-	require.NoError(t, cmd.Start())
-	h := &helper{t: t, cmd: cmd, stdin: stdin, lines: make(chan string, 100)}
-	go func() { // ends with the process; end waits
-		defer close(h.lines)
-		for scanner := bufio.NewScanner(stdout); scanner.Scan(); {
-			h.lines <- scanner.Text()
-		}
-	}()
-	t.Cleanup(h.end)
-	return h
-}
-
-// end closes the helper's input, which it takes as the end, and waits for it.
-func (h *helper) end() {
-	_ = h.stdin.Close()
-	late := time.AfterFunc(patience, func() { _ = h.cmd.Process.Kill() })
-	defer late.Stop()
-	for range h.lines {
-	}
-	_ = h.cmd.Wait()
-}
-
-// kill ends the helper with SIGKILL.
-func (h *helper) kill() {
-	h.t.Helper()
-	require.NoError(h.t, h.cmd.Process.Kill())
-	for range h.lines {
-	}
-	require.ErrorContains(h.t, h.cmd.Wait(), "killed")
-}
-
-func (h *helper) say(line string) {
-	h.t.Helper()
-	_, err := fmt.Fprintln(h.stdin, line)
-	require.NoError(h.t, err)
-}
-
-func (h *helper) line() string {
-	h.t.Helper()
-	return within(h.t, h.lines, "the other process")
-}
-
-func (h *helper) expect(line string) {
-	h.t.Helper()
-	require.Equal(h.t, line, h.line())
-}
-
-// TestSocketHelper is no test: it is what a process started by startHelper runs.
-func TestSocketHelper(t *testing.T) {
-	mode, path := os.Getenv(helperMode), os.Getenv(helperPath)
-	if mode == "" {
-		t.Skip("runs in a process of its own, started by other tests")
-	}
-	said := bufio.NewScanner(os.Stdin)
-	switch mode {
-	case "hold":
-		helpHold(path, said)
-	case "hold as in 2016":
-		helpHold2016(path, said)
-	case "contend":
-		helpContend(said)
-	case "lock":
-		helpLock(path, said)
-	default:
-		t.Fatal("no such helper: " + mode)
-	}
 }
