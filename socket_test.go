@@ -224,12 +224,19 @@ func TestSocket_WhoeverTakesNoLockWinsOrLosesAsAWhole(t *testing.T) {
 			require.NoError(t, err)
 			continue
 		}
-		conn, dialErr := net.Dial("unix", path)
-		require.NoError(t, other.Close())
-		require.ErrorIs(t, err, syscall.EADDRINUSE)
-		require.NoError(t, dialErr)
-		require.NoError(t, conn.Close())
+		requireOthers(t, path, other, err)
 	}
+}
+
+// requireOthers fails unless the path was left to somebody else's listener, and
+// the error says so.
+func requireOthers(t *testing.T, path string, other net.Listener, err error) {
+	t.Helper()
+	conn, dialErr := net.Dial("unix", path)
+	require.NoError(t, other.Close())
+	require.ErrorIs(t, err, syscall.EADDRINUSE)
+	require.NoError(t, dialErr)
+	require.NoError(t, conn.Close())
 }
 
 func TestSocket_WhatReplacesADeadFileMeanwhileIsNeverRemoved(t *testing.T) {
@@ -254,11 +261,7 @@ func TestSocket_WhatReplacesADeadFileMeanwhileIsNeverRemoved(t *testing.T) {
 		other := listenPlain(t, path)
 		err := within(t, started, "Start")
 		ul.Stop(0)
-		conn, dialErr := net.Dial("unix", path)
-		require.NoError(t, other.Close())
-		require.ErrorIs(t, err, syscall.EADDRINUSE)
-		require.NoError(t, dialErr)
-		require.NoError(t, conn.Close())
+		requireOthers(t, path, other, err)
 		return
 	}
 	require.FailNow(t, "no pause was ever seen")
