@@ -36,10 +36,23 @@ func SendConnData(conn net.Conn, payload interface{}) error {
 	if err != nil {
 		return fmt.Errorf("send frame: %w", err)
 	}
-	if _, err := conn.Write(frame); err != nil {
+	if first, ok := conn.(*firstConn); ok && isResponse(payload) {
+		err = first.acknowledge(frame)
+	} else {
+		_, err = conn.Write(frame)
+	}
+	if err != nil {
 		return fmt.Errorf("send frame of %d bytes: %w", len(frame), closedEarly(err))
 	}
 	return nil
+}
+
+func isResponse(payload interface{}) bool {
+	switch payload.(type) {
+	case *Response, Response:
+		return true
+	}
+	return false
 }
 
 // UnmarshalConnData reads a frame, a header of 4 bytes and as many bytes of JSON
@@ -61,14 +74,28 @@ func UnmarshalConnData(conn net.Conn, dest interface{}) error {
 	if err := checkDest(dest); err != nil {
 		return fmt.Errorf("read frame: %w", err)
 	}
-	data, err := readFrame(conn)
+	data, err := receiveFrame(conn)
 	if err != nil {
 		return fmt.Errorf("read frame: %w", err)
 	}
-	if err := json.Unmarshal(data, dest); err != nil {
-		return fmt.Errorf("decode frame of %d bytes: %w", len(data), err)
+	return decodeFrame(data, dest)
+}
+
+// receiveFrame reads one frame from a connection of any kind.
+func receiveFrame(conn net.Conn) ([]byte, error) {
+	switch c := conn.(type) {
+	case *exchange:
+		if data := c.takeFrame(); data != nil {
+			return data, nil
+		}
+	case *firstConn:
+		data, err := readFrame(c)
+		if err == nil {
+			c.framed(len(data))
+		}
+		return data, err
 	}
-	return nil
+	return readFrame(conn)
 }
 
 // encodeFrame returns the header and the JSON of the payload in one slice.
@@ -112,7 +139,12 @@ func readFrame(r io.Reader) ([]byte, error) {
 	if err := checkSize(uint64(announced)); err != nil {
 		return nil, err
 	}
-	size := int(announced)
+	return readPayload(r, int(announced))
+}
+
+// readPayload reads so many bytes. What it allocates is bounded by twice what has
+// arrived.
+func readPayload(r io.Reader, size int) ([]byte, error) {
 	var data []byte
 	for have := 0; have < size; have = len(data) {
 		chunk := min(size-have, max(have, firstChunk))
@@ -122,6 +154,32 @@ func readFrame(r io.Reader) ([]byte, error) {
 		}
 	}
 	return data, nil
+}
+
+// parseFrame returns the payload of the frame at the start of data.
+func parseFrame(data []byte) ([]byte, error) {
+	if whole, err := frameLength(data); err == nil && whole > 0 && whole <= len(data) {
+		return data[headerSize:whole:whole], nil
+	}
+	return readFrame(bytes.NewReader(data)) // says what is wrong
+}
+
+// frameLength returns the length of the frame that data begins with; zero if data
+// is too short to tell.
+func frameLength(data []byte) (int, error) {
+	if len(data) < headerSize {
+		return 0, nil
+	}
+	size := binary.BigEndian.Uint32(data)
+	return headerSize + int(size), checkSize(uint64(size))
+}
+
+// decodeFrame decodes the payload of a frame.
+func decodeFrame(data []byte, dest interface{}) error {
+	if err := json.Unmarshal(data, dest); err != nil {
+		return fmt.Errorf("decode frame of %d bytes: %w", len(data), err)
+	}
+	return nil
 }
 
 func checkSize(size uint64) error {

@@ -72,14 +72,46 @@ func send(ctx context.Context, addr *url.URL, payload interface{}) error {
 	return ack.Error
 }
 
-// sendUnix carries out one exchange on a connection of its own and returns the
+// sendUnix carries out one exchange with the listener at the path, on the
+// connection that is kept to it or else on one of its own, and returns the
 // acknowledgement.
 func sendUnix(ctx context.Context, path string, frame []byte) (*Response, error) {
-	conn, err := dialUnix(ctx, path)
+	if message := frame[headerSize:]; len(message) <= keptLimit {
+		if c := kept.find(path); c != nil {
+			answer, err := c.exchange(ctx, message)
+			if err == nil {
+				return parseAck(answer)
+			}
+			if err != errUnsent {
+				return nil, err
+			}
+		}
+	}
+	return sendAlone(ctx, path, frame)
+}
+
+// sendAlone carries out one exchange on a new connection, which is closed after
+// it, or kept if the listener offers that.
+func sendAlone(ctx context.Context, path string, frame []byte) (*Response, error) {
+	var file fileID
+	var statErr error
+	keep := kept.wants(path)
+	if keep {
+		file, statErr = statFile(path)
+	}
+	var dialer net.Dialer
+	if keep {
+		dialer.Control = nameKeeper
+	}
+	conn, err := dialUnix(ctx, &dialer, path)
 	if err != nil {
 		return nil, err
 	}
-	defer conn.Close()
+	defer func() {
+		if conn != nil {
+			_ = conn.Close()
+		}
+	}()
 	if deadline, ok := ctx.Deadline(); ok {
 		if err := conn.SetDeadline(deadline); err != nil {
 			return nil, err
@@ -88,10 +120,31 @@ func sendUnix(ctx context.Context, path string, frame []byte) (*Response, error)
 	// A peer may refuse a frame before it has read all of it. Its word says more
 	// than our broken pipe, so it is looked for even if the write failed.
 	_, writeErr := conn.Write(frame)
+	data, err := readFrame(conn)
 	ack := &Response{}
-	err = UnmarshalConnData(conn, ack)
+	if err == nil {
+		err = decodeFrame(data, ack)
+	}
 	if writeErr != nil && (err != nil || ack.Error == nil) {
 		return nil, writeErr
+	}
+	if err != nil {
+		return nil, fmt.Errorf("acknowledgement: %w", err)
+	}
+	if keep && statErr == nil && writeErr == nil && offersToKeep(data) {
+		if now, err := statFile(path); err == nil && now == file && kept.keep(path, file, conn) {
+			conn = nil
+		}
+	}
+	return ack, nil
+}
+
+// parseAck returns the acknowledgement in what a listener has written.
+func parseAck(answer []byte) (*Response, error) {
+	data, err := parseFrame(answer)
+	ack := &Response{}
+	if err == nil {
+		err = decodeFrame(data, ack)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("acknowledgement: %w", err)
@@ -101,15 +154,17 @@ func sendUnix(ctx context.Context, path string, frame []byte) (*Response, error)
 
 // dialUnix connects to a stream socket. Where its backlog is full it tries again
 // until the context ends.
-func dialUnix(ctx context.Context, path string) (net.Conn, error) {
+func dialUnix(ctx context.Context, dialer *net.Dialer, path string) (*net.UnixConn, error) {
 	if err := checkSocketPath(path); err != nil {
 		return nil, err
 	}
-	var dialer net.Dialer
 	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
 		conn, err := dialer.DialContext(ctx, "unix", path)
+		if err == nil {
+			return conn.(*net.UnixConn), nil
+		}
 		if !errors.Is(err, syscall.EAGAIN) {
-			return conn, err
+			return nil, err
 		}
 		select {
 		case <-ctx.Done():

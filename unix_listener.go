@@ -4,9 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net"
 	"net/url"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -46,11 +48,14 @@ type listenerRun struct {
 	drained  chan struct{} // closed when Stop has begun and no connection is open
 	stopped  chan struct{} // closed when Stop is done
 	refused  chan struct{} // closed when the accept loop has ended
-	changed  *sync.Cond    // waiting or accepting have changed
+	changed  *sync.Cond    // waiting, accepting or reading have changed
 
 	accepting bool                       // the accept loop runs
-	waiting   []*net.UnixConn            // accepted, not yet handed out; oldest first
-	open      map[*net.UnixConn]struct{} // accepted, not yet done
+	waiting   []net.Conn                 // arrived, not yet handed out; oldest first
+	open      map[net.Conn]struct{}      // arrived, not yet done; nil once Stop has closed them
+	offered   map[*firstConn]struct{}    // may be kept by their senders
+	kept      map[*keptListener]struct{} // are kept
+	reading   int                        // of the kept ones, those on which exchanges may arrive
 }
 
 // NewUnixListener creates and initializes a new UnixListener; nothing is touched
@@ -125,9 +130,12 @@ func (ul *UnixListener) Start() error {
 		refused:   make(chan struct{}),
 		changed:   sync.NewCond(&ul.mu),
 		accepting: true,
-		open:      make(map[*net.UnixConn]struct{}),
+		open:      make(map[net.Conn]struct{}),
+		offered:   make(map[*firstConn]struct{}),
+		kept:      make(map[*keptListener]struct{}),
 	}
 	ul.run = run
+	kept.join()
 	go ul.accept(run) // ends with the socket; Stop waits for refused
 	return nil
 }
@@ -164,7 +172,7 @@ func (ul *UnixListener) NextConn() net.Conn {
 	if run == nil {
 		return nil
 	}
-	for len(run.waiting) == 0 && run.accepting {
+	for len(run.waiting) == 0 && (run.accepting || run.reading > 0) {
 		run.changed.Wait()
 	}
 	if len(run.waiting) == 0 {
@@ -173,6 +181,11 @@ func (ul *UnixListener) NextConn() net.Conn {
 	conn := run.waiting[0]
 	run.waiting[0] = nil
 	run.waiting = run.waiting[1:]
+	if e, ok := conn.(*exchange); ok {
+		e.c.handed = e.number
+		e.c.queued -= e.size
+		e.c.room.Broadcast()
+	}
 	return conn
 }
 
@@ -180,22 +193,24 @@ func (ul *UnixListener) NextConn() net.Conn {
 // connection that is done already or one that is not from this listener it does
 // nothing.
 func (ul *UnixListener) DoneConn(conn net.Conn) {
-	uc, ok := conn.(*net.UnixConn)
-	if !ok || uc == nil {
+	switch conn.(type) {
+	case *exchange, *firstConn, *net.UnixConn: // what NextConn returns
+	default:
 		return
 	}
 	ul.mu.Lock()
 	run := ul.run
+	var ok bool
 	if run != nil {
-		_, ok = run.open[uc]
+		_, ok = run.open[conn]
 	}
 	ul.mu.Unlock()
-	if run == nil || !ok {
+	if !ok {
 		return
 	}
-	_ = uc.Close() // before Stop can learn that nothing is open
+	_ = conn.Close() // before Stop can learn that nothing is open
 	ul.mu.Lock()
-	delete(run.open, uc)
+	delete(run.open, conn)
 	run.checkDrainedLocked()
 	ul.mu.Unlock()
 }
@@ -226,21 +241,50 @@ func (ul *UnixListener) Stop(timeout time.Duration) {
 
 	run.socket.close()
 	<-run.refused
+	ul.refuseMore(run)
+	run.waitDrained(timeout)
+	ul.closeOpen(run)
+	<-run.drained
+
 	ul.mu.Lock()
+	ul.run = nil
+	ul.mu.Unlock()
+	kept.leave()
+	close(run.stopped)
+}
+
+// refuseMore lets nothing more be sent on the connections that are kept.
+func (ul *UnixListener) refuseMore(run *listenerRun) {
+	ul.mu.Lock()
+	offered, keeping := slices.Collect(maps.Keys(run.offered)), slices.Collect(maps.Keys(run.kept))
 	run.checkDrainedLocked()
 	ul.mu.Unlock()
+	for _, f := range offered {
+		f.withdraw()
+	}
+	for _, c := range keeping {
+		c.refuse()
+	}
+}
 
-	run.waitDrained(timeout)
-
+// closeOpen closes what is still open.
+func (ul *UnixListener) closeOpen(run *listenerRun) {
 	ul.mu.Lock()
 	left := run.open
 	run.open, run.waiting = nil, nil
-	ul.run = nil
+	handed := make(map[*keptListener]uint32)
+	for c := range run.kept {
+		handed[c] = c.handed
+		c.room.Broadcast()
+	}
+	run.checkDrainedLocked()
 	ul.mu.Unlock()
+	for c, number := range handed {
+		c.stop(number)
+	}
 	for conn := range left {
 		_ = conn.Close()
 	}
-	close(run.stopped)
 }
 
 // refuse ends the accepting of connections. Those accepted before are still
@@ -271,7 +315,7 @@ func (run *listenerRun) waitDrained(timeout time.Duration) {
 // checkDrainedLocked tells Stop, once it has begun and the accept loop has ended,
 // when the last connection is done. The caller holds the listener's mu.
 func (run *listenerRun) checkDrainedLocked() {
-	if run.accepting || len(run.open) > 0 {
+	if run.accepting || len(run.open)+len(run.offered)+len(run.kept) > 0 {
 		return
 	}
 	select {
@@ -292,7 +336,7 @@ func (ul *UnixListener) accept(run *listenerRun) {
 	var failures logLimit
 	delay := minAcceptDelay
 	for accepted := 0; ul.limit <= 0 || accepted < ul.limit; {
-		conn, err := run.socket.AcceptUnix()
+		unixConn, err := run.socket.AcceptUnix()
 		if errors.Is(err, net.ErrClosed) {
 			break
 		}
@@ -303,6 +347,10 @@ func (ul *UnixListener) accept(run *listenerRun) {
 			continue
 		}
 		delay = minAcceptDelay
+		var conn net.Conn = unixConn
+		if keepsConns && ul.limit <= 0 && namedKeeper(unixConn) {
+			conn = &firstConn{conn: unixConn, ul: ul, run: run}
+		}
 		if accepted++; accepted == ul.limit {
 			run.socket.close() // first, so that whoever comes after this one finds nobody
 		}
@@ -327,5 +375,97 @@ func (run *listenerRun) waitToAccept(delay time.Duration) {
 	select {
 	case <-run.stopping:
 	case <-timer.C:
+	}
+}
+
+// mayOffer reports whether the connection may be kept, and counts it as one that
+// may.
+func (ul *UnixListener) mayOffer(f *firstConn) bool {
+	ul.mu.Lock()
+	defer ul.mu.Unlock()
+	if f.run.isStopping() || len(f.run.offered)+len(f.run.kept) >= keptConns {
+		return false
+	}
+	f.run.offered[f] = struct{}{}
+	return true
+}
+
+// promote makes a connection one that is kept, unless the listener stops.
+func (ul *UnixListener) promote(f *firstConn) *keptListener {
+	c, err := newKeptListener(ul, f.run, f.conn)
+	ul.mu.Lock()
+	defer ul.mu.Unlock()
+	if err != nil || f.run.isStopping() {
+		return nil
+	}
+	f.run.kept[c] = struct{}{}
+	f.run.reading++
+	return c
+}
+
+// offerEnded counts a connection as one that will not be kept, or is.
+func (ul *UnixListener) offerEnded(f *firstConn) {
+	ul.mu.Lock()
+	defer ul.mu.Unlock()
+	delete(f.run.offered, f)
+	f.run.checkDrainedLocked()
+}
+
+// handOver puts an exchange in the queue for NextConn. It waits while there is
+// much in it of the same connection.
+func (ul *UnixListener) handOver(e *exchange) error {
+	ul.mu.Lock()
+	defer ul.mu.Unlock()
+	run := e.c.run
+	for e.c.queued >= keptQueue && run.open != nil {
+		e.c.room.Wait()
+	}
+	if run.open == nil {
+		return net.ErrClosed
+	}
+	e.c.queued += e.size
+	run.open[e] = struct{}{}
+	run.waiting = append(run.waiting, e)
+	run.changed.Signal()
+	return nil
+}
+
+// eachExchange calls f with the open exchanges of a connection.
+func (ul *UnixListener) eachExchange(c *keptListener, f func(*exchange)) {
+	ul.mu.Lock()
+	var exchanges []*exchange
+	for conn := range c.run.open {
+		if e, ok := conn.(*exchange); ok && e.c == c {
+			exchanges = append(exchanges, e)
+		}
+	}
+	ul.mu.Unlock()
+	for _, e := range exchanges {
+		f(e)
+	}
+}
+
+// readingEnded notes that no more exchanges arrive on a connection.
+func (ul *UnixListener) readingEnded(c *keptListener) {
+	ul.mu.Lock()
+	defer ul.mu.Unlock()
+	c.run.reading--
+	c.run.changed.Broadcast()
+}
+
+// keptEnded forgets a connection that was kept.
+func (ul *UnixListener) keptEnded(c *keptListener) {
+	ul.mu.Lock()
+	defer ul.mu.Unlock()
+	delete(c.run.kept, c)
+	c.run.checkDrainedLocked()
+}
+
+func (run *listenerRun) isStopping() bool {
+	select {
+	case <-run.stopping:
+		return true
+	default:
+		return false
 	}
 }

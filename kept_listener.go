@@ -1,0 +1,584 @@
+package acomm
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// The listening side of kept connections. A connection begins as a firstConn,
+// which carries one exchange as ever. If its handler acknowledges with
+// SendConnData, the acknowledgement offers to keep the connection. A sender that
+// wants to says so at once, and the connection becomes a keptListener, on which
+// each further message is an exchange: a net.Conn of its own for its handler.
+
+const (
+	keptOffer     = `,"keep":1}`           // the end of an acknowledgement that offers to keep the connection
+	keptGrace     = 200 * time.Millisecond // for a sender to take the offer, once the handler is done
+	keptListening = 2 * keptRest           // without an exchange until the listener closes a connection
+	keptQueue     = 1 << 20                // bytes of messages read and not yet handed out, of a connection
+)
+
+// firstConn is a connection with its first exchange. It passes everything through
+// until the offer to keep it is made.
+type firstConn struct {
+	conn *net.UnixConn
+	ul   *UnixListener
+	run  *listenerRun
+
+	mu      sync.Mutex // guards the fields below
+	read    int        // bytes read by the handler
+	frame   int        // of them, a frame read by UnmarshalConnData
+	written bool       // by the handler, other than the acknowledgement with the offer
+	state   firstState
+	decided chan struct{} // made with the offer, closed when its outcome is known
+	peeked  []byte        // read while the sender's word was awaited, and not it
+	closed  bool          // by the handler
+}
+
+type firstState int
+
+const (
+	firstAlone   firstState = iota // has nothing to do with keeping
+	firstOffered                   // awaitSender reads
+	firstKept                      // goes on as a keptListener
+)
+
+// framed notes that a frame was read with so much payload.
+func (f *firstConn) framed(payload int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.frame = headerSize + payload
+}
+
+// acknowledge writes the frame of a Response, with the offer to keep the
+// connection if it is an answer to the one frame that was read.
+func (f *firstConn) acknowledge(frame []byte) error {
+	f.mu.Lock()
+	plain := f.frame == 0 || f.frame != f.read || f.written || f.state != firstAlone || f.closed
+	f.mu.Unlock()
+	if plain || !f.ul.mayOffer(f) {
+		_, err := f.Write(frame)
+		return err
+	}
+	offer := append(frame[:len(frame)-1:len(frame)-1], keptOffer...)
+	binary.BigEndian.PutUint32(offer, uint32(len(offer)-headerSize))
+	f.mu.Lock()
+	f.state, f.decided = firstOffered, make(chan struct{})
+	f.mu.Unlock()
+	_, err := f.conn.Write(offer)
+	if err != nil {
+		f.decide(false)
+		return err
+	}
+	go f.awaitSender() // ends with the connection, or the handler's deadline, or serves on
+	return nil
+}
+
+// awaitSender reads the sender's word that it keeps the connection, and serves
+// it. If anything else comes it is for the handler.
+func (f *firstConn) awaitSender() {
+	word := make([]byte, 0, len(keptHello))
+	for len(word) < len(keptHello) && string(word) == keptHello[:len(word)] {
+		n, err := f.conn.Read(word[len(word):cap(word)])
+		word = word[:len(word)+n]
+		if err != nil {
+			break
+		}
+	}
+	f.mu.Lock()
+	f.peeked = word
+	keep := string(word) == keptHello && !f.written
+	f.mu.Unlock()
+	if c := f.decide(keep); c != nil {
+		c.serve()
+	}
+}
+
+// decide ends the time of the offer. It returns the connection as it goes on, if
+// it does.
+func (f *firstConn) decide(keep bool) *keptListener {
+	defer f.ul.offerEnded(f)
+	var c *keptListener
+	if keep {
+		c = f.ul.promote(f)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.state = firstAlone
+	switch {
+	case c != nil:
+		f.state = firstKept
+	case f.closed:
+		_ = f.conn.Close()
+	}
+	close(f.decided)
+	return c
+}
+
+// withdraw takes the offer back: the listener stops.
+func (f *firstConn) withdraw() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.written = true
+	if f.closed && f.state == firstOffered {
+		_ = f.conn.Close()
+	}
+}
+
+// await waits until it is known what becomes of the connection, and locks mu. It
+// reports whether the handler still has it to itself.
+func (f *firstConn) await() bool {
+	f.mu.Lock()
+	if f.state == firstOffered {
+		decided := f.decided
+		f.mu.Unlock()
+		<-decided
+		f.mu.Lock()
+	}
+	return f.state == firstAlone
+}
+
+func (f *firstConn) Read(p []byte) (int, error) {
+	alone := f.await()
+	if f.closed || !alone {
+		defer f.mu.Unlock()
+		if f.closed {
+			return 0, opError("read", f.conn, net.ErrClosed)
+		}
+		return 0, io.EOF // a sender that does not keep it would have closed it
+	}
+	if len(f.peeked) > 0 {
+		defer f.mu.Unlock()
+		n := copy(p, f.peeked)
+		f.peeked = f.peeked[n:]
+		return n, nil
+	}
+	f.mu.Unlock()
+	n, err := f.conn.Read(p)
+	f.mu.Lock()
+	f.read += n
+	f.mu.Unlock()
+	return n, err
+}
+
+func (f *firstConn) Write(p []byte) (int, error) {
+	f.mu.Lock()
+	f.written = true
+	switch {
+	case f.closed:
+		defer f.mu.Unlock()
+		return 0, opError("write", f.conn, net.ErrClosed)
+	case f.state == firstKept:
+		defer f.mu.Unlock()
+		return 0, opError("write", f.conn, syscall.EPIPE)
+	}
+	f.mu.Unlock()
+	return f.conn.Write(p)
+}
+
+// Close ends the exchange. The connection itself is left to whom it goes on with.
+func (f *firstConn) Close() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return opError("close", f.conn, net.ErrClosed)
+	}
+	f.closed = true
+	switch f.state {
+	case firstKept:
+		return nil
+	case firstOffered:
+		if !f.written {
+			return f.conn.SetReadDeadline(time.Now().Add(keptGrace))
+		}
+	}
+	return f.conn.Close()
+}
+
+// setDeadline sets a deadline unless the connection is the handler's no more.
+func (f *firstConn) setDeadline(set func(time.Time) error, t time.Time) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case f.closed:
+		return opError("set", f.conn, net.ErrClosed)
+	case f.state == firstKept:
+		return nil
+	}
+	return set(t)
+}
+
+func (f *firstConn) LocalAddr() net.Addr  { return f.conn.LocalAddr() }
+func (f *firstConn) RemoteAddr() net.Addr { return f.conn.RemoteAddr() }
+
+// SyscallConn gives access to the socket, for the peer's credentials.
+func (f *firstConn) SyscallConn() (syscall.RawConn, error) { return f.conn.SyscallConn() }
+
+func (f *firstConn) SetDeadline(t time.Time) error {
+	return f.setDeadline(f.conn.SetDeadline, t)
+}
+
+func (f *firstConn) SetReadDeadline(t time.Time) error {
+	return f.setDeadline(f.conn.SetReadDeadline, t)
+}
+
+func (f *firstConn) SetWriteDeadline(t time.Time) error {
+	return f.setDeadline(f.conn.SetWriteDeadline, t)
+}
+
+// keptListener is a connection that its sender keeps.
+type keptListener struct {
+	ul   *UnixListener
+	run  *listenerRun
+	conn *net.UnixConn
+	out  *batch
+	rest *time.Timer
+
+	// Guarded by the listener's mu.
+	handed uint32     // number of the last exchange that NextConn has returned
+	queued int        // bytes of those it has not
+	room   *sync.Cond // queued has become less, or the connection has ended
+
+	// Guarded by out.mu.
+	last     uint32 // number of the last message
+	seen     uint32 // last, when rest looked
+	pending  int    // exchanges not answered
+	refusing bool   // nothing more can be sent to us; what was is served
+	ended    bool   // the sender is gone, or the listener has closed
+}
+
+func newKeptListener(ul *UnixListener, run *listenerRun, conn *net.UnixConn) (*keptListener, error) {
+	out, err := newBatch(conn, nil) // the reader learns of what fails
+	if err != nil {
+		return nil, err
+	}
+	c := &keptListener{ul: ul, run: run, conn: conn, out: out, room: sync.NewCond(&ul.mu)}
+	return c, conn.SetDeadline(time.Time{})
+}
+
+// serve agrees to keep the connection and hands its messages out, until nothing
+// more can come and all were answered.
+func (c *keptListener) serve() {
+	if _, err := c.conn.Write([]byte(keptHello)); err == nil { // 8 bytes into an empty socket
+		c.out.mu.Lock()
+		c.rest = time.AfterFunc(keptListening, c.rested)
+		c.out.mu.Unlock()
+		r := bufio.NewReaderSize(c.conn, 16<<10)
+		for c.readFrame(r) == nil {
+		}
+		c.rest.Stop()
+	}
+	c.ul.readingEnded(c)
+	c.out.mu.Lock()
+	gone := !c.refusing // the sender, or it is of no use
+	c.out.mu.Unlock()
+	if gone {
+		c.ul.eachExchange(c, (*exchange).senderGone)
+	}
+	c.out.mu.Lock()
+	for c.refusing && !c.ended && (c.pending > 0 || c.out.writing) {
+		c.out.idle.Wait()
+	}
+	c.ended = true
+	c.out.mu.Unlock()
+	_ = c.conn.Close() // before Stop can learn that the connection is gone
+	c.ul.keptEnded(c)
+}
+
+// readFrame reads a frame of the sender and does what it says. An error ends the
+// connection.
+func (c *keptListener) readFrame(r *bufio.Reader) error {
+	kind, size, number, err := readKeptHeader(r)
+	if err != nil {
+		return err
+	}
+	switch {
+	case kind == keptMessage && size <= keptLimit:
+		frame := make([]byte, headerSize+size) // a plain frame, as the handler expects it
+		binary.BigEndian.PutUint32(frame, uint32(size))
+		if _, err := io.ReadFull(r, frame[headerSize:]); err != nil {
+			return err
+		}
+		return c.message(number, frame)
+	case kind == keptCancel && size == 0:
+		c.ul.eachExchange(c, func(e *exchange) {
+			if e.number == number {
+				e.senderGone()
+			}
+		})
+		return nil
+	}
+	return errors.New("not a frame of a sender")
+}
+
+// message hands an exchange to the listener.
+func (c *keptListener) message(number uint32, frame []byte) error {
+	c.out.mu.Lock()
+	broken := number != c.last+1 || c.pending >= keptShare
+	if !broken {
+		c.last = number
+		c.pending++
+	}
+	c.out.mu.Unlock()
+	if broken {
+		return errors.New("not the next number, or too many exchanges")
+	}
+	return c.ul.handOver(&exchange{c: c, number: number, size: len(frame), unread: frame})
+}
+
+// refuse lets nothing more be sent on the connection. A message that was sent is
+// served; the write of a later one fails, so its sender knows.
+func (c *keptListener) refuse() {
+	c.out.mu.Lock()
+	defer c.out.mu.Unlock()
+	c.refusing = true
+	_ = c.conn.CloseRead()
+}
+
+// stop closes the connection, whatever is open on it, and tells the sender which
+// messages nobody has seen.
+func (c *keptListener) stop(handed uint32) {
+	c.out.mu.Lock()
+	flush := c.out.addLocked(keptStop, handed, nil)
+	c.out.mu.Unlock()
+	if flush {
+		c.out.flush(false)
+	}
+	c.out.mu.Lock()
+	c.ended = true
+	_ = c.conn.Close()
+	c.out.idle.Broadcast()
+	c.out.mu.Unlock()
+}
+
+// rested closes the connection if it has not been used for the time of rest.
+func (c *keptListener) rested() {
+	c.out.mu.Lock()
+	used := c.seen != c.last || c.pending > 0
+	c.seen = c.last
+	if used && !c.refusing {
+		c.rest.Reset(keptListening)
+	}
+	c.out.mu.Unlock()
+	if !used {
+		c.refuse()
+	}
+}
+
+// exchange is a message on a kept connection, for its handler a connection of its
+// own: the message's plain frame can be read from it, and what is written to it, up
+// to the end of a frame, answers the message.
+type exchange struct {
+	c      *keptListener
+	number uint32
+	size   int // bytes of the message
+
+	// Guarded by c.out.mu.
+	unread        []byte // of the message
+	answer        []byte // written, not yet a frame
+	answered      bool   // nothing more goes to the sender
+	gone          bool   // the sender does not wait any more
+	closed        bool   // by the handler
+	readDeadline  time.Time
+	writeDeadline time.Time
+	changed       chan struct{} // made by a Read that waits, closed to tell it to look again
+}
+
+// takeFrame returns the payload of the message if nothing of it has been read;
+// else nil, and Read says why.
+func (e *exchange) takeFrame() []byte {
+	e.c.out.mu.Lock()
+	defer e.c.out.mu.Unlock()
+	whole, err := frameLength(e.unread)
+	if err != nil || whole == 0 || whole != len(e.unread) || e.closed || passed(e.readDeadline) {
+		return nil
+	}
+	data := e.unread[headerSize:]
+	e.unread = nil
+	return data
+}
+
+// Read reads the message, then waits for the sender to be told or to give up.
+func (e *exchange) Read(p []byte) (int, error) {
+	for {
+		e.c.out.mu.Lock()
+		n, err, again := e.readLocked(p)
+		deadline := e.readDeadline
+		e.c.out.mu.Unlock()
+		if again == nil {
+			return n, err
+		}
+		if deadline.IsZero() {
+			<-again
+			continue
+		}
+		timer := time.NewTimer(time.Until(deadline))
+		select {
+		case <-again:
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+// readLocked reads what is there. If it has to wait it returns a channel that is
+// closed when it should be called again. The caller holds c.out.mu.
+func (e *exchange) readLocked(p []byte) (int, error, chan struct{}) {
+	switch {
+	case e.closed:
+		return 0, opError("read", e.c.conn, net.ErrClosed), nil
+	case passed(e.readDeadline):
+		return 0, opError("read", e.c.conn, os.ErrDeadlineExceeded), nil
+	case len(p) == 0:
+		return 0, nil, nil
+	case len(e.unread) > 0:
+		n := copy(p, e.unread)
+		e.unread = e.unread[n:]
+		return n, nil, nil
+	case e.answered || e.gone:
+		return 0, io.EOF, nil
+	}
+	if e.changed == nil {
+		e.changed = make(chan struct{})
+	}
+	return 0, nil, e.changed
+}
+
+// wakeLocked lets a Read that waits look again. The caller holds c.out.mu.
+func (e *exchange) wakeLocked() {
+	if e.changed != nil {
+		close(e.changed)
+		e.changed = nil
+	}
+}
+
+// senderGone ends the exchange for its handler: nobody waits for the answer.
+func (e *exchange) senderGone() {
+	e.c.out.mu.Lock()
+	defer e.c.out.mu.Unlock()
+	e.gone = true
+	e.settleLocked()
+}
+
+// settleLocked notes that nothing more goes to the sender. The caller holds
+// c.out.mu.
+func (e *exchange) settleLocked() {
+	if e.answered {
+		return
+	}
+	e.answered, e.answer = true, nil
+	e.c.pending--
+	e.wakeLocked()
+	if e.c.pending == 0 {
+		e.c.out.idle.Broadcast()
+	}
+}
+
+// answerLocked sends the answer, and reports whether the caller has to flush, and
+// whether in company. The caller holds c.out.mu.
+func (e *exchange) answerLocked(answer []byte) (flush, company bool) {
+	if e.answered {
+		return false, false
+	}
+	flush = e.c.out.addLocked(keptAnswer, e.number, answer)
+	e.settleLocked()
+	return flush, e.c.pending > 0
+}
+
+// Write takes the answer. It goes to the sender with the end of its frame; there
+// is nobody for what comes after.
+func (e *exchange) Write(p []byte) (int, error) {
+	e.c.out.mu.Lock()
+	switch {
+	case e.closed:
+		defer e.c.out.mu.Unlock()
+		return 0, opError("write", e.c.conn, net.ErrClosed)
+	case passed(e.writeDeadline):
+		defer e.c.out.mu.Unlock()
+		return 0, opError("write", e.c.conn, os.ErrDeadlineExceeded)
+	case e.answered || e.c.out.err != nil:
+		defer e.c.out.mu.Unlock()
+		return 0, opError("write", e.c.conn, syscall.EPIPE)
+	}
+	answer := p
+	if len(e.answer) > 0 {
+		e.answer = append(e.answer, p...)
+		answer = e.answer
+	}
+	whole, err := frameLength(answer)
+	var flush, company bool
+	switch {
+	case err != nil: // the sender will say what is wrong with it
+		flush, company = e.answerLocked(answer)
+	case whole > 0 && whole <= len(answer):
+		flush, company = e.answerLocked(answer[:whole])
+	case len(e.answer) == 0:
+		e.answer = append(e.answer, p...)
+	}
+	e.c.out.mu.Unlock()
+	if flush {
+		e.c.out.flush(company)
+	}
+	return len(p), nil
+}
+
+// Close ends the exchange. A sender that was not answered is told so.
+func (e *exchange) Close() error {
+	e.c.out.mu.Lock()
+	if e.closed {
+		defer e.c.out.mu.Unlock()
+		return opError("close", e.c.conn, net.ErrClosed)
+	}
+	e.closed = true
+	flush, company := e.answerLocked(e.answer)
+	e.unread = nil
+	e.wakeLocked()
+	e.c.out.mu.Unlock()
+	if flush {
+		e.c.out.flush(company)
+	}
+	return nil
+}
+
+func (e *exchange) LocalAddr() net.Addr  { return e.c.conn.LocalAddr() }
+func (e *exchange) RemoteAddr() net.Addr { return e.c.conn.RemoteAddr() }
+
+// SyscallConn gives access to the socket that the exchange shares with others, for
+// the peer's credentials.
+func (e *exchange) SyscallConn() (syscall.RawConn, error) { return e.c.conn.SyscallConn() }
+
+func (e *exchange) SetDeadline(t time.Time) error      { return e.setDeadlines(t, true, true) }
+func (e *exchange) SetReadDeadline(t time.Time) error  { return e.setDeadlines(t, true, false) }
+func (e *exchange) SetWriteDeadline(t time.Time) error { return e.setDeadlines(t, false, true) }
+
+func (e *exchange) setDeadlines(t time.Time, read, write bool) error {
+	e.c.out.mu.Lock()
+	defer e.c.out.mu.Unlock()
+	if e.closed {
+		return opError("set", e.c.conn, net.ErrClosed)
+	}
+	if read {
+		e.readDeadline = t
+		e.wakeLocked()
+	}
+	if write {
+		e.writeDeadline = t
+	}
+	return nil
+}
+
+// passed reports whether a deadline is set and has passed.
+func passed(deadline time.Time) bool {
+	return !deadline.IsZero() && !time.Now().Before(deadline)
+}
+
+func opError(op string, conn *net.UnixConn, err error) error {
+	return &net.OpError{Op: op, Net: "unix", Source: conn.LocalAddr(), Addr: conn.RemoteAddr(), Err: err}
+}

@@ -1,0 +1,543 @@
+package acomm
+
+import (
+	"bufio"
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// Connections to listeners of this library are kept and shared: after the first
+// exchange on a connection the two sides agree on it, and from then on messages
+// and their acknowledgements travel on it with a number each, those of the same
+// moment in one system call. PROTOCOL.md has the rules. This file is the sending
+// side, and what both sides need; kept_listener.go is the listening side.
+
+const (
+	keptName       = "@acomm-keep-1/"    // begins the name of a socket whose owner can keep connections
+	keptHello      = "\xffacomm\x00\x01" // the sender wants to keep the connection; the listener agrees
+	keptHeaderSize = 8                   // bytes: kind and length, number
+	keptLimit      = 64 << 10            // bytes of JSON in a message; a longer one gets a connection of its own
+	keptShare      = 1024                // exchanges at a time on a connection; one more gets a connection of its own
+	keptConns      = 256                 // connections a process, or a listener, keeps
+	keptAgree      = time.Second         // the listener has to agree in
+	keptRest       = 5 * time.Second     // without an exchange until the sender closes a connection
+)
+
+// keptKind is what a frame on a kept connection is. Its highest bit is set, so
+// that its header can't be one of a plain frame.
+type keptKind uint32
+
+const (
+	keptMessage keptKind = 8 + iota // of the sender: a message
+	keptCancel                      // of the sender: it has given up on the message of that number
+	keptAnswer                      // of the listener: what it wrote, up to a whole frame or until it closed
+	keptStop                        // of the listener: no message after that number will be read
+)
+
+// errUnsent is the outcome of an exchange whose message has certainly not been
+// read: it may be sent again.
+var errUnsent = errors.New("not sent")
+
+// appendKept appends a frame of a kept connection.
+func appendKept(b []byte, kind keptKind, number uint32, payload []byte) []byte {
+	b = binary.BigEndian.AppendUint32(b, uint32(kind)<<28|uint32(len(payload)))
+	b = binary.BigEndian.AppendUint32(b, number)
+	return append(b, payload...)
+}
+
+// readKeptHeader reads the header of a frame on a kept connection.
+func readKeptHeader(r *bufio.Reader) (kind keptKind, size int, number uint32, err error) {
+	header, err := r.Peek(keptHeaderSize)
+	if err != nil {
+		return 0, 0, 0, err
+	}
+	word := binary.BigEndian.Uint32(header)
+	number = binary.BigEndian.Uint32(header[4:])
+	_, _ = r.Discard(keptHeaderSize)
+	return keptKind(word >> 28), int(word & (1<<28 - 1)), number, nil
+}
+
+// batch writes the frames of many goroutines to one connection, those of about
+// the same moment in one system call.
+type batch struct {
+	conn   *net.UnixConn
+	raw    syscall.RawConn
+	failed func() // called once, when a write has failed
+
+	mu      sync.Mutex // guards the fields below, and more of the connection's owner
+	idle    sync.Cond  // tells that writing has ended
+	frames  []byte     // nobody has begun to write these
+	spare   []byte     // for the frames after those
+	queued  uint64     // bytes ever added
+	written uint64     // bytes the system has taken
+	writing bool       // a goroutine writes, and takes along what is added
+	err     error      // of a write; nothing is written after it
+}
+
+func newBatch(conn *net.UnixConn, failed func()) (*batch, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	b := &batch{conn: conn, raw: raw, failed: failed}
+	b.idle.L = &b.mu
+	return b, nil
+}
+
+// addLocked adds a frame, and reports whether the caller has to flush: otherwise
+// somebody else is about to. The caller holds mu.
+func (b *batch) addLocked(kind keptKind, number uint32, payload []byte) bool {
+	if b.err != nil {
+		return false
+	}
+	b.frames = appendKept(b.frames, kind, number, payload)
+	b.queued += uint64(keptHeaderSize + len(payload))
+	if b.writing {
+		return false
+	}
+	b.writing = true
+	return true
+}
+
+// flush writes what was added, and what is added meanwhile. In company, that is
+// where other goroutines are likely to add frames at this moment, it lets them go
+// first. It does not block: what the socket does not take is left to a goroutine.
+func (b *batch) flush(company bool) {
+	if company {
+		runtime.Gosched()
+	}
+	for data := b.begin(); data != nil; data = b.begin() {
+		n, err := b.writeNow(data)
+		if err == nil && n < len(data) {
+			go b.writeRest(data, n)
+			return
+		}
+		b.end(data, n, err)
+	}
+}
+
+// writeRest writes what the socket did not take at once. It ends within a minute,
+// or when the connection is closed.
+func (b *batch) writeRest(data []byte, from int) {
+	n := 0
+	err := b.conn.SetWriteDeadline(time.Now().Add(sendTimeout))
+	if err == nil {
+		n, err = b.conn.Write(data[from:])
+	}
+	if err == nil {
+		err = b.conn.SetWriteDeadline(time.Time{})
+	}
+	b.end(data, from+n, err)
+	b.flush(false)
+}
+
+// begin returns what is to be written next; nil, and writing has ended, if there
+// is nothing.
+func (b *batch) begin() []byte {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.err != nil || len(b.frames) == 0 {
+		b.writing = false
+		b.idle.Broadcast()
+		return nil
+	}
+	data := b.frames
+	b.frames, b.spare = b.spare[:0], nil
+	return data
+}
+
+// end takes down how much of the data was written.
+func (b *batch) end(data []byte, n int, err error) {
+	b.mu.Lock()
+	b.written += uint64(n)
+	if cap(data) <= 2*keptLimit {
+		b.spare = data
+	}
+	first := err != nil && b.err == nil
+	if first {
+		b.err = err
+	}
+	b.mu.Unlock()
+	if first && b.failed != nil {
+		b.failed()
+	}
+}
+
+// writeNow writes as much as the socket takes at once.
+func (b *batch) writeNow(data []byte) (n int, err error) {
+	rawErr := b.raw.Write(func(fd uintptr) bool {
+		for {
+			n, err = syscall.Write(int(fd), data)
+			if err != syscall.EINTR {
+				return true
+			}
+		}
+	})
+	switch {
+	case rawErr != nil:
+		return 0, rawErr
+	case err == syscall.EAGAIN:
+		return 0, nil
+	}
+	return max(n, 0), err
+}
+
+// keptSender is a connection to a listener that this process keeps.
+type keptSender struct {
+	path  string
+	file  fileID
+	conn  *net.UnixConn
+	out   *batch
+	rest  *time.Timer
+	ended chan struct{} // closed when nothing of the connection is left
+
+	// Guarded by out.mu.
+	agreed  bool // by the listener
+	retired bool // no further exchange; closed with the last one
+	last    uint32
+	seen    uint32 // last, when rest looked
+	waiting map[uint32]*waiter
+}
+
+// waiter is a message whose acknowledgement is waited for.
+type waiter struct {
+	end     uint64 // of its frame, in bytes added to the batch
+	outcome chan outcome
+}
+
+type outcome struct {
+	answer []byte
+	err    error
+}
+
+// exchange sends a message and returns the plain frame that answers it. The
+// error is errUnsent where the message can't have been read.
+func (c *keptSender) exchange(ctx context.Context, message []byte) ([]byte, error) {
+	w := &waiter{outcome: make(chan outcome, 1)}
+	c.out.mu.Lock()
+	if !c.agreed || c.retired || c.out.err != nil || len(c.waiting) >= keptShare {
+		c.out.mu.Unlock()
+		return nil, errUnsent
+	}
+	c.last++
+	number := c.last
+	flush := c.out.addLocked(keptMessage, number, message)
+	w.end = c.out.queued
+	c.waiting[number] = w
+	company := len(c.waiting) > 1
+	c.out.mu.Unlock()
+	if flush {
+		c.out.flush(company)
+	}
+	select {
+	case o := <-w.outcome:
+		return o.answer, o.err
+	case <-ctx.Done():
+	}
+	c.out.mu.Lock()
+	if c.waiting[number] == nil { // the outcome came first
+		c.out.mu.Unlock()
+		o := <-w.outcome
+		return o.answer, o.err
+	}
+	flush = c.out.addLocked(keptCancel, number, nil)
+	c.settleLocked(number, outcome{})
+	c.out.mu.Unlock()
+	if flush {
+		c.out.flush(false)
+	}
+	return nil, fmt.Errorf("acknowledgement: %w", ctx.Err())
+}
+
+// settleLocked ends an exchange. The caller holds out.mu.
+func (c *keptSender) settleLocked(number uint32, o outcome) {
+	w := c.waiting[number]
+	if w == nil {
+		return
+	}
+	delete(c.waiting, number)
+	w.outcome <- o
+	c.closeIfDoneLocked()
+}
+
+// closeIfDoneLocked closes the connection after its last exchange, which ends
+// read. The caller holds out.mu.
+func (c *keptSender) closeIfDoneLocked() {
+	if c.retired && len(c.waiting) == 0 {
+		_ = c.conn.Close()
+	}
+}
+
+// retire lets the connection begin no further exchange, and closes it after the
+// last one. It reports whether there is none.
+func (c *keptSender) retire() bool {
+	kept.forget(c)
+	c.out.mu.Lock()
+	defer c.out.mu.Unlock()
+	c.retired = true
+	c.closeIfDoneLocked()
+	return len(c.waiting) == 0
+}
+
+// writeFailed lets the messages that were not written go elsewhere. Those before
+// may yet be answered: a listener that stops reads no further, but serves what it
+// has.
+func (c *keptSender) writeFailed() {
+	kept.forget(c)
+	c.out.mu.Lock()
+	defer c.out.mu.Unlock()
+	c.retired = true
+	for number, w := range c.waiting {
+		if w.end > c.out.written {
+			c.settleLocked(number, outcome{err: errUnsent})
+		}
+	}
+	c.closeIfDoneLocked()
+}
+
+// rested closes the connection if it has not been used for the time of rest.
+func (c *keptSender) rested() {
+	c.out.mu.Lock()
+	used := c.seen != c.last || len(c.waiting) > 0
+	c.seen = c.last
+	if used && !c.retired {
+		c.rest.Reset(keptRest)
+	}
+	c.out.mu.Unlock()
+	if !used {
+		c.retire()
+	}
+}
+
+// read waits for the listener to agree and hands its answers out, until the
+// connection is closed.
+func (c *keptSender) read() {
+	defer close(c.ended)
+	r := bufio.NewReaderSize(c.conn, 16<<10)
+	if err := c.awaitAgreement(r); err == nil {
+		for c.readFrame(r) == nil {
+		}
+	}
+	kept.forget(c)
+	c.rest.Stop()
+	_ = c.conn.Close()
+	c.out.mu.Lock()
+	defer c.out.mu.Unlock()
+	c.retired = true
+	if c.out.err == nil {
+		c.out.err = net.ErrClosed
+	}
+	for c.out.writing {
+		c.out.idle.Wait()
+	}
+	for number, w := range c.waiting {
+		o := outcome{err: fmt.Errorf("acknowledgement: %w", io.ErrUnexpectedEOF)}
+		if w.end > c.out.written {
+			o.err = errUnsent
+		}
+		c.settleLocked(number, o)
+	}
+}
+
+func (c *keptSender) awaitAgreement(r *bufio.Reader) error {
+	if err := c.conn.SetReadDeadline(time.Now().Add(keptAgree)); err != nil {
+		return err
+	}
+	hello, err := r.Peek(len(keptHello))
+	if err != nil {
+		return err
+	}
+	if string(hello) != keptHello {
+		return errors.New("not the agreement to keep a connection")
+	}
+	_, _ = r.Discard(len(keptHello))
+	c.out.mu.Lock()
+	c.agreed = true
+	c.out.mu.Unlock()
+	return c.conn.SetReadDeadline(time.Time{})
+}
+
+// readFrame reads a frame of the listener and does what it says.
+func (c *keptSender) readFrame(r *bufio.Reader) error {
+	kind, size, number, err := readKeptHeader(r)
+	if err != nil {
+		return err
+	}
+	switch {
+	case kind == keptAnswer && size <= headerSize+maxPayload:
+		answer, err := readPayload(r, size)
+		if err != nil {
+			return err
+		}
+		c.out.mu.Lock()
+		c.settleLocked(number, outcome{answer: answer})
+		c.out.mu.Unlock()
+		return nil
+	case kind == keptStop && size == 0:
+		c.stopAfter(number)
+		return nil
+	}
+	return errors.New("not a frame of a listener")
+}
+
+// stopAfter lets the messages go elsewhere that the listener will not read.
+func (c *keptSender) stopAfter(number uint32) {
+	kept.forget(c)
+	c.out.mu.Lock()
+	defer c.out.mu.Unlock()
+	c.retired = true
+	for n := range c.waiting {
+		if int32(n-number) > 0 {
+			c.settleLocked(n, outcome{err: errUnsent})
+		}
+	}
+}
+
+// keeper has the connections that this process keeps, while it has a listener or
+// tracker.
+type keeper struct {
+	mu    sync.Mutex // guards the fields below
+	users int        // listeners that are started
+	conns map[string]*keptSender
+}
+
+var kept = keeper{conns: make(map[string]*keptSender)}
+
+// join counts a listener that has started.
+func (k *keeper) join() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.users++
+}
+
+// leave closes the connections that are at rest with the last listener, and
+// returns when they are. The others are closed after their last exchange.
+func (k *keeper) leave() {
+	k.mu.Lock()
+	k.users--
+	var left []*keptSender
+	if k.users == 0 {
+		for _, c := range k.conns {
+			left = append(left, c)
+		}
+	}
+	k.mu.Unlock()
+	for _, c := range left {
+		if c.retire() {
+			<-c.ended
+		}
+	}
+}
+
+// find returns the connection to the socket at the path, if there is one and the
+// path still leads to that socket.
+func (k *keeper) find(path string) *keptSender {
+	k.mu.Lock()
+	c := k.conns[path]
+	k.mu.Unlock()
+	if c == nil {
+		return nil
+	}
+	if file, err := statFile(path); err != nil || file != c.file {
+		c.retire()
+		return nil
+	}
+	return c
+}
+
+// wants reports whether a connection to the path would be kept.
+func (k *keeper) wants(path string) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.wantsLocked(path)
+}
+
+func (k *keeper) wantsLocked(path string) bool {
+	return keepsConns && k.users > 0 && len(k.conns) < keptConns && k.conns[path] == nil
+}
+
+// keep tells the listener that the connection is kept, if it is, and reports so.
+func (k *keeper) keep(path string, file fileID, conn *net.UnixConn) bool {
+	c := &keptSender{path: path, file: file, conn: conn, ended: make(chan struct{}), waiting: make(map[uint32]*waiter)}
+	var err error
+	if c.out, err = newBatch(conn, c.writeFailed); err != nil {
+		return false
+	}
+	if err := conn.SetDeadline(time.Time{}); err != nil {
+		return false
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if !k.wantsLocked(path) {
+		return false
+	}
+	if _, err := conn.Write([]byte(keptHello)); err != nil { // 8 bytes into an empty socket
+		return false
+	}
+	k.conns[path] = c
+	c.out.mu.Lock()
+	c.rest = time.AfterFunc(keptRest, c.rested)
+	c.out.mu.Unlock()
+	go c.read() // ends with the connection; leave, and the time of rest, close it
+	return true
+}
+
+// forget takes a connection out of the table.
+func (k *keeper) forget(c *keptSender) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.conns[c.path] == c {
+		delete(k.conns, c.path)
+	}
+}
+
+// keepsConns says whether the system has what keeping connections needs: a
+// listener that shuts down its reading side must let later writes fail with
+// nothing written, and earlier ones be read.
+const keepsConns = runtime.GOOS == "linux"
+
+// nameKeeper names a socket that is about to connect, so that the listener knows
+// that its sender can keep the connection. Without the name nothing is kept.
+func nameKeeper(_, _ string, c syscall.RawConn) error {
+	return c.Control(func(fd uintptr) {
+		_ = syscall.Bind(int(fd), &syscall.SockaddrUnix{Name: keptName + rand.Text()})
+	})
+}
+
+// namedKeeper reports whether the connection's sender can keep it.
+func namedKeeper(conn *net.UnixConn) bool {
+	addr, ok := conn.RemoteAddr().(*net.UnixAddr)
+	return ok && strings.HasPrefix(addr.Name, keptName)
+}
+
+// fileID tells the socket files that exist at one time apart. A connection keeps
+// the file of its listener's socket in existence, so its number is not used again.
+type fileID struct{ device, inode uint64 }
+
+func statFile(path string) (fileID, error) {
+	var st syscall.Stat_t
+	if err := syscall.Stat(path, &st); err != nil {
+		return fileID{}, err
+	}
+	return fileID{uint64(st.Dev), uint64(st.Ino)}, nil
+}
+
+// offersToKeep reports whether the acknowledgement says that its sender can keep
+// the connection.
+func offersToKeep(ack []byte) bool {
+	var offer struct {
+		Keep int `json:"keep"`
+	}
+	return json.Unmarshal(ack, &offer) == nil && offer.Keep >= 1
+}
