@@ -251,7 +251,7 @@ type keptListener struct {
 	seen     uint32 // last, when rest looked
 	pending  int    // exchanges not answered
 	refusing bool   // nothing more can be sent to us; what was is served
-	ended    bool   // the sender is gone, or the listener has closed
+	stopped  bool   // nor is that served any more
 }
 
 func newKeptListener(ul *UnixListener, run *listenerRun, conn *net.UnixConn) (*keptListener, error) {
@@ -283,10 +283,9 @@ func (c *keptListener) serve() {
 		c.ul.eachExchange(c, (*exchange).senderGone)
 	}
 	c.out.mu.Lock()
-	for c.refusing && !c.ended && (c.pending > 0 || c.out.writing) {
+	for c.out.writing || c.refusing && !c.stopped && c.pending > 0 {
 		c.out.idle.Wait()
 	}
-	c.ended = true
 	c.out.mu.Unlock()
 	_ = c.conn.Close() // before Stop can learn that the connection is gone
 	c.ul.keptEnded(c)
@@ -342,20 +341,19 @@ func (c *keptListener) refuse() {
 	_ = c.conn.CloseRead()
 }
 
-// stop closes the connection, whatever is open on it, and tells the sender which
-// messages nobody has seen.
+// stop ends the connection, whatever is open on it, and tells the sender which
+// messages nobody has seen. What was answered is still written, for a moment.
 func (c *keptListener) stop(handed uint32) {
 	c.out.mu.Lock()
 	flush := c.out.addLocked(keptStop, handed, nil)
+	c.refusing, c.stopped = true, true
+	_ = c.conn.CloseRead()
+	c.out.idle.Broadcast()
 	c.out.mu.Unlock()
 	if flush {
 		c.out.flush(false)
 	}
-	c.out.mu.Lock()
-	c.ended = true
-	_ = c.conn.Close()
-	c.out.idle.Broadcast()
-	c.out.mu.Unlock()
+	time.AfterFunc(keptGrace, func() { _ = c.conn.Close() })
 }
 
 // rested closes the connection if it has not been used for the time of rest.
