@@ -18,9 +18,8 @@ import (
 // nothing but the time it takes depends on what is in this file.
 
 const (
-	maxEnvelope = 350     // bytes: room for what is usual beside args or result
-	maxKnown    = 1000    // levels; encoding/json counts, and limits, those of the whole message
-	maxScratch  = 1 << 20 // bytes kept between messages
+	maxKnown   = 1000    // levels; encoding/json counts, and limits, those of the whole message
+	maxScratch = 1 << 20 // bytes kept between messages
 )
 
 // urlKnown is false if url.URL has members that came after Go 1.26.
@@ -33,6 +32,19 @@ var inert = func() (set [256]bool) {
 	}
 	return set
 }()
+
+// newMessage makes room for a message with the URL and the raw value, and with
+// texts of usual length, behind so many bytes.
+func newMessage(front int, u *url.URL, raw *json.RawMessage) []byte {
+	size := front + 128
+	if u != nil {
+		size += 256
+	}
+	if raw != nil {
+		size += len(*raw)
+	}
+	return make([]byte, front, size)
+}
 
 // appendRequest appends the request as json.Marshal writes it, or reports false
 // if that is not certain.
@@ -129,9 +141,16 @@ func decodeResponse(data []byte, r *Response) bool {
 	errText := e.text(`{"error":`)
 	id := e.text(`,"id":`)
 	e.skip(`,"result":`)
+	if e.failed {
+		return false
+	}
 	result := e.raw(bytes.LastIndex(e.rest, []byte(`,"stream_url":`)))
 	stream := e.url(`,"stream_url":`)
-	if end := string(e.rest); e.failed || end != `}` && end != `,"keep":1}` {
+	if e.has(`,"keep":1`) {
+		e.skip(`,"keep":1`)
+	}
+	e.skip(`}`)
+	if e.failed || len(e.rest) > 0 {
 		return false
 	}
 	*r = Response{ID: id, Result: result, StreamURL: stream}
@@ -165,16 +184,17 @@ func (e *envelope) skip(form string) {
 func (e *envelope) text(name string) string {
 	e.skip(name)
 	e.skip(`"`)
-	for i, c := range e.rest {
-		if !inert[c] {
-			text := e.rest[:i]
-			e.rest = e.rest[i:]
-			e.skip(`"`)
-			return intern(text)
-		}
+	if e.failed {
+		return ""
 	}
-	e.failed = true
-	return ""
+	size := 0
+	for size < len(e.rest) && inert[e.rest[size]] {
+		size++
+	}
+	text := e.rest[:size]
+	e.rest = e.rest[size:]
+	e.skip(`"`)
+	return intern(text)
 }
 
 // intern saves an allocation for what is in most URLs.

@@ -87,12 +87,12 @@ func encodeFrameAfter(room int, payload interface{}) ([]byte, error) {
 		if p == nil {
 			return nil, fmt.Errorf("request is nil: %w", fs.ErrInvalid)
 		}
-		frame, ok = appendRequest(newFrame(front, p.Args), p)
+		frame, ok = appendRequest(newMessage(front, p.ResponseHook, p.Args), p)
 	case *Response:
 		if p == nil {
 			return nil, fmt.Errorf("response is nil: %w", fs.ErrInvalid)
 		}
-		frame, ok = appendResponse(newFrame(front, p.Result), p)
+		frame, ok = appendResponse(newMessage(front, p.StreamURL, p.Result), p)
 	case Response:
 		return encodeFrameAfter(room, &p) // only the pointer has the methods that carry the error
 	}
@@ -110,15 +110,6 @@ func encodeFrameAfter(room int, payload interface{}) ([]byte, error) {
 	}
 	binary.BigEndian.PutUint32(frame[room:], uint32(size))
 	return frame, nil
-}
-
-// newFrame makes room for a message with the raw value, behind so many bytes.
-func newFrame(front int, raw *json.RawMessage) []byte {
-	size := front + maxEnvelope
-	if raw != nil {
-		size += len(*raw)
-	}
-	return make([]byte, front, size)
 }
 
 // decodeFrame unmarshals the payload of a frame into the destination object. It

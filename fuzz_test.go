@@ -129,9 +129,9 @@ func requireStable(t *testing.T, resp *acomm.Response) *acomm.Response {
 func FuzzFrameAsJSON(f *testing.F) {
 	run := strings.Repeat("x", 20)
 	for _, text := range []string{"", "file.hash", "a b<&>\"\\\x00\x7f", "\xff", "\x7f", "ü", "\u2028", "/run/a.sock"} {
-		f.Add("id", text, text, text, uint16(0), []byte(`{"a":"`+run+`"}`))
-		f.Add("id", text, text, text, uint16(1<<12-1), []byte(nil))
-		f.Add("id", text, text, text, uint16(1<<12), []byte(nil))
+		for _, parts := range []uint16{0, 1, 1 << 1, 1 << 2, 0x7f << 3, 1 << 10, 1 << 11, 1 << 12} {
+			f.Add("id", text, text, text, parts, []byte(`{"a":"`+run+`"}`))
+		}
 	}
 	for _, raw := range []string{
 		``, `null`, ` null`, `1 `, `[1, 2]`, `{`, `1,"id":2`, `[1],[2]`, `"` + run + `<"`, `"` + run + "\u2029\"", `"` + run + "ü\"",
@@ -144,6 +144,8 @@ func FuzzFrameAsJSON(f *testing.F) {
 		`{"error":"a\u003cb","id":"1","result":1,"stream_url":"unix:///a"}`,
 		`{"error":"","id":"1","result":1,"stream_url":null,"keep":2}`,
 		`{"error":"","id":"1","result":1,"stream_url":null} `,
+		`{"error":"","id":"1","result":1,"stream_url":null}}`,
+		`{"error":"","id":"1","result":1,"stream_url":null,"id":"2"}`,
 		`{"error":"","id":"1","result":1,"stream_url":null,"stream_url":null}`,
 		`{"error":"","id":"1","result":,"stream_url":null}`,
 		`{"error":"","id":"1","result": 1 ,"stream_url":null}`,

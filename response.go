@@ -61,7 +61,7 @@ func (r *Response) UnmarshalResult(dest interface{}) error {
 	if r == nil {
 		return fmt.Errorf("unmarshal result: response is nil: %w", fs.ErrInvalid)
 	}
-	return unmarshalRaw("result of response "+r.ID, r.Result, dest)
+	return unmarshalRaw("result of response", r.ID, r.Result, dest)
 }
 
 // MarshalJSON marshals a Response into JSON, with the members error, id, result
@@ -71,7 +71,7 @@ func (r *Response) MarshalJSON() ([]byte, error) {
 	if r == nil {
 		return []byte("null"), nil
 	}
-	if data, ok := appendResponse(newFrame(0, r.Result), r); ok {
+	if data, ok := appendResponse(newMessage(0, r.StreamURL, r.Result), r); ok {
 		return data, nil
 	}
 	return json.Marshal(struct {
