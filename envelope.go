@@ -232,13 +232,14 @@ func (e *envelope) raw(size int) *json.RawMessage {
 		e.failed = true
 		return nil
 	}
-	value := json.RawMessage(e.rest[:size:size])
+	value := e.rest[:size:size]
 	e.rest = e.rest[size:]
 	if string(value) == "null" {
 		return nil
 	}
 	e.failed = !isValue(value)
-	return &value
+	raw := json.RawMessage(value) // allocated here, not for null
+	return &raw
 }
 
 // isValue reports whether json.Unmarshal takes data, and all of it, as one
