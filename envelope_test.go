@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"io"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -57,6 +58,37 @@ func TestEnvelope_ValuesEndWhereTheyEnd(t *testing.T) {
 	require.NoError(t, decodeFrame(data, &resp))
 	_ = append(*resp.Result, "xxx"...)
 	require.Equal(t, `{"error":"","id":"1","result":[1],"stream_url":null}`, string(data))
+}
+
+// Hazard: a value that was looked at as it is became scratch for the next one.
+func TestEnvelope_ValuesAreLeftAlone(t *testing.T) {
+	numbers := json.RawMessage(`[` + strings.Repeat("1,", 100) + `1]`)
+	text := json.RawMessage(`"` + strings.Repeat("x", 100) + `"`)
+	want := string(numbers)
+	for range 100 { // the scratch is dropped at times
+		require.True(t, isMarshalled(numbers))
+		require.True(t, isMarshalled(text))
+		require.Equal(t, want, string(numbers))
+	}
+}
+
+// As encoding/json does.
+func TestDecodeFrame_WritesIntoWhatIsThere(t *testing.T) {
+	data := []byte(`{"id":"1","task":"t","responsehook":{"Scheme":"unix","Opaque":"","User":null,"Host":"","Path":"/a",` +
+		`"Fragment":"","RawQuery":"","RawPath":"","RawFragment":"","ForceQuery":false,"OmitHost":false},"args":[1]}`)
+	hook, args := &url.URL{}, &json.RawMessage{}
+	req := &Request{ResponseHook: hook}
+	require.NoError(t, decodeFrame(data, req))
+	require.Same(t, hook, req.ResponseHook)
+	req = &Request{Args: args}
+	require.NoError(t, decodeFrame(data, req))
+	require.Same(t, args, req.Args)
+
+	handled := 0
+	req = &Request{SuccessHandler: func(*Request, *Response) { handled++ }}
+	require.NoError(t, decodeFrame(data, req))
+	req.HandleResponse(&Response{})
+	require.Equal(t, 1, handled, "the handlers are not of the wire")
 }
 
 func TestEncodeFrameAfter_LeavesRoom(t *testing.T) {

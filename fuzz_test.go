@@ -153,6 +153,8 @@ func FuzzFrameAsJSON(f *testing.F) {
 		`{"id":"1","task":"t","responsehook":null,"args":}`,
 		`{"id":"1","task":"t","responsehook":null,"args":null,"id":"2"}`,
 		`{"id":"1","task":"t","responsehook":null,"args":[1]}`,
+		`{"id":"1","task":"t","responsehook":null,"args":[1]]`,
+		`{"id":"a\u0041\n","task":"t","responsehook":null,"args":[1]}`,
 		`{"ID":"1","task":"t","responsehook":{"Path":"/a"},"args":[1]}`,
 	} {
 		f.Add("id", "task", "", "", uint16(0), []byte(data))
