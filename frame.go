@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/bits"
 	"net"
 	"syscall"
 )
@@ -100,6 +101,15 @@ func receiveFrame(conn net.Conn) ([]byte, error) {
 
 // encodeFrame returns the header and the JSON of the payload in one slice.
 func encodeFrame(payload interface{}) ([]byte, error) {
+	return encodeFrameAfter(0, payload)
+}
+
+// encodeFrameAfter is encodeFrame with so many bytes, all zero, in front of the
+// header.
+func encodeFrameAfter(room int, payload interface{}) ([]byte, error) {
+	var frame []byte
+	ok := false
+	front := room + headerSize
 	switch p := payload.(type) {
 	case nil:
 		return nil, fmt.Errorf("payload is nil: %w", fs.ErrInvalid)
@@ -107,25 +117,49 @@ func encodeFrame(payload interface{}) ([]byte, error) {
 		if p == nil {
 			return nil, fmt.Errorf("request is nil: %w", fs.ErrInvalid)
 		}
+		frame, ok = appendRequest(newMessage(front, p.ResponseHook, p.Args), p)
 	case *Response:
 		if p == nil {
 			return nil, fmt.Errorf("response is nil: %w", fs.ErrInvalid)
 		}
+		frame, ok = appendResponse(newMessage(front, p.StreamURL, p.Result), p)
 	case Response:
-		payload = &p // only the pointer has the methods that carry the error
+		return encodeFrameAfter(room, &p) // only the pointer has the methods that carry the error
 	}
-	var buf bytes.Buffer
-	buf.Write(make([]byte, headerSize))
-	if err := json.NewEncoder(&buf).Encode(payload); err != nil {
-		return nil, fmt.Errorf("marshal payload: %w", err)
+	if !ok {
+		var buf bytes.Buffer
+		buf.Write(make([]byte, front))
+		if err := json.NewEncoder(&buf).Encode(payload); err != nil {
+			return nil, fmt.Errorf("marshal payload: %w", err)
+		}
+		frame = bytes.TrimSuffix(buf.Bytes(), []byte("\n")) // the encoder's
 	}
-	frame := bytes.TrimSuffix(buf.Bytes(), []byte("\n")) // the encoder's
-	size := len(frame) - headerSize
+	size := len(frame) - front
 	if err := checkSize(uint64(size)); err != nil {
 		return nil, err
 	}
-	binary.BigEndian.PutUint32(frame, uint32(size))
+	binary.BigEndian.PutUint32(frame[room:], uint32(size))
 	return frame, nil
+}
+
+// decodeFrame unmarshals the payload of a frame into the destination object. It
+// may keep parts of the data, which nobody may change any more.
+func decodeFrame(data []byte, dest interface{}) error {
+	switch d := dest.(type) {
+	case *Request:
+		// What is there already, json.Unmarshal writes into.
+		if d.ResponseHook == nil && d.Args == nil && decodeRequest(data, d) {
+			return nil
+		}
+	case *Response:
+		if decodeResponse(data, d) {
+			return nil
+		}
+	}
+	if err := json.Unmarshal(data, dest); err != nil {
+		return fmt.Errorf("decode frame of %d bytes: %w", len(data), err)
+	}
+	return nil
 }
 
 // readFrame reads one frame and returns its payload. What it allocates is
@@ -145,10 +179,13 @@ func readFrame(r io.Reader) ([]byte, error) {
 // readPayload reads so many bytes. What it allocates is bounded by twice what has
 // arrived.
 func readPayload(r io.Reader, size int) ([]byte, error) {
+	// In the last step half of it is there, and half of that in the one before.
 	var data []byte
-	for have := 0; have < size; have = len(data) {
-		chunk := min(size-have, max(have, firstChunk))
-		data = append(data, make([]byte, chunk)...)
+	for step := bits.Len(uint((size - 1) / firstChunk)); step >= 0; step-- {
+		have := len(data)
+		grown := make([]byte, (size+1<<step-1)>>step)
+		copy(grown, data)
+		data = grown
 		if n, err := io.ReadFull(r, data[have:]); err != nil {
 			return nil, fmt.Errorf("payload, %d of %d bytes: %w", have+n, size, closedEarly(err))
 		}
@@ -172,14 +209,6 @@ func frameLength(data []byte) (int, error) {
 	}
 	size := binary.BigEndian.Uint32(data)
 	return headerSize + int(size), checkSize(uint64(size))
-}
-
-// decodeFrame decodes the payload of a frame.
-func decodeFrame(data []byte, dest interface{}) error {
-	if err := json.Unmarshal(data, dest); err != nil {
-		return fmt.Errorf("decode frame of %d bytes: %w", len(data), err)
-	}
-	return nil
 }
 
 func checkSize(size uint64) error {

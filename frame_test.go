@@ -4,9 +4,11 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"net"
+	"net/url"
 	"os"
 	"runtime"
 	"strings"
@@ -211,4 +213,89 @@ func TestUnmarshalConnData_NullIsAnEmptyResponse(t *testing.T) {
 	req := &acomm.Request{}
 	require.NoError(t, acomm.UnmarshalConnData(b, req))
 	require.ErrorIs(t, req.Validate(), fs.ErrInvalid)
+}
+
+// oneFrame is a connection that keeps what was written last, and from which that
+// is read over and over.
+type oneFrame struct {
+	net.Conn
+	frame []byte
+	rest  []byte
+}
+
+func (c *oneFrame) Write(p []byte) (int, error) {
+	c.frame = p
+	return len(p), nil
+}
+
+func (c *oneFrame) Read(p []byte) (int, error) {
+	if len(c.rest) == 0 {
+		c.rest = c.frame
+	}
+	n := copy(p, c.rest)
+	c.rest = c.rest[n:]
+	return n, nil
+}
+
+// benchValues are JSON values of about a size: one long string, and records of
+// short ones and numbers.
+func benchValues(size int) map[string]json.RawMessage {
+	record := `{"name":"eth0","path":"/sys/class/net/eth0","mtu":1500,"up":true}`
+	return map[string]json.RawMessage{
+		"text":    json.RawMessage(`{"data":"` + strings.Repeat("x", size-11) + `"}`),
+		"records": json.RawMessage(`[` + strings.Repeat(record+",", size/len(record)-1) + record + `]`),
+	}
+}
+
+func benchPayloads(b *testing.B, run func(b *testing.B, payload any, size int)) {
+	hook := &url.URL{Scheme: "unix", Path: "/run/acomm/response/requester.sock"}
+	id := "2f0c8e9e-6f1c-4f3c-9f5a-0d9c5f3c7a11"
+	b.Run("ack", func(b *testing.B) { run(b, &acomm.Response{}, 52) })
+	for _, size := range []int{128, 16 << 10, 1 << 20} {
+		for _, kind := range []string{"text", "records"} {
+			raw := benchValues(size)[kind]
+			b.Run(fmt.Sprintf("request/%s/%d", kind, size), func(b *testing.B) {
+				run(b, &acomm.Request{ID: id, Task: "file.hash", ResponseHook: hook, Args: &raw}, size)
+			})
+			b.Run(fmt.Sprintf("response/%s/%d", kind, size), func(b *testing.B) {
+				run(b, &acomm.Response{ID: id, Result: &raw}, size)
+			})
+		}
+	}
+}
+
+func BenchmarkSendConnData(b *testing.B) {
+	benchPayloads(b, func(b *testing.B, payload any, size int) {
+		conn := &oneFrame{}
+		b.ReportAllocs()
+		b.SetBytes(int64(size))
+		for b.Loop() {
+			if err := acomm.SendConnData(conn, payload); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
+
+func BenchmarkUnmarshalConnData(b *testing.B) {
+	benchPayloads(b, func(b *testing.B, payload any, size int) {
+		conn := &oneFrame{}
+		if err := acomm.SendConnData(conn, payload); err != nil {
+			b.Fatal(err)
+		}
+		b.ReportAllocs()
+		b.SetBytes(int64(size))
+		for b.Loop() {
+			var err error
+			switch payload.(type) {
+			case *acomm.Request:
+				err = acomm.UnmarshalConnData(conn, &acomm.Request{})
+			case *acomm.Response:
+				err = acomm.UnmarshalConnData(conn, &acomm.Response{})
+			}
+			if err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
 }

@@ -1,6 +1,7 @@
 package acomm_test
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -121,6 +122,131 @@ func requireStable(t *testing.T, resp *acomm.Response) *acomm.Response {
 	// written in another.
 	require.Equal(t, strings.ReplaceAll(string(once), `\ufffd`, "\ufffd"), string(twice))
 	return again
+}
+
+// FuzzFrameAsJSON holds what is written and read without encoding/json to what
+// encoding/json writes and reads.
+func FuzzFrameAsJSON(f *testing.F) {
+	run := strings.Repeat("x", 20)
+	for _, text := range []string{"", "file.hash", "a b<&>\"\\\x00\x7f", "\xff", "\x7f", "ü", "\u2028", "/run/a.sock"} {
+		for _, parts := range []uint16{0, 1, 1 << 1, 1 << 2, 0x7f << 3, 1 << 10, 1 << 11, 1 << 12} {
+			f.Add("id", text, text, text, parts, []byte(`{"a":"`+run+`"}`))
+		}
+	}
+	for _, raw := range []string{
+		``, `null`, ` null`, `1 `, `[1, 2]`, `{`, `1,"id":2`, `[1],[2]`, `"` + run + `<"`, `"` + run + "\u2029\"", `"` + run + "ü\"",
+		`"` + run + "\xff\"", `"\u00` + run + `"`, `{"` + run + `":1,"` + run + `":2}`, `1,"stream_url":null`, "\"\n\"",
+	} {
+		f.Add("id", "task", "/run/a.sock", "", uint16(0), []byte(raw))
+	}
+	for _, data := range []string{
+		`null`, `{}`, `[]`, `{"error":"","id":"","result":null,"stream_url":null,"keep":1}`,
+		`{"error":"a\u003cb","id":"1","result":1,"stream_url":"unix:///a"}`,
+		`{"error":"","id":"1","result":1,"stream_url":null,"keep":2}`,
+		`{"error":"","id":"1","result":1,"stream_url":null} `,
+		`{"error":"","id":"1","result":1,"stream_url":null}}`,
+		`{"error":"","id":"1","result":1,"stream_url":null,"id":"2"}`,
+		`{"error":"","id":"1","result":1,"stream_url":null,"stream_url":null}`,
+		`{"error":"","id":"1","result":,"stream_url":null}`,
+		`{"error":"","id":"1","result": 1 ,"stream_url":null}`,
+		`{"error":"","id":"1","result":null,"stream_url":{"Scheme":"unix"}}`,
+		`{"id":"1","task":"t","responsehook":null,"args":}`,
+		`{"id":"1","task":"t","responsehook":null,"args":null,"id":"2"}`,
+		`{"id":"1","task":"t","responsehook":null,"args":[1]}`,
+		`{"id":"1","task":"t","responsehook":null,"args":[1]]`,
+		`{"id":"a\u0041\n","task":"t","responsehook":null,"args":[1]}`,
+		`{"ID":"1","task":"t","responsehook":{"Path":"/a"},"args":[1]}`,
+	} {
+		f.Add("id", "task", "", "", uint16(0), []byte(data))
+	}
+	for _, depth := range []int{999, 1000, 1001, 9998, 9999, 10000, 10001} {
+		f.Add("id", "task", "/a", "", uint16(0), []byte(strings.Repeat("[", depth)+strings.Repeat("]", depth)))
+	}
+
+	f.Fuzz(func(t *testing.T, id, task, path, text string, parts uint16, data []byte) {
+		requireDecodesAsJSON(t, data)
+		raw := (*json.RawMessage)(&data)
+		part := func(bit int) bool { return parts&(1<<bit) != 0 }
+		if part(12) {
+			raw = nil
+		}
+		u := &url.URL{Scheme: "unix", Path: path, ForceQuery: part(1), OmitHost: part(2)}
+		for bit, field := range []*string{&u.Scheme, &u.Opaque, &u.Host, &u.Fragment, &u.RawQuery, &u.RawPath, &u.RawFragment} {
+			if part(3 + bit) {
+				*field = text
+			}
+		}
+		if part(10) {
+			u.User = url.User(text)
+		}
+		if part(11) {
+			u = nil
+		}
+		req := &acomm.Request{ID: id, Task: task, ResponseHook: u, Args: raw}
+		requireEncodesAsJSON(t, req, req)
+		resp := &acomm.Response{ID: id, Result: raw, StreamURL: u}
+		if part(0) {
+			resp.Error = errors.New(text)
+		}
+		requireEncodesAsJSON(t, resp, (*plainResponse)(resp))
+	})
+}
+
+// requireEncodesAsJSON compares the frame of the payload, and what it is read as,
+// with encoding/json's.
+func requireEncodesAsJSON(t *testing.T, payload, plain any) {
+	t.Helper()
+	conn := &oneFrame{}
+	err := acomm.SendConnData(conn, payload)
+	var want bytes.Buffer
+	if wantErr := json.NewEncoder(&want).Encode(plain); wantErr != nil {
+		require.Error(t, err, "%v", wantErr)
+		return
+	}
+	require.NoError(t, err)
+	data := bytes.TrimSuffix(want.Bytes(), []byte("\n"))
+	require.Equal(t, string(frame(string(data))), string(conn.frame))
+	requireDecodesAsJSON(t, data)
+}
+
+// requireDecodesAsJSON reads data into what is empty and what is not.
+func requireDecodesAsJSON(t *testing.T, data []byte) {
+	t.Helper()
+	hook, raw := url.URL{Scheme: "http", Fragment: "old"}, json.RawMessage(`["old"]`)
+	for _, fresh := range []func() any{
+		func() any { return &acomm.Request{} },
+		func() any { return &acomm.Request{ID: "old", Task: "old"} },
+		func() any { u := hook; return &acomm.Request{ResponseHook: &u} },
+		func() any { r := bytes.Clone(raw); return &acomm.Request{Args: (*json.RawMessage)(&r)} },
+		func() any { return &acomm.Response{} },
+		func() any { return &acomm.Response{ID: "old", Result: &raw, StreamURL: &hook, Error: fs.ErrExist} },
+	} {
+		got, want := fresh(), fresh()
+		err, wantErr := acomm.UnmarshalConnData(&oneFrame{frame: frame(string(data))}, got), json.Unmarshal(data, want)
+		require.Equal(t, wantErr == nil, err == nil, "%v, %v", wantErr, err)
+		require.Equal(t, want, got)
+		if wantErr != nil {
+			require.ErrorContains(t, err, wantErr.Error())
+		}
+	}
+}
+
+// plainResponse is a Response as encoding/json alone writes it.
+type plainResponse acomm.Response
+
+func (r *plainResponse) MarshalJSON() ([]byte, error) {
+	wire := struct {
+		Error     string           `json:"error"`
+		ID        string           `json:"id"`
+		Result    *json.RawMessage `json:"result"`
+		StreamURL *url.URL         `json:"stream_url"`
+	}{ID: r.ID, Result: r.Result, StreamURL: r.StreamURL}
+	if r.Error != nil {
+		if wire.Error = r.Error.Error(); wire.Error == "" {
+			wire.Error = "unspecified error"
+		}
+	}
+	return json.Marshal(wire)
 }
 
 // FuzzTrackerSocket writes bytes to the socket of a tracker that waits for a

@@ -92,7 +92,7 @@ func (req *Request) UnmarshalArgs(dest interface{}) error {
 	if req == nil {
 		return fmt.Errorf("unmarshal args: request is nil: %w", fs.ErrInvalid)
 	}
-	return unmarshalRaw("args of request "+req.ID, req.Args, dest)
+	return unmarshalRaw("args of request", req.ID, req.Args, dest)
 }
 
 // HandleResponse determines whether a response indicates success or error and
@@ -126,16 +126,16 @@ func (req *Request) Respond(resp *Response) error {
 
 // unmarshalRaw decodes raw, nil standing for null, and names what it decodes in
 // its errors.
-func unmarshalRaw(what string, raw *json.RawMessage, dest interface{}) error {
+func unmarshalRaw(what, id string, raw *json.RawMessage, dest interface{}) error {
 	if err := checkDest(dest); err != nil {
-		return fmt.Errorf("unmarshal %s: %w", what, err)
+		return fmt.Errorf("unmarshal %s %s: %w", what, id, err)
 	}
-	data := []byte("null")
-	if raw != nil {
-		data = *raw
+	if raw == nil {
+		null := json.RawMessage("null")
+		raw = &null
 	}
-	if err := json.Unmarshal(data, dest); err != nil {
-		return fmt.Errorf("unmarshal %s: %w", what, err)
+	if err := json.Unmarshal(*raw, dest); err != nil {
+		return fmt.Errorf("unmarshal %s %s: %w", what, id, err)
 	}
 	return nil
 }

@@ -61,7 +61,7 @@ func (r *Response) UnmarshalResult(dest interface{}) error {
 	if r == nil {
 		return fmt.Errorf("unmarshal result: response is nil: %w", fs.ErrInvalid)
 	}
-	return unmarshalRaw("result of response "+r.ID, r.Result, dest)
+	return unmarshalRaw("result of response", r.ID, r.Result, dest)
 }
 
 // MarshalJSON marshals a Response into JSON, with the members error, id, result
@@ -71,19 +71,26 @@ func (r *Response) MarshalJSON() ([]byte, error) {
 	if r == nil {
 		return []byte("null"), nil
 	}
-	wire := struct {
+	if data, ok := appendResponse(newMessage(0, r.StreamURL, r.Result), r); ok {
+		return data, nil
+	}
+	return json.Marshal(struct {
 		Error     string           `json:"error"`
 		ID        string           `json:"id"`
 		Result    *json.RawMessage `json:"result"`
 		StreamURL *url.URL         `json:"stream_url"`
-	}{ID: r.ID, Result: r.Result, StreamURL: r.StreamURL}
-	if r.Error != nil {
-		wire.Error = r.Error.Error()
-		if wire.Error == "" {
-			wire.Error = errUnspecified
-		}
+	}{r.errorText(), r.ID, r.Result, r.StreamURL})
+}
+
+// errorText is what the error travels as.
+func (r *Response) errorText() string {
+	if r.Error == nil {
+		return ""
 	}
-	return json.Marshal(wire)
+	if text := r.Error.Error(); text != "" {
+		return text
+	}
+	return errUnspecified
 }
 
 // UnmarshalJSON unmarshals JSON data into a Response. Whatever the Response
