@@ -144,11 +144,12 @@ func readFrame(r io.Reader) ([]byte, error) {
 		return nil, err
 	}
 	size := int(announced)
-	// In the last step half of it is there, and half of that in the one before.
+	// Half of it is there before the last step, and half of that before the one
+	// before: it is copied once, all in all.
 	var data []byte
 	for step := bits.Len(uint((size - 1) / firstChunk)); step >= 0; step-- {
 		have := len(data)
-		grown := make([]byte, (size+1<<step-1)>>step)
+		grown := make([]byte, size>>step)
 		copy(grown, data)
 		data = grown
 		if n, err := io.ReadFull(r, data[have:]); err != nil {
