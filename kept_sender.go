@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"runtime"
 	"strings"
 	"sync"
@@ -31,6 +32,7 @@ const (
 	keptShare      = 1024                // exchanges at a time on a connection; one more gets a connection of its own
 	keptConns      = 256                 // connections a process, or a listener, keeps
 	keptAgree      = time.Second         // the listener has to agree in
+	keptLook       = time.Millisecond    // between looks whether a path still leads to the same socket
 	keptRest       = 5 * time.Second     // without an exchange until the sender closes a connection
 )
 
@@ -208,13 +210,21 @@ type keptSender struct {
 	last    uint32
 	seen    uint32 // last, when rest looked
 	waiting map[uint32]*waiter
+	looked  time.Time // when the path led to the listener's socket
 }
 
 // waiter is a message whose acknowledgement is waited for.
 type waiter struct {
 	end     uint64 // of its frame, in bytes added to the batch
 	outcome chan outcome
+	timer   *time.Timer // until it has taken too long
 }
+
+var waiters = sync.Pool{New: func() any {
+	w := &waiter{outcome: make(chan outcome, 1), timer: time.NewTimer(time.Hour)}
+	w.timer.Stop()
+	return w
+}}
 
 type outcome struct {
 	answer []byte
@@ -224,7 +234,7 @@ type outcome struct {
 // exchange sends a message and returns the plain frame that answers it. The
 // error is errUnsent where the message can't have been read.
 func (c *keptSender) exchange(ctx context.Context, message []byte) ([]byte, error) {
-	w := &waiter{outcome: make(chan outcome, 1)}
+	w := waiters.Get().(*waiter)
 	c.out.mu.Lock()
 	if !c.agreed || c.retired || c.out.err != nil || len(c.waiting) >= keptShare {
 		c.out.mu.Unlock()
@@ -240,10 +250,14 @@ func (c *keptSender) exchange(ctx context.Context, message []byte) ([]byte, erro
 	if flush {
 		c.out.flush(company)
 	}
+	deadline, _ := ctx.Deadline()
+	w.timer.Reset(time.Until(deadline))
 	select {
 	case o := <-w.outcome:
+		w.timer.Stop()
+		waiters.Put(w)
 		return o.answer, o.err
-	case <-ctx.Done():
+	case <-w.timer.C:
 	}
 	c.out.mu.Lock()
 	if c.waiting[number] == nil { // the outcome came first
@@ -257,7 +271,7 @@ func (c *keptSender) exchange(ctx context.Context, message []byte) ([]byte, erro
 	if flush {
 		c.out.flush(false)
 	}
-	return nil, fmt.Errorf("acknowledgement: %w", ctx.Err())
+	return nil, fmt.Errorf("acknowledgement: %w", os.ErrDeadlineExceeded)
 }
 
 // settleLocked ends an exchange. The caller holds out.mu.
@@ -449,11 +463,28 @@ func (k *keeper) find(path string) *keptSender {
 	if c == nil {
 		return nil
 	}
-	if file, err := statFile(path); err != nil || file != c.file {
+	if !c.isThere() {
 		c.retire()
 		return nil
 	}
 	return c
+}
+
+// isThere reports whether the path still leads to the listener's socket. Among
+// messages sent at the same time one in keptLook looks.
+func (c *keptSender) isThere() bool {
+	now := time.Now()
+	c.out.mu.Lock()
+	trust := len(c.waiting) > 0 && now.Sub(c.looked) < keptLook
+	if !trust {
+		c.looked = now
+	}
+	c.out.mu.Unlock()
+	if trust {
+		return true
+	}
+	file, err := statFile(c.path)
+	return err == nil && file == c.file
 }
 
 // wants reports whether a connection to the path would be kept.

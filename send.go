@@ -46,12 +46,25 @@ const (
 // [io.ErrUnexpectedEOF] (the peer closed without acknowledging) and
 // [os.ErrDeadlineExceeded] (the minute has passed).
 func Send(addr *url.URL, payload interface{}) error {
-	ctx, cancel := context.WithTimeout(context.Background(), sendTimeout)
-	defer cancel()
-	return send(ctx, addr, payload)
+	return send(untilDeadline{context.Background(), time.Now().Add(sendTimeout)}, addr, payload)
 }
 
-// send is Send with the time it has in its context.
+// untilDeadline is a context with a deadline and nothing that tells of it: a timer
+// is left to those who need one.
+type untilDeadline struct {
+	context.Context
+	deadline time.Time
+}
+
+func (c untilDeadline) Deadline() (time.Time, bool) { return c.deadline, true }
+
+// timed returns a context that tells of the deadline.
+func timed(ctx context.Context) (context.Context, context.CancelFunc) {
+	deadline, _ := ctx.Deadline()
+	return context.WithDeadline(ctx, deadline)
+}
+
+// send is Send with the deadline of its context.
 func send(ctx context.Context, addr *url.URL, payload interface{}) error {
 	if addr == nil {
 		return fmt.Errorf("send: URL is nil: %w", fs.ErrInvalid)
@@ -93,6 +106,8 @@ func sendUnix(ctx context.Context, path string, frame []byte) (*Response, error)
 // sendAlone carries out one exchange on a new connection, which is closed after
 // it, or kept if the listener offers that.
 func sendAlone(ctx context.Context, path string, frame []byte) (*Response, error) {
+	ctx, cancel := timed(ctx)
+	defer cancel()
 	var file fileID
 	var statErr error
 	keep := kept.wants(path)
@@ -192,6 +207,8 @@ func keepPayload(req *http.Request, via []*http.Request) error {
 
 // sendHTTP posts the payload and returns what the answer acknowledges.
 func sendHTTP(ctx context.Context, addr *url.URL, payload []byte) (*Response, error) {
+	ctx, cancel := timed(ctx)
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "", bytes.NewReader(payload))
 	if err != nil {
 		return nil, err
