@@ -31,3 +31,20 @@ func (t *Tracker) SetStreamClaim(d time.Duration) { t.streamClaim = d }
 func (t *Tracker) SetStreamEnd(d time.Duration) { t.streamEnd = d }
 
 func (t *Tracker) SetStreamStall(d time.Duration) { t.streamStall = d }
+
+const (
+	PostPatience = postPatience
+	SlowHost     = slowHost
+)
+
+// EnterHost waits for a turn to post to the URL's host.
+func EnterHost(addr *url.URL) (leave func()) { return gates.enter(addr) }
+
+// SetPostPatience sets how long a post waits for its turn, and returns the time
+// that was.
+func SetPostPatience(d time.Duration) (old time.Duration) {
+	gates.mu.Lock()
+	defer gates.mu.Unlock()
+	old, gates.patience = gates.patience, d
+	return old
+}

@@ -36,7 +36,10 @@ const (
 // proxies and further schemes (RegisterProtocol) apply. There a status of 2xx is
 // delivered: with an empty body, or with a Response that accepts or refuses it.
 // Any other answer is an error. Redirects are followed where they keep the
-// payload (307 and 308). At most 1 MiB of the answer is read.
+// payload (307 and 308). At most 1 MiB of the answer is read. So that bursts don't
+// open connections just to throw them away, a Send to a host to which as many are
+// under way as that transport keeps idle connections (MaxIdleConnsPerHost, two by
+// default) waits for one of them to end, for 20 ms at most.
 //
 // The peer's refusal is returned with its text unchanged. The other errors match
 // [io/fs.ErrInvalid] (nil URL or payload, no host, a path that is no socket path),
@@ -215,6 +218,7 @@ func sendHTTP(ctx context.Context, addr *url.URL, payload []byte) (*Response, er
 	}
 	req.URL = withoutEmptyUser(addr)
 	req.Header.Set("Content-Type", "application/json")
+	defer gates.enter(req.URL)()
 	answer, err := doHTTP(req, &postClient)
 	if err != nil {
 		return nil, err

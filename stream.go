@@ -333,6 +333,15 @@ func (s streamSource) Close() error {
 	return s.ReadCloser.Close()
 }
 
+// unixConn returns the socket behind a source that openStream has opened, or nil.
+func unixConn(src io.Reader) *net.UnixConn {
+	if s, ok := src.(streamSource); ok {
+		src = s.ReadCloser
+	}
+	conn, _ := src.(*net.UnixConn)
+	return conn
+}
+
 // getClient uses http.DefaultTransport, whatever it is at the time of a request.
 var getClient http.Client
 

@@ -45,7 +45,7 @@ func signStream(addr string) string {
 // streams that trackers of this process are serving, and nothing else. It blocks
 // until the stream ends or the client leaves, which releases the source.
 //
-// The data is application/octet-stream, and each piece is flushed as it comes.
+// The data is application/octet-stream, and each piece is flushed before the next one is waited for.
 // Statuses: 405 for anything but GET (a HEAD would use up the stream), 400 for a
 // query that can't be read or a request with a body, 403 for an address that this
 // process has not published, 404 for a stream that is gone, 502 for a source that
@@ -134,18 +134,65 @@ func proxyStream(w http.ResponseWriter, src io.Reader) bool {
 	w.Header().Set("Content-Type", "application/octet-stream")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(http.StatusOK)
-	flusher := http.NewResponseController(w)
+	readNow := nowReader(src, buf)
 	for {
 		if _, err := w.Write(buf[:n]); err != nil {
 			return false
 		}
-		if err := flusher.Flush(); err != nil && !errors.Is(err, errors.ErrUnsupported) {
+		switch {
+		case readErr == io.EOF:
+			return true
+		case readErr != nil:
+			_ = flush(w) // what came before the failure is the client's
 			return false
 		}
-		if readErr != nil {
-			return readErr == io.EOF
+		n, readErr = readNow()
+		if readErr == syscall.EAGAIN { // it may be long until there is more
+			if err := flush(w); err != nil {
+				return false
+			}
+			n, readErr = src.Read(buf)
 		}
-		n, readErr = src.Read(buf)
+	}
+}
+
+func flush(w http.ResponseWriter) error {
+	err := http.NewResponseController(w).Flush()
+	if errors.Is(err, errors.ErrUnsupported) {
+		return nil
+	}
+	return err
+}
+
+// nowReader returns a function that reads what the source has at this moment into
+// the buffer. It returns EAGAIN if that is nothing, or where only waiting can tell.
+func nowReader(src io.Reader, buf []byte) func() (int, error) {
+	var raw syscall.RawConn
+	if conn := unixConn(src); conn != nil {
+		raw, _ = conn.SyscallConn()
+	}
+	if raw == nil {
+		return func() (int, error) { return 0, syscall.EAGAIN }
+	}
+	var n int
+	var err error
+	read := func(fd uintptr) bool {
+		for {
+			if n, err = syscall.Read(int(fd), buf); err != syscall.EINTR {
+				return true // not to be called again when there is more
+			}
+		}
+	}
+	return func() (int, error) {
+		switch rawErr := raw.Read(read); {
+		case rawErr != nil:
+			return 0, rawErr
+		case err != nil:
+			return 0, err
+		case n == 0:
+			return 0, io.EOF
+		}
+		return n, nil
 	}
 }
 

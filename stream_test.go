@@ -587,6 +587,96 @@ func TestProxyStreamHandler_FlushesEachPieceAndReleasesTheSource(t *testing.T) {
 	src.requireClosedOnce(t)
 }
 
+// holdingWriter holds back what is written until it is flushed, as what compresses
+// an answer does.
+type holdingWriter struct {
+	header  http.Header
+	write   func() // runs before each write
+	held    []byte
+	flushed chan []byte
+}
+
+func (w *holdingWriter) Header() http.Header { return w.header }
+
+func (w *holdingWriter) WriteHeader(int) {}
+
+func (w *holdingWriter) Write(p []byte) (int, error) {
+	w.write()
+	w.held = append(w.held, p...)
+	return len(p), nil
+}
+
+func (w *holdingWriter) Flush() {
+	w.flushed <- w.held
+	w.held = nil
+}
+
+// serveHeld has the handler answer to a writer that holds back. The channel gets
+// what the handler panicked with, if anything.
+func serveHeld(t testing.TB, tracker *acomm.Tracker, addr *url.URL, write func()) (*holdingWriter, <-chan any) {
+	u, err := tracker.ProxyStreamHTTPURL(addr)
+	require.NoError(t, err)
+	w := &holdingWriter{header: make(http.Header), write: write, flushed: make(chan []byte, 100)}
+	ended := make(chan any, 1)
+	go func() {
+		defer func() { ended <- recover() }()
+		acomm.ProxyStreamHandler(w, httptest.NewRequest("GET", u.String(), nil))
+	}()
+	return w, ended
+}
+
+// Hazard: a source that has filled the buffer, to the byte, looks as if there were
+// more to come at once; if it pauses then, its consumer must see it all.
+func TestProxyStreamHandler_FlushesBeforeEachPause(t *testing.T) {
+	const buffer = 32 << 10
+	tracker, _ := streamProxy(t)
+	for _, size := range []int{1, buffer - 1, buffer, buffer + 1, 2 * buffer, 9 * buffer} {
+		src := newSource()
+		addr, err := tracker.NewStreamUnix("", src)
+		require.NoError(t, err)
+		w, ended := serveHeld(t, tracker, addr, func() {})
+		for range 3 {
+			data := randomBytes(size)
+			fed := async(func() { _, _ = src.feed.Write(data) })
+			var got []byte
+			for len(got) < size {
+				got = append(got, within(t, w.flushed, "all that was read")...)
+			}
+			require.True(t, bytes.Equal(data, got))
+			within(t, fed, "the feeder")
+		}
+		require.NoError(t, src.feed.Close())
+		require.Nil(t, within(t, ended, "the handler"))
+	}
+}
+
+// Hazards: what came before a failure is held back; a failure that is found while
+// there is nothing to wait for is taken for a pause, and the stream looks complete.
+func TestProxyStreamHandler_FailureBehindDataIsSeen(t *testing.T) {
+	onlyLinux(t)
+	tracker, _ := streamProxy(t)
+	addr := &url.URL{Scheme: "unix", Path: filepath.Join(shortDir(t), "x.eof.sock")}
+	l, err := net.Listen("unix", addr.Path)
+	require.NoError(t, err)
+	defer l.Close()
+	failed := make(chan struct{})
+	w, ended := serveHeld(t, tracker, addr, func() { <-failed })
+	conn, err := l.Accept()
+	require.NoError(t, err)
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	require.NoError(t, err)
+	require.NoError(t, raw.Read(func(fd uintptr) bool { // the consumer's byte is there, and stays
+		n, _, err := syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK)
+		return n == 1 || err != syscall.EAGAIN
+	}))
+	_, err = conn.Write([]byte("half"))
+	require.NoError(t, err)
+	require.NoError(t, conn.Close())
+	close(failed)
+	require.Equal(t, http.ErrAbortHandler, within(t, ended, "the handler"))
+	require.Equal(t, "half", string(within(t, w.flushed, "what came before")))
+}
+
 func TestStreams_LeakNothing(t *testing.T) {
 	tracker, _ := streamProxy(t)
 	exchange := func() {

@@ -45,11 +45,12 @@ type Tracker struct {
 
 	mu       sync.Mutex // guards the fields below
 	state    trackerState
-	pending  map[string]*pendingRequest // by id; whoever removes an entry completes it
-	drained  chan struct{}              // made by Stop, closed when pending is empty
-	stopped  chan struct{}              // made by Stop, closed when it is done
-	handlers sync.WaitGroup             // requests being completed; Add only under mu
-	streams  map[*unixStream]struct{}   // offered or in transfer
+	pending  map[string]*pendingRequest     // by id; whoever removes an entry completes it
+	timeouts map[time.Duration]*timeoutList // by length, of pending requests
+	drained  chan struct{}                  // made by Stop, closed when pending is empty
+	stopped  chan struct{}                  // made by Stop, closed when it is done
+	handlers sync.WaitGroup                 // requests being completed; Add only under mu
+	streams  map[*unixStream]struct{}       // offered or in transfer
 }
 
 type trackerState int
@@ -66,7 +67,18 @@ type pendingRequest struct {
 	req      *Request
 	handle   func(*pendingRequest, *Response)
 	deadline time.Time
-	timer    *time.Timer
+
+	timeout    *timeoutList // whose list this is an entry of, until it is removed
+	prev, next *pendingRequest
+}
+
+// timeoutList is the pending requests that have the same time-out, which ends in
+// the order in which they were tracked, with one timer for all: one for each would
+// cost more than all the rest of tracking.
+type timeoutList struct {
+	length      time.Duration
+	first, last *pendingRequest // never nil while it is in the table
+	timer       *time.Timer     // set for the first one, or for one before it that is gone; takeDue sets it on
 }
 
 // timeoutError is the error of a request without a response in time.
@@ -93,6 +105,7 @@ func NewTracker(socketPath string, httpStreamURL *url.URL, defaultTimeout time.D
 		streamStall:     streamStall,
 		streamEnd:       streamEnd,
 		pending:         make(map[string]*pendingRequest),
+		timeouts:        make(map[time.Duration]*timeoutList),
 		streams:         make(map[*unixStream]struct{}),
 	}
 	if httpStreamURL != nil {
@@ -196,8 +209,8 @@ func (t *Tracker) track(req *Request, timeout time.Duration, handle func(*pendin
 		return fmt.Errorf("track request %s: already tracked: %w", req.ID, fs.ErrExist)
 	}
 	p := &pendingRequest{id: req.ID, req: req, handle: handle, deadline: time.Now().Add(timeout)}
-	p.timer = time.AfterFunc(timeout, func() { t.timeOut(p) })
 	t.pending[p.id] = p
+	t.setTimeoutLocked(p, timeout)
 	return nil
 }
 
@@ -232,7 +245,7 @@ func (t *Tracker) HandleResponse(resp *Response) {
 		t.unknown.log(logrus.WarnLevel, "dropped a response that is nil", nil, "", t.Addr())
 		return
 	}
-	p := t.take(resp.ID, nil)
+	p := t.take(resp.ID)
 	if p == nil {
 		t.unknown.log(logrus.WarnLevel, "dropped a response to a request that is not tracked", nil, resp.ID, t.Addr())
 		return
@@ -306,23 +319,27 @@ func (t *Tracker) receive(conn net.Conn) {
 }
 
 // take removes the request with the id from the table, which gives the caller
-// the right and the duty to complete it. If p is not nil, it has to be that one.
-func (t *Tracker) take(id string, p *pendingRequest) *pendingRequest {
+// the right and the duty to complete it.
+func (t *Tracker) take(id string) *pendingRequest {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	found := t.pending[id]
-	if found == nil || p != nil && p != found {
-		return nil
+	p := t.pending[id]
+	if p != nil {
+		t.takeLocked(p)
 	}
+	return p
+}
+
+// takeLocked removes an entry that is to be completed. The caller holds mu.
+func (t *Tracker) takeLocked(p *pendingRequest) {
 	t.handlers.Add(1) // before Stop can learn that the table is empty
-	t.removeLocked(found)
-	return found
+	t.removeLocked(p)
 }
 
 // removeLocked takes an entry out of the table. The caller holds mu.
 func (t *Tracker) removeLocked(p *pendingRequest) {
 	delete(t.pending, p.id)
-	p.timer.Stop()
+	t.clearTimeoutLocked(p)
 	t.checkDrainedLocked()
 }
 
@@ -334,11 +351,65 @@ func (t *Tracker) checkDrainedLocked() {
 	}
 }
 
-// timeOut completes a request whose time is up, unless somebody else has.
-func (t *Tracker) timeOut(p *pendingRequest) {
-	if t.take(p.id, p) != nil {
-		t.complete(p, &Response{ID: p.id, Error: timeoutError{}})
+// setTimeoutLocked has an entry time out. The caller holds mu since before the
+// entry's deadline was set.
+func (t *Tracker) setTimeoutLocked(p *pendingRequest, length time.Duration) {
+	o := t.timeouts[length]
+	if o == nil {
+		o = &timeoutList{length: length, first: p}
+		o.timer = time.AfterFunc(length, func() { t.timeOut(o) })
+		t.timeouts[length] = o
+	} else {
+		p.prev, o.last.next = o.last, p
 	}
+	o.last, p.timeout = p, o
+}
+
+// clearTimeoutLocked takes an entry out of the list of its time-out. The timer
+// stays as it is while others need it: it may find that it was set too early.
+// The caller holds mu.
+func (t *Tracker) clearTimeoutLocked(p *pendingRequest) {
+	o := p.timeout
+	if p.prev != nil {
+		p.prev.next = p.next
+	} else {
+		o.first = p.next
+	}
+	if p.next != nil {
+		p.next.prev = p.prev
+	} else {
+		o.last = p.prev
+	}
+	p.prev, p.next, p.timeout = nil, nil, nil // its handler may run for long
+	if o.first == nil {
+		o.timer.Stop()
+		delete(t.timeouts, o.length)
+	}
+}
+
+// timeOut completes the requests whose time is up, each in a goroutine of its
+// own, so that a handler doesn't delay the others.
+func (t *Tracker) timeOut(o *timeoutList) {
+	for p := t.takeDue(o); p != nil; p = t.takeDue(o) {
+		go t.complete(p, &Response{ID: p.id, Error: timeoutError{}}) // Stop waits for handlers
+	}
+}
+
+// takeDue takes the first request of a time-out if its time is up. If not, it sets
+// the timer.
+func (t *Tracker) takeDue(o *timeoutList) *pendingRequest {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	p := o.first
+	if p == nil { // the last of them has just been removed
+		return nil
+	}
+	if left := time.Until(p.deadline); left > 0 {
+		o.timer.Reset(left)
+		return nil
+	}
+	t.takeLocked(p)
+	return p
 }
 
 // complete does what is to be done with the response of a request that was taken

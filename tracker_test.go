@@ -317,6 +317,75 @@ func TestTracker_NoDefaultMeansAMinute(t *testing.T) {
 	}
 }
 
+// Hazard: requests with the same time-out share a timer. Whichever of them are
+// gone, each of the others times out when its own time is up, once.
+func TestTracker_SharedTimeoutsStrikeEachInItsTime(t *testing.T) {
+	const number = 6 // of each time-out
+	timeouts := []time.Duration{10 * time.Second, 20 * time.Second}
+	for gone := range 1 << number { // each set of them
+		inBubble(t, func(t *testing.T, tracker *acomm.Tracker) {
+			start := time.Now()
+			type strike struct {
+				id   string
+				time time.Duration
+			}
+			strikes := make(chan strike, 100)
+			handle := func(req *acomm.Request, resp *acomm.Response) {
+				require.ErrorIs(t, resp.Error, os.ErrDeadlineExceeded)
+				strikes <- strike{req.ID, time.Since(start)}
+			}
+			var leaving []*acomm.Request
+			expected := make(map[string]time.Duration)
+			for i := range number {
+				for _, timeout := range timeouts {
+					req := &acomm.Request{ID: fmt.Sprint(i, timeout), ErrorHandler: handle}
+					require.NoError(t, tracker.TrackRequest(req, timeout))
+					switch {
+					case gone&(1<<i) == 0:
+						expected[req.ID] = time.Since(start) + timeout
+					case i%2 == 0: // it is the last one
+						require.True(t, tracker.RemoveRequest(req))
+					default:
+						leaving = append(leaving, req)
+					}
+				}
+				time.Sleep(time.Duration(i%3) * time.Second) // some share their moment
+			}
+			for _, req := range leaving {
+				require.True(t, tracker.RemoveRequest(req))
+			}
+			require.Equal(t, len(expected), tracker.NumRequests())
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			close(strikes)
+			for s := range strikes {
+				require.Equal(t, expected[s.id], s.time, s.id)
+				delete(expected, s.id)
+			}
+			require.Empty(t, expected)
+			require.Zero(t, tracker.NumRequests())
+		})
+	}
+}
+
+// Hazard: time-outs that one timer sets off wait for each other's handlers.
+func TestTracker_SlowHandlerDelaysNoTimeout(t *testing.T) {
+	tracker := newTracker(t)
+	const number = 10
+	var running sync.WaitGroup // until all of them do
+	running.Add(number)
+	allRun := async(running.Wait)
+	handle := func(*acomm.Request, *acomm.Response) {
+		running.Done()
+		<-allRun
+	}
+	for i := range number {
+		req := &acomm.Request{ID: fmt.Sprint(i), ErrorHandler: handle}
+		require.NoError(t, tracker.TrackRequest(req, time.Millisecond))
+	}
+	within(t, allRun, "the handlers")
+}
+
 func TestTracker_StartTwiceIsNoOp(t *testing.T) {
 	tracker := newTracker(t)
 	req, responses := newRequest(t, tracker.URL(), nil)
