@@ -91,6 +91,21 @@ func TestDecodeFrame_WritesIntoWhatIsThere(t *testing.T) {
 	require.Equal(t, 1, handled, "the handlers are not of the wire")
 }
 
+func TestEncodeFrameAfter_LeavesRoom(t *testing.T) {
+	raw := json.RawMessage(`[1]`)
+	loose := json.RawMessage(`[ 1 ]`)
+	for _, payload := range []any{
+		&Request{ID: "1", Args: &raw}, &Request{ID: "1", Args: &loose},
+		&Response{ID: "1", Result: &raw}, Response{ID: "1", Result: &loose}, "x",
+	} {
+		want, err := encodeFrame(payload)
+		require.NoError(t, err)
+		got, err := encodeFrameAfter(7, payload)
+		require.NoError(t, err)
+		require.Equal(t, string(make([]byte, 7))+string(want), string(got))
+	}
+}
+
 func TestAbridge_LeavesOutTheInertBytes(t *testing.T) {
 	run := strings.Repeat("x", 100)
 	for _, want := range []struct {

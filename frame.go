@@ -102,8 +102,15 @@ func receiveFrame(conn net.Conn) ([]byte, error) {
 
 // encodeFrame returns the header and the JSON of the payload in one slice.
 func encodeFrame(payload interface{}) ([]byte, error) {
+	return encodeFrameAfter(0, payload)
+}
+
+// encodeFrameAfter is encodeFrame with so many bytes, all zero, in front of the
+// header.
+func encodeFrameAfter(room int, payload interface{}) ([]byte, error) {
 	var frame []byte
 	ok := false
+	front := room + headerSize
 	switch p := payload.(type) {
 	case nil:
 		return nil, fmt.Errorf("payload is nil: %w", fs.ErrInvalid)
@@ -111,28 +118,28 @@ func encodeFrame(payload interface{}) ([]byte, error) {
 		if p == nil {
 			return nil, fmt.Errorf("request is nil: %w", fs.ErrInvalid)
 		}
-		frame, ok = appendRequest(newMessage(headerSize, p.ResponseHook, p.Args), p)
+		frame, ok = appendRequest(newMessage(front, p.ResponseHook, p.Args), p)
 	case *Response:
 		if p == nil {
 			return nil, fmt.Errorf("response is nil: %w", fs.ErrInvalid)
 		}
-		frame, ok = appendResponse(newMessage(headerSize, p.StreamURL, p.Result), p)
+		frame, ok = appendResponse(newMessage(front, p.StreamURL, p.Result), p)
 	case Response:
-		return encodeFrame(&p) // only the pointer has the methods that carry the error
+		return encodeFrameAfter(room, &p) // only the pointer has the methods that carry the error
 	}
 	if !ok {
 		var buf bytes.Buffer
-		buf.Write(make([]byte, headerSize))
+		buf.Write(make([]byte, front))
 		if err := json.NewEncoder(&buf).Encode(payload); err != nil {
 			return nil, fmt.Errorf("marshal payload: %w", err)
 		}
 		frame = bytes.TrimSuffix(buf.Bytes(), []byte("\n")) // the encoder's
 	}
-	size := len(frame) - headerSize
+	size := len(frame) - front
 	if err := checkSize(uint64(size)); err != nil {
 		return nil, err
 	}
-	binary.BigEndian.PutUint32(frame, uint32(size))
+	binary.BigEndian.PutUint32(frame[room:], uint32(size))
 	return frame, nil
 }
 

@@ -345,7 +345,7 @@ func (c *keptListener) refuse() {
 // messages nobody has seen. What was answered is still written, for a moment.
 func (c *keptListener) stop(handed uint32) {
 	c.out.mu.Lock()
-	flush := c.out.addLocked(keptStop, handed, nil)
+	flush := c.out.addLocked(keptStop, handed, make([]byte, keptHeaderSize))
 	c.refusing, c.stopped = true, true
 	_ = c.conn.CloseRead()
 	c.out.idle.Broadcast()
@@ -485,7 +485,8 @@ func (e *exchange) answerLocked(answer []byte) (flush, company bool) {
 	if e.answered {
 		return false, false
 	}
-	flush = e.c.out.addLocked(keptAnswer, e.number, answer)
+	frame := append(make([]byte, keptHeaderSize, keptHeaderSize+len(answer)), answer...)
+	flush = e.c.out.addLocked(keptAnswer, e.number, frame)
 	e.settleLocked()
 	return flush, e.c.pending > 0
 }

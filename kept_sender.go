@@ -29,6 +29,7 @@ const (
 	keptHello      = "\xffacomm\x00\x01" // the sender wants to keep the connection; the listener agrees
 	keptHeaderSize = 8                   // bytes: kind and length, number
 	keptLimit      = 64 << 10            // bytes of JSON in a message; a longer one gets a connection of its own
+	keptSmall      = 4 << 10             // bytes of a frame that is written together with others
 	keptShare      = 1024                // exchanges at a time on a connection; one more gets a connection of its own
 	keptConns      = 256                 // connections a process, or a listener, keeps
 	keptAgree      = time.Second         // the listener has to agree in
@@ -51,11 +52,10 @@ const (
 // read: it may be sent again.
 var errUnsent = errors.New("not sent")
 
-// appendKept appends a frame of a kept connection.
-func appendKept(b []byte, kind keptKind, number uint32, payload []byte) []byte {
-	b = binary.BigEndian.AppendUint32(b, uint32(kind)<<28|uint32(len(payload)))
-	b = binary.BigEndian.AppendUint32(b, number)
-	return append(b, payload...)
+// putKeptHeader writes the header of a frame on a kept connection.
+func putKeptHeader(header []byte, kind keptKind, size int, number uint32) {
+	binary.BigEndian.PutUint32(header, uint32(kind)<<28|uint32(size))
+	binary.BigEndian.PutUint32(header[4:], number)
 }
 
 // readKeptHeader reads the header of a frame on a kept connection.
@@ -70,8 +70,8 @@ func readKeptHeader(r *bufio.Reader) (kind keptKind, size int, number uint32, er
 	return keptKind(word >> 28), int(word & (1<<28 - 1)), number, nil
 }
 
-// batch writes the frames of many goroutines to one connection, those of about
-// the same moment in one system call.
+// batch writes the frames of many goroutines to one connection, small ones of
+// about the same moment in one system call.
 type batch struct {
 	conn   *net.UnixConn
 	raw    syscall.RawConn
@@ -79,12 +79,18 @@ type batch struct {
 
 	mu      sync.Mutex // guards the fields below, and more of the connection's owner
 	idle    sync.Cond  // tells that writing has ended
-	frames  []byte     // nobody has begun to write these
-	spare   []byte     // for the frames after those
+	queue   []piece    // nobody has begun to write these
+	spare   []byte     // for small frames
 	queued  uint64     // bytes ever added
 	written uint64     // bytes the system has taken
 	writing bool       // a goroutine writes, and takes along what is added
 	err     error      // of a write; nothing is written after it
+}
+
+// piece is what is written with one system call.
+type piece struct {
+	data  []byte
+	small bool // small frames, copied; else a frame of somebody else's
 }
 
 func newBatch(conn *net.UnixConn, failed func()) (*batch, error) {
@@ -97,14 +103,25 @@ func newBatch(conn *net.UnixConn, failed func()) (*batch, error) {
 	return b, nil
 }
 
-// addLocked adds a frame, and reports whether the caller has to flush: otherwise
+// addLocked adds a frame, which begins with room for its header and must not be
+// changed from then on. It reports whether the caller has to flush: otherwise
 // somebody else is about to. The caller holds mu.
-func (b *batch) addLocked(kind keptKind, number uint32, payload []byte) bool {
+func (b *batch) addLocked(kind keptKind, number uint32, frame []byte) bool {
 	if b.err != nil {
 		return false
 	}
-	b.frames = appendKept(b.frames, kind, number, payload)
-	b.queued += uint64(keptHeaderSize + len(payload))
+	putKeptHeader(frame, kind, len(frame)-keptHeaderSize, number)
+	b.queued += uint64(len(frame))
+	last := len(b.queue) - 1
+	switch {
+	case len(frame) > keptSmall:
+		b.queue = append(b.queue, piece{data: frame})
+	case last >= 0 && b.queue[last].small && len(b.queue[last].data) < keptLimit:
+		b.queue[last].data = append(b.queue[last].data, frame...)
+	default:
+		b.queue = append(b.queue, piece{append(b.spare, frame...), true})
+		b.spare = nil
+	}
 	if b.writing {
 		return false
 	}
@@ -119,52 +136,54 @@ func (b *batch) flush(company bool) {
 	if company {
 		runtime.Gosched()
 	}
-	for data := b.begin(); data != nil; data = b.begin() {
-		n, err := b.writeNow(data)
-		if err == nil && n < len(data) {
-			go b.writeRest(data, n)
+	for p, ok := b.begin(); ok; p, ok = b.begin() {
+		n, err := b.writeNow(p.data)
+		if err == nil && n < len(p.data) {
+			go b.writeRest(p, n)
 			return
 		}
-		b.end(data, n, err)
+		b.end(p, n, err)
 	}
 }
 
-// writeRest writes what the socket did not take at once. It ends within a minute,
-// or when the connection is closed.
-func (b *batch) writeRest(data []byte, from int) {
-	n := 0
-	err := b.conn.SetWriteDeadline(time.Now().Add(sendTimeout))
-	if err == nil {
-		n, err = b.conn.Write(data[from:])
+// writeRest writes what the socket did not take at once, and what is added
+// meanwhile. It ends after a minute in which the peer takes nothing, or when the
+// connection is closed.
+func (b *batch) writeRest(p piece, from int) {
+	for ok := true; ok; p, ok = b.begin() {
+		n := 0
+		err := b.conn.SetWriteDeadline(time.Now().Add(sendTimeout))
+		if err == nil {
+			n, err = b.conn.Write(p.data[from:])
+		}
+		b.end(p, from+n, err)
+		from = 0
 	}
-	if err == nil {
-		err = b.conn.SetWriteDeadline(time.Time{})
-	}
-	b.end(data, from+n, err)
-	b.flush(false)
 }
 
-// begin returns what is to be written next; nil, and writing has ended, if there
-// is nothing.
-func (b *batch) begin() []byte {
+// begin returns what is to be written next. If there is nothing, writing has
+// ended.
+func (b *batch) begin() (piece, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.err != nil || len(b.frames) == 0 {
+	if b.err != nil || len(b.queue) == 0 {
+		b.queue = nil
 		b.writing = false
 		b.idle.Broadcast()
-		return nil
+		return piece{}, false
 	}
-	data := b.frames
-	b.frames, b.spare = b.spare[:0], nil
-	return data
+	p := b.queue[0]
+	b.queue[0] = piece{}
+	b.queue = b.queue[1:]
+	return p, true
 }
 
-// end takes down how much of the data was written.
-func (b *batch) end(data []byte, n int, err error) {
+// end takes down how much of a piece was written.
+func (b *batch) end(p piece, n int, err error) {
 	b.mu.Lock()
 	b.written += uint64(n)
-	if cap(data) <= 2*keptLimit {
-		b.spare = data
+	if p.small {
+		b.spare = p.data[:0]
 	}
 	first := err != nil && b.err == nil
 	if first {
@@ -231,9 +250,9 @@ type outcome struct {
 	err    error
 }
 
-// exchange sends a message and returns the plain frame that answers it. The
-// error is errUnsent where the message can't have been read.
-func (c *keptSender) exchange(ctx context.Context, message []byte) ([]byte, error) {
+// exchange sends a message, behind room for a header, and returns the plain frame
+// that answers it. The error is errUnsent where the message can't have been read.
+func (c *keptSender) exchange(ctx context.Context, frame []byte) ([]byte, error) {
 	w := waiters.Get().(*waiter)
 	c.out.mu.Lock()
 	if !c.agreed || c.retired || c.out.err != nil || len(c.waiting) >= keptShare {
@@ -242,10 +261,10 @@ func (c *keptSender) exchange(ctx context.Context, message []byte) ([]byte, erro
 	}
 	c.last++
 	number := c.last
-	flush := c.out.addLocked(keptMessage, number, message)
+	flush := c.out.addLocked(keptMessage, number, frame)
 	w.end = c.out.queued
 	c.waiting[number] = w
-	company := len(c.waiting) > 1
+	company := len(c.waiting) > 1 && len(frame) <= keptSmall
 	c.out.mu.Unlock()
 	if flush {
 		c.out.flush(company)
@@ -265,7 +284,7 @@ func (c *keptSender) exchange(ctx context.Context, message []byte) ([]byte, erro
 		o := <-w.outcome
 		return o.answer, o.err
 	}
-	flush = c.out.addLocked(keptCancel, number, nil)
+	flush = c.out.addLocked(keptCancel, number, make([]byte, keptHeaderSize))
 	c.settleLocked(number, outcome{})
 	c.out.mu.Unlock()
 	if flush {

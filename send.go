@@ -3,6 +3,7 @@ package acomm
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -72,7 +73,8 @@ func send(ctx context.Context, addr *url.URL, payload interface{}) error {
 	if addr == nil {
 		return fmt.Errorf("send: URL is nil: %w", fs.ErrInvalid)
 	}
-	frame, err := encodeFrame(payload)
+	const room = keptHeaderSize - headerSize
+	frame, err := encodeFrameAfter(room, payload)
 	if err != nil {
 		return fmt.Errorf("send to %s: %w", addr.Redacted(), err)
 	}
@@ -80,7 +82,7 @@ func send(ctx context.Context, addr *url.URL, payload interface{}) error {
 	if addr.Scheme == "unix" {
 		ack, err = sendUnix(ctx, addr.Path, frame)
 	} else {
-		ack, err = sendHTTP(ctx, addr, frame[headerSize:])
+		ack, err = sendHTTP(ctx, addr, frame[keptHeaderSize:])
 	}
 	if err != nil {
 		return fmt.Errorf("send to %s: %w", addr.Redacted(), timedOut(closedEarly(err)))
@@ -90,20 +92,24 @@ func send(ctx context.Context, addr *url.URL, payload interface{}) error {
 
 // sendUnix carries out one exchange with the listener at the path, on the
 // connection that is kept to it or else on one of its own, and returns the
-// acknowledgement.
+// acknowledgement. In front of the frame there is room for the longer header of a
+// kept connection.
 func sendUnix(ctx context.Context, path string, frame []byte) (*Response, error) {
-	if message := frame[headerSize:]; len(message) <= keptLimit {
+	plain := frame[keptHeaderSize-headerSize:]
+	if len(plain) <= headerSize+keptLimit {
 		if c := kept.find(path); c != nil {
-			answer, err := c.exchange(ctx, message)
+			answer, err := c.exchange(ctx, frame)
 			if err == nil {
 				return parseAck(answer)
 			}
 			if err != errUnsent {
 				return nil, err
 			}
+			plain = bytes.Clone(plain) // the other one may yet be looked at
+			binary.BigEndian.PutUint32(plain, uint32(len(plain)-headerSize))
 		}
 	}
-	return sendAlone(ctx, path, frame)
+	return sendAlone(ctx, path, plain)
 }
 
 // sendAlone carries out one exchange on a new connection, which is closed after
