@@ -43,7 +43,24 @@ func newMessage(front int, u *url.URL, raw *json.RawMessage) []byte {
 	if raw != nil {
 		size += len(*raw)
 	}
+	if size > keptSmall {
+		if frame, ok := frames.Get().(*[]byte); ok && cap(*frame) >= size {
+			clear((*frame)[:front])
+			return (*frame)[:front]
+		}
+	}
 	return make([]byte, front, size)
+}
+
+// frames holds the *[]byte of large frames that were sent.
+var frames sync.Pool
+
+// releaseFrame keeps the memory of a large frame, which nobody looks at any more,
+// for another one.
+func releaseFrame(frame []byte) {
+	if cap(frame) > keptSmall && cap(frame) <= 4*maxScratch {
+		frames.Put(&frame)
+	}
 }
 
 // appendRequest appends the request as json.Marshal writes it, or reports false

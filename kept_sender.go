@@ -246,8 +246,9 @@ var waiters = sync.Pool{New: func() any {
 }}
 
 type outcome struct {
-	answer []byte
-	err    error
+	answer  []byte
+	err     error
+	written bool // the message; it is not looked at any more
 }
 
 // exchange sends a message, behind room for a header, and returns the plain frame
@@ -275,6 +276,9 @@ func (c *keptSender) exchange(ctx context.Context, frame []byte) ([]byte, error)
 	case o := <-w.outcome:
 		w.timer.Stop()
 		waiters.Put(w)
+		if o.written {
+			releaseFrame(frame)
+		}
 		return o.answer, o.err
 	case <-w.timer.C:
 	}
@@ -302,6 +306,14 @@ func (c *keptSender) settleLocked(number uint32, o outcome) {
 	delete(c.waiting, number)
 	w.outcome <- o
 	c.closeIfDoneLocked()
+}
+
+// answeredLocked ends an exchange with its answer, which need not have waited for
+// all of the message. The caller holds out.mu.
+func (c *keptSender) answeredLocked(number uint32, answer []byte) {
+	if w := c.waiting[number]; w != nil {
+		c.settleLocked(number, outcome{answer: answer, written: w.end <= c.out.written})
+	}
 }
 
 // closeIfDoneLocked closes the connection after its last exchange, which ends
@@ -414,7 +426,7 @@ func (c *keptSender) readFrame(r *bufio.Reader) error {
 			return err
 		}
 		c.out.mu.Lock()
-		c.settleLocked(number, outcome{answer: answer})
+		c.answeredLocked(number, answer)
 		c.out.mu.Unlock()
 		return nil
 	case kind == keptStop && size == 0:

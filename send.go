@@ -109,6 +109,7 @@ func sendUnix(ctx context.Context, path string, frame []byte) (*Response, error)
 			binary.BigEndian.PutUint32(plain, uint32(len(plain)-headerSize))
 		}
 	}
+	defer releaseFrame(plain)
 	return sendAlone(ctx, path, plain)
 }
 
