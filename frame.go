@@ -164,7 +164,7 @@ func decodeFrame(data []byte, dest interface{}) error {
 }
 
 // readFrame reads one frame and returns its payload. What it allocates is
-// bounded by four times what has arrived, never by what the header announces.
+// bounded by twice what has arrived, never by what the header announces.
 func readFrame(r io.Reader) ([]byte, error) {
 	var header [headerSize]byte
 	if _, err := io.ReadFull(r, header[:]); err != nil {
@@ -177,15 +177,15 @@ func readFrame(r io.Reader) ([]byte, error) {
 	return readPayload(r, int(announced))
 }
 
-// readPayload reads so many bytes. What it allocates is bounded by four times what
-// has arrived.
+// readPayload reads so many bytes. What it allocates is bounded by twice what has
+// arrived.
 func readPayload(r io.Reader, size int) ([]byte, error) {
-	// A quarter of it is there before the last step, and a quarter of that before
-	// the one before: a third of it is copied, all in all.
+	// Half of it is there before the last step, and half of that before the one
+	// before: it is copied once, all in all.
 	var data []byte
-	for step := (bits.Len(uint((size-1)/firstChunk)) + 1) / 2; step >= 0; step-- {
+	for step := bits.Len(uint((size - 1) / firstChunk)); step >= 0; step-- {
 		have := len(data)
-		grown := make([]byte, size>>(2*step))
+		grown := make([]byte, size>>step)
 		copy(grown, data)
 		data = grown
 		if n, err := io.ReadFull(r, data[have:]); err != nil {

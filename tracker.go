@@ -140,8 +140,10 @@ func (t *Tracker) Start() error {
 	if err := t.responses.Start(); err != nil {
 		return fmt.Errorf("start tracker: %w", err)
 	}
-	t.idle.Store(1)
-	t.serving.Go(t.serve)
+	t.idle.Store(maxIdle)
+	for range maxIdle {
+		t.serving.Go(t.serve)
+	}
 	t.mu.Lock()
 	t.state = trackerRunning
 	t.mu.Unlock()
@@ -296,8 +298,9 @@ func (t *Tracker) Stop() {
 	t.mu.Unlock()
 }
 
-// serve handles the connections on the response socket until it is closed. While
-// one is handled another goroutine waits for the next; few do when none comes.
+// serve handles the connections on the response socket until it is closed. One
+// that is in hand delays no other: whoever takes the last goroutine that waits
+// starts another.
 func (t *Tracker) serve() {
 	for conn := t.responses.NextConn(); conn != nil; conn = t.responses.NextConn() {
 		if t.idle.Add(-1) == 0 {
