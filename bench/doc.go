@@ -32,6 +32,9 @@
 //     ttrpc, gRPC and NATS carry the JSON as bytes, the others have it as their
 //     own encoding. They are set up as their documentation does it; what differs
 //     is said where they are started.
+//   - The way of 2016: a connection for each message and its acknowledgement,
+//     four frames, plain encoding/json. It is written from PROTOCOL.md; the
+//     original can't be in the same build.
 //   - The floors: four frames with acomm's envelopes, and two frames with nothing
 //     but the arguments, each on connections that are kept for each caller, with
 //     encoding/json and without any bookkeeping. No library does less.

@@ -57,6 +57,7 @@ var candidates = []candidate{
 	{"jrpc2", "creachadair/jrpc2", peer, "github.com/creachadair/jrpc2", startJRPC2},
 	{"nats", "NATS (embedded, TCP)", peer, "github.com/nats-io/nats-server/v2", startNATS},
 	{"jsonrpc2", "sourcegraph/jsonrpc2", peer, "github.com/sourcegraph/jsonrpc2", startJSONRPC2},
+	{"dialled", "the way of 2016, dials twice", floor, "", startDialled},
 	{"frames4", "four frames, naive JSON", floor, "", startFourFrames},
 	{"frames2", "two bare frames", floor, "", startTwoFrames},
 }
