@@ -115,6 +115,7 @@ func (f *firstConn) decide(keep bool) *keptListener {
 	switch {
 	case c != nil:
 		f.state = firstKept
+		_ = f.conn.SetDeadline(time.Time{}) // whatever the handler has set
 	case f.closed:
 		_ = f.conn.Close()
 	}
@@ -259,8 +260,7 @@ func newKeptListener(ul *UnixListener, run *listenerRun, conn *net.UnixConn) (*k
 	if err != nil {
 		return nil, err
 	}
-	c := &keptListener{ul: ul, run: run, conn: conn, out: out, room: sync.NewCond(&ul.mu)}
-	return c, conn.SetDeadline(time.Time{})
+	return &keptListener{ul: ul, run: run, conn: conn, out: out, room: sync.NewCond(&ul.mu)}, nil
 }
 
 // serve agrees to keep the connection and hands its messages out, until nothing
