@@ -22,7 +22,15 @@ const (
 // SendConnData marshals the payload to JSON and writes it to the connection,
 // behind a header of 4 bytes with its length, in one write. It blocks until
 // everything is written; the deadline is whatever the caller has set on the
-// connection.
+// connection. Any number of goroutines may call it; on one connection frames of
+// different calls don't mix, and their order is not defined.
+//
+// A [Response] that answers the one frame that was read from a connection of
+// [UnixListener.NextConn] may carry the offer to keep that connection, where the
+// sender understands it. On a connection that is kept, a call takes the frame along
+// and does not block: nil means that it will be written, or has nobody to read it
+// any more, as it does where a socket has room for it. The second answer to a
+// message is an error that matches [io.ErrUnexpectedEOF]: a sender waits for one.
 //
 // A nil connection or payload gives an error that matches [io/fs.ErrInvalid], a
 // payload of more than 64 MiB of JSON [syscall.EMSGSIZE] (nothing is written in
@@ -59,7 +67,11 @@ func isResponse(payload interface{}) bool {
 // UnmarshalConnData reads a frame, a header of 4 bytes and as many bytes of JSON
 // as it announces, from the connection and unmarshals it into the destination
 // object. It blocks until the frame is complete; the deadline is whatever the
-// caller has set on the connection. Memory is allocated as the bytes arrive.
+// caller has set on the connection. Memory is allocated as the bytes arrive. On one
+// connection one call may be under way at a time: several would take parts of the
+// same frame. The message of an exchange on a kept connection (see
+// [UnixListener.NextConn]) has arrived when the connection is returned, so reading
+// it does not block.
 //
 // A nil connection, and a destination that is not a non-nil pointer, give an
 // error that matches [io/fs.ErrInvalid], a frame of more than 64 MiB

@@ -22,7 +22,8 @@ const (
 	keptOffer     = `,"keep":1}`           // the end of an acknowledgement that offers to keep the connection
 	keptGrace     = 200 * time.Millisecond // for a sender to take the offer, once the handler is done
 	keptListening = 2 * keptRest           // without an exchange until the listener closes a connection
-	keptQueue     = 1 << 20                // bytes of messages read and not yet handed out, of a connection
+	keptQueue     = 1 << 20                // bytes of messages read and not yet handed out, or of answers not yet sent
+	keptCost      = 512                    // bytes that an exchange counts for beside its message
 )
 
 // firstConn is a connection with its first exchange. It passes everything through
@@ -248,19 +249,22 @@ type keptListener struct {
 	room   *sync.Cond // queued has become less, or the connection has ended
 
 	// Guarded by out.mu.
-	last     uint32 // number of the last message
-	seen     uint32 // last, when rest looked
-	pending  int    // exchanges not answered
-	refusing bool   // nothing more can be sent to us; what was is served
-	stopped  bool   // nor is that served any more
+	last     uint32               // number of the last message
+	seen     uint32               // last, when rest looked
+	pending  map[uint32]*exchange // not answered, by number
+	refusing bool                 // nothing more can be sent to us; what was is served
+	stopped  bool                 // nor is that served any more
 }
 
 func newKeptListener(ul *UnixListener, run *listenerRun, conn *net.UnixConn) (*keptListener, error) {
-	out, err := newBatch(conn, nil) // the reader learns of what fails
+	out, err := newBatch(conn, func() { _ = conn.Close() }) // which ends serve
 	if err != nil {
 		return nil, err
 	}
-	return &keptListener{ul: ul, run: run, conn: conn, out: out, room: sync.NewCond(&ul.mu)}, nil
+	return &keptListener{
+		ul: ul, run: run, conn: conn, out: out,
+		room: sync.NewCond(&ul.mu), pending: make(map[uint32]*exchange),
+	}, nil
 }
 
 // serve agrees to keep the connection and hands its messages out, until nothing
@@ -277,13 +281,13 @@ func (c *keptListener) serve() {
 	}
 	c.ul.readingEnded(c)
 	c.out.mu.Lock()
-	gone := !c.refusing // the sender, or it is of no use
-	c.out.mu.Unlock()
-	if gone {
-		c.ul.eachExchange(c, (*exchange).senderGone)
+	if !c.refusing { // the sender is gone, or has broken the rules
+		_ = c.conn.Close()
+		for _, e := range c.pending {
+			e.senderGoneLocked()
+		}
 	}
-	c.out.mu.Lock()
-	for c.out.writing || c.refusing && !c.stopped && c.pending > 0 {
+	for c.out.writing || c.refusing && !c.stopped && len(c.pending) > 0 {
 		c.out.idle.Wait()
 	}
 	c.out.mu.Unlock()
@@ -307,29 +311,34 @@ func (c *keptListener) readFrame(r *bufio.Reader) error {
 		}
 		return c.message(number, frame)
 	case kind == keptCancel && size == 0:
-		c.ul.eachExchange(c, func(e *exchange) {
-			if e.number == number {
-				e.senderGone()
-			}
-		})
+		c.out.mu.Lock()
+		defer c.out.mu.Unlock()
+		if e := c.pending[number]; e != nil {
+			e.senderGoneLocked()
+		}
 		return nil
 	}
 	return errors.New("not a frame of a sender")
 }
 
-// message hands an exchange to the listener.
+// message hands an exchange to the listener. It waits for a sender that does not
+// read its answers.
 func (c *keptListener) message(number uint32, frame []byte) error {
+	e := &exchange{c: c, number: number, size: len(frame) + keptCost, unread: frame}
 	c.out.mu.Lock()
-	broken := number != c.last+1 || c.pending >= keptShare
+	for c.out.queued-c.out.written > keptQueue && c.out.err == nil && !c.stopped {
+		c.out.idle.Wait()
+	}
+	broken := number != c.last+1 || len(c.pending) >= keptShare
 	if !broken {
 		c.last = number
-		c.pending++
+		c.pending[number] = e
 	}
 	c.out.mu.Unlock()
 	if broken {
 		return errors.New("not the next number, or too many exchanges")
 	}
-	return c.ul.handOver(&exchange{c: c, number: number, size: len(frame), unread: frame})
+	return c.ul.handOver(e)
 }
 
 // refuse lets nothing more be sent on the connection. A message that was sent is
@@ -359,7 +368,7 @@ func (c *keptListener) stop(handed uint32) {
 // rested closes the connection if it has not been used for the time of rest.
 func (c *keptListener) rested() {
 	c.out.mu.Lock()
-	used := c.seen != c.last || c.pending > 0
+	used := c.seen != c.last || len(c.pending) > 0
 	c.seen = c.last
 	if used && !c.refusing {
 		c.rest.Reset(keptListening)
@@ -376,7 +385,7 @@ func (c *keptListener) rested() {
 type exchange struct {
 	c      *keptListener
 	number uint32
-	size   int // bytes of the message
+	size   int // bytes it counts for while it is in the queue
 
 	// Guarded by c.out.mu.
 	unread        []byte // of the message
@@ -457,10 +466,9 @@ func (e *exchange) wakeLocked() {
 	}
 }
 
-// senderGone ends the exchange for its handler: nobody waits for the answer.
-func (e *exchange) senderGone() {
-	e.c.out.mu.Lock()
-	defer e.c.out.mu.Unlock()
+// senderGoneLocked ends the exchange for its handler: nobody waits for the
+// answer. The caller holds c.out.mu.
+func (e *exchange) senderGoneLocked() {
 	e.gone = true
 	e.settleLocked()
 }
@@ -472,9 +480,9 @@ func (e *exchange) settleLocked() {
 		return
 	}
 	e.answered, e.answer = true, nil
-	e.c.pending--
+	delete(e.c.pending, e.number)
 	e.wakeLocked()
-	if e.c.pending == 0 {
+	if len(e.c.pending) == 0 {
 		e.c.out.idle.Broadcast()
 	}
 }
@@ -488,7 +496,7 @@ func (e *exchange) answerLocked(answer []byte) (flush, company bool) {
 	frame := append(make([]byte, keptHeaderSize, keptHeaderSize+len(answer)), answer...)
 	flush = e.c.out.addLocked(keptAnswer, e.number, frame)
 	e.settleLocked()
-	return flush, e.c.pending > 0
+	return flush, len(e.c.pending) > 0
 }
 
 // Write takes the answer. It goes to the sender with the end of its frame; there

@@ -78,7 +78,7 @@ type batch struct {
 	failed func() // called once, when a write has failed
 
 	mu      sync.Mutex // guards the fields below, and more of the connection's owner
-	idle    sync.Cond  // tells that writing has ended
+	idle    sync.Cond  // tells that something was written, or writing has ended
 	queue   []piece    // nobody has begun to write these
 	spare   []byte     // for small frames
 	queued  uint64     // bytes ever added
@@ -182,6 +182,7 @@ func (b *batch) begin() (piece, bool) {
 func (b *batch) end(p piece, n int, err error) {
 	b.mu.Lock()
 	b.written += uint64(n)
+	b.idle.Broadcast()
 	if p.small {
 		b.spare = p.data[:0]
 	}

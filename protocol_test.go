@@ -2,6 +2,7 @@ package acomm_test
 
 import (
 	"bytes"
+	"crypto/rand"
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
@@ -18,8 +19,11 @@ import (
 	"path/filepath"
 	"reflect"
 	"regexp"
+	"runtime"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/mistifyio/acomm"
 	"github.com/stretchr/testify/require"
@@ -196,6 +200,243 @@ func TestProtocolDocument_HexDumpsAreFrames(t *testing.T) {
 	text := document(t, "PROTOCOL.md")
 	require.Contains(t, text, "(0x34 = 52 bytes of JSON)")
 	require.Len(t, written(t, &acomm.Response{}), frameHeader+0x34, "the acknowledgement shown is the library's own")
+}
+
+// keptDumps returns what PROTOCOL.md shows of a kept connection: all that its
+// sender and its listener write.
+func keptDumps(t *testing.T) (sender, listener []byte) {
+	t.Helper()
+	if runtime.GOOS != "linux" {
+		t.Skip("connections are kept on Linux only")
+	}
+	dumps := codeBlocks(document(t, "PROTOCOL.md"), "hexdump")
+	require.Len(t, dumps, 2)
+	return dumpedBytes(t, dumps[0]), dumpedBytes(t, dumps[1])
+}
+
+const (
+	keptHello      = "\xffacomm\x00\x01"
+	keptFirst      = frameHeader + 0x33 // bytes of the first message's frame
+	keptOffer      = frameHeader + 0x3d // of the acknowledgement with the offer
+	keptSenderName = "@acomm-keep-1/"   // Go's spelling of the zero byte
+)
+
+// keptPair is a listener of the library and a sender of the test's, connected.
+func keptPair(t *testing.T, name string) (*acomm.UnixListener, *net.UnixConn) {
+	t.Helper()
+	listener := acomm.NewUnixListener(filepath.Join(shortDir(t), "l.sock"), 0)
+	require.NoError(t, listener.Start())
+	t.Cleanup(func() { listener.Stop(time.Nanosecond) })
+	var local *net.UnixAddr
+	if name != "" {
+		local = &net.UnixAddr{Net: "unix", Name: name}
+	}
+	conn, err := net.DialUnix("unix", local, &net.UnixAddr{Net: "unix", Name: listener.Addr()})
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = conn.Close() })
+	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
+	return listener, conn
+}
+
+// acceptNext reads the next message and acknowledges it, as a provider does.
+func acceptNext(t *testing.T, listener *acomm.UnixListener) *acomm.Response {
+	t.Helper()
+	conn, message := listener.NextConn(), &acomm.Response{}
+	require.NotNil(t, conn)
+	require.NoError(t, acomm.UnmarshalConnData(conn, message))
+	require.NoError(t, acomm.SendConnData(conn, &acomm.Response{}))
+	listener.DoneConn(conn)
+	return message
+}
+
+// requireBytes reads as many bytes as are wanted.
+func requireBytes(t *testing.T, want []byte, from io.Reader) {
+	t.Helper()
+	got := make([]byte, len(want))
+	n, err := io.ReadFull(from, got)
+	require.Equal(t, hex.Dump(want), hex.Dump(got[:n]))
+	require.NoError(t, err)
+}
+
+// A sender that follows the document, byte for byte, at the library's listener.
+func TestProtocolDocument_KeptConnectionSender(t *testing.T) {
+	sender, answers := keptDumps(t)
+	require.Equal(t, keptHello, string(sender[keptFirst:keptFirst+8]))
+	require.Contains(t, document(t, "PROTOCOL.md"), fmt.Sprintf("`% x`", keptHello))
+	listener, conn := keptPair(t, keptSenderName+rand.Text())
+
+	_, err := conn.Write(sender[:keptFirst])
+	require.NoError(t, err)
+	require.Equal(t, "a1", acceptNext(t, listener).ID)
+	requireBytes(t, answers[:keptOffer], conn)
+	_, err = conn.Write(sender[keptFirst : keptFirst+8])
+	require.NoError(t, err)
+	requireBytes(t, answers[keptOffer:keptOffer+8], conn)
+
+	_, err = conn.Write(sender[keptFirst+8:])
+	require.NoError(t, err)
+	require.Equal(t, "a2", acceptNext(t, listener).ID)
+	requireBytes(t, answers[keptOffer+8:], conn)
+
+	// Message 2 is given up, message 3 is not handed to a handler before the stop.
+	text := document(t, "PROTOCOL.md")
+	require.Contains(t, text, "Cancelling message 2 would be `90000000 00000002`, a stop after message 1 `b0000000 00000001`.")
+	_, err = conn.Write([]byte("\x80\x00\x00\x02\x00\x00\x00\x02{}\x90\x00\x00\x00\x00\x00\x00\x02"))
+	require.NoError(t, err)
+	cancelled := listener.NextConn()
+	plain := make([]byte, frameHeader+2)
+	_, err = io.ReadFull(cancelled, plain)
+	require.NoError(t, err)
+	require.Equal(t, "\x00\x00\x00\x02{}", string(plain), "a handler reads a plain frame")
+	_, err = cancelled.Read(plain)
+	require.ErrorIs(t, err, io.EOF, "as if the sender had closed")
+	listener.DoneConn(cancelled)
+
+	_, err = conn.Write([]byte("\x80\x00\x00\x02\x00\x00\x00\x03{}"))
+	require.NoError(t, err)
+	listener.Stop(time.Nanosecond)
+	rest, err := io.ReadAll(conn)
+	require.NoError(t, err)
+	require.Equal(t, "\xb0\x00\x00\x00\x00\x00\x00\x02", string(rest[:8]), "stop: 2 was the last")
+	_, err = conn.Write([]byte{0x80})
+	require.ErrorIs(t, err, syscall.EPIPE)
+}
+
+// A listener that follows the document, byte for byte, for the library's Send.
+func TestProtocolDocument_KeptConnectionListener(t *testing.T) {
+	sender, answers := keptDumps(t)
+	newTracker(t) // a process without one keeps nothing
+	addr := &net.UnixAddr{Net: "unix", Name: filepath.Join(shortDir(t), "l.sock")}
+	listener, err := net.ListenUnix("unix", addr)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = listener.Close() })
+	send := func(id string, result string) <-chan error {
+		done, raw := make(chan error, 1), json.RawMessage(result)
+		go func() {
+			done <- acomm.Send(&url.URL{Scheme: "unix", Path: addr.Name}, &acomm.Response{ID: id, Result: &raw})
+		}()
+		return done
+	}
+
+	first := send("a1", "3")
+	conn, err := listener.AcceptUnix()
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = conn.Close() })
+	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
+	require.Regexp(t, "^"+keptSenderName+"[0-9A-Z]{26}$", conn.RemoteAddr().String())
+	requireBytes(t, sender[:keptFirst], conn)
+	_, err = conn.Write(answers[:keptOffer])
+	require.NoError(t, err)
+	requireBytes(t, sender[keptFirst:keptFirst+8], conn)
+	require.NoError(t, within(t, first, "Send"))
+	_, err = conn.Write(answers[keptOffer : keptOffer+8])
+	require.NoError(t, err)
+
+	// Until the library has read the agreement, a message comes on a connection of
+	// its own.
+	accepting := async(func() {
+		for {
+			alone, err := listener.AcceptUnix()
+			if err != nil {
+				return
+			}
+			_ = acomm.UnmarshalConnData(alone, &acomm.Response{})
+			_ = acomm.SendConnData(alone, &acomm.Response{})
+			_ = alone.Close()
+		}
+	})
+	message := make([]byte, len(sender)-keptFirst-8)
+	arrived := async(func() { _, err = io.ReadFull(conn, message) })
+	var second <-chan error
+	for waiting := true; waiting; {
+		second = send("a2", "4")
+		select {
+		case err := <-second:
+			require.NoError(t, err)
+		case <-arrived:
+			waiting = false
+		}
+	}
+	require.NoError(t, err)
+	require.Equal(t, hex.Dump(sender[keptFirst+8:]), hex.Dump(message))
+	_, err = conn.Write(answers[keptOffer+8:])
+	require.NoError(t, err)
+	require.NoError(t, within(t, second, "Send"))
+	require.NoError(t, listener.Close())
+	within(t, accepting, "the accept loop")
+}
+
+// Nothing of it reaches a sender that has not said it can keep connections.
+func TestProtocolDocument_KeptConnectionIsOfferedToNamedSendersOnly(t *testing.T) {
+	sender, _ := keptDumps(t)
+	for _, name := range []string{"", "@acomm-keep-2/" + rand.Text(), "@" + rand.Text()} {
+		listener, conn := keptPair(t, name)
+		_, err := conn.Write(sender[:keptFirst])
+		require.NoError(t, err)
+		acceptNext(t, listener)
+		answer, err := io.ReadAll(conn)
+		require.NoError(t, err)
+		require.Equal(t, string(written(t, &acomm.Response{})), string(answer), name)
+	}
+}
+
+// What the document calls a broken connection is closed, whoever sends it, and
+// what is at a limit is not.
+func TestProtocolDocument_KeptConnectionLimits(t *testing.T) {
+	sender, answers := keptDumps(t)
+	header := func(kind, length, number uint32) string {
+		b := binary.BigEndian.AppendUint32(nil, kind<<28|length)
+		return string(binary.BigEndian.AppendUint32(b, number))
+	}
+	largest := `"` + strings.Repeat("x", 65_534) + `"`
+	many := func(n uint32) string {
+		var b strings.Builder
+		for number := range n {
+			b.WriteString(header(8, 2, number+1) + "{}")
+		}
+		return b.String()
+	}
+	for name, c := range map[string]struct {
+		sent string
+		ends bool
+	}{
+		"largest message":         {sent: header(8, 65_536, 1) + largest},
+		"longer message":          {sent: header(8, 65_537, 1) + largest + " ", ends: true},
+		"not the next number":     {sent: header(8, 2, 2) + "{}", ends: true},
+		"unknown kind":            {sent: header(12, 0, 1), ends: true},
+		"a plain frame":           {sent: string(framed([]byte("{}    "))), ends: true},
+		"an answer of the sender": {sent: header(10, 0, 1), ends: true},
+		"a stop of the sender":    {sent: header(11, 0, 1), ends: true},
+		"cancel with a length":    {sent: header(8, 2, 1) + "{}" + header(9, 1, 1) + "x", ends: true},
+		"cancel of nothing":       {sent: header(9, 0, 7)},
+		"1,024 messages":          {sent: many(1024)},
+		"1,025 messages":          {sent: many(1025), ends: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			listener, conn := keptPair(t, keptSenderName+rand.Text())
+			_, err := conn.Write(sender[:keptFirst])
+			require.NoError(t, err)
+			acceptNext(t, listener)
+			requireBytes(t, answers[:keptOffer], conn)
+			_, err = conn.Write([]byte(keptHello))
+			require.NoError(t, err)
+			requireBytes(t, []byte(keptHello), conn)
+			_, err = io.WriteString(conn, c.sent)
+			require.NoError(t, err)
+			wait := patience
+			if !c.ends { // nothing is to come, which only time can show
+				wait = 50 * time.Millisecond
+			}
+			require.NoError(t, conn.SetReadDeadline(time.Now().Add(wait)))
+			_, err = conn.Read(make([]byte, 1))
+			if c.ends {
+				require.Error(t, err)
+				require.NotErrorIs(t, err, os.ErrDeadlineExceeded)
+			} else {
+				require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+			}
+		})
+	}
 }
 
 func TestProtocolDocument_MessagesAreRead(t *testing.T) {

@@ -31,8 +31,22 @@ const (
 // and well-formed, not done. An error means that the payload may not have
 // arrived; where the acknowledgement itself was lost, it may have.
 //
-// A URL with the scheme unix is the socket at the URL's Path. Everything else
-// goes out as an HTTP POST with the JSON as its body, through
+// Any number of goroutines may call it, also with the same URL and payload. Nobody
+// may change the payload before it returns. It works in every process, also after
+// the Stop of all trackers and listeners.
+//
+// A URL with the scheme unix is the socket at the URL's Path. On Linux, while a
+// [Tracker] or [UnixListener] of this process is started, the connection to a
+// socket whose process has this library too is kept, and shared by all goroutines:
+// one for each path, 256 of them, each with up to 1,024 exchanges at a time of up
+// to 64 KiB of JSON. What is over that goes on a connection of its own. A kept
+// connection is closed after 5 to 10 s without an exchange, and when the last
+// tracker and listener have stopped. When it ends, a message that can't have been
+// read is sent again, on a new connection and within the same minute; one that may
+// have been is not. A socket file that was replaced or removed is noticed at each
+// Send; while others are under way, within a millisecond.
+//
+// Everything else goes out as an HTTP POST with the JSON as its body, through
 // [net/http.DefaultTransport] as it is at that moment, so its settings for TLS,
 // proxies and further schemes (RegisterProtocol) apply. There a status of 2xx is
 // delivered: with an empty body, or with a Response that accepts or refuses it.

@@ -164,7 +164,21 @@ func (ul *UnixListener) checkStopped() error {
 //
 // The connection has no deadline. A peer may connect and stay silent, so set one
 // before reading. It has the SyscallConn method of [net.UnixConn], through which
-// the peer's credentials can be read.
+// the peer's credentials can be read; it may be of another type.
+//
+// On Linux, and without an accept limit, senders that have this library too keep
+// their connections, 256 to a listener: then what is returned stands for one
+// exchange, and others may use the same socket. It is used in the same way. Its
+// LocalAddr and RemoteAddr are those of the socket (such a sender has a random name
+// that begins with @acomm-keep-1/), its deadlines bound this exchange alone. What
+// is written up to the end of a frame is the answer; Write hands it over without
+// blocking, and what is written after it gives an error that matches
+// [syscall.EPIPE]. Read gives the sender's frame, then blocks until the exchange
+// is answered or the sender has given up, and returns [io.EOF]. A listener reads at
+// most 1 MiB of messages ahead of NextConn from each kept connection, and the last
+// one.
+//
+// Any number of goroutines may call it; each connection goes to one of them.
 func (ul *UnixListener) NextConn() net.Conn {
 	ul.mu.Lock()
 	defer ul.mu.Unlock()
@@ -191,7 +205,12 @@ func (ul *UnixListener) NextConn() net.Conn {
 
 // DoneConn completes the handling of a connection and closes it. With nil, a
 // connection that is done already or one that is not from this listener it does
-// nothing.
+// nothing. It does not block.
+//
+// A connection that its sender keeps goes on without the handler: only the
+// exchange ends, and a sender that was not answered learns it at once. One that was
+// offered to its sender, with the acknowledgement, is closed 200 ms later if the
+// sender does not take it. The connection is of no use to the caller in each case.
 func (ul *UnixListener) DoneConn(conn net.Conn) {
 	switch conn.(type) {
 	case *exchange, *firstConn, *net.UnixConn: // what NextConn returns
@@ -222,6 +241,15 @@ func (ul *UnixListener) DoneConn(conn net.Conn) {
 // or less it waits as long as that takes. It is safe to call more than once,
 // before Start, and from several goroutines: each call returns when the listener
 // is down, and the timeout is that of the first.
+//
+// On connections that senders keep, nothing more can be sent from now on. Messages
+// that were sent before count as accepted connections do: NextConn returns them.
+// When the timeout has passed, senders are told which of them no handler has got, so
+// that they may send them elsewhere; a sender that does not read then holds Stop up
+// for 200 ms at most. Connections at rest don't delay it. With the last listener
+// and tracker of the process those that this process keeps as a sender are closed
+// too: at once if they are at rest, else after their last exchange, for which Stop
+// does not wait.
 func (ul *UnixListener) Stop(timeout time.Duration) {
 	ul.mu.Lock()
 	run := ul.run
@@ -428,21 +456,6 @@ func (ul *UnixListener) handOver(e *exchange) error {
 	run.waiting = append(run.waiting, e)
 	run.changed.Signal()
 	return nil
-}
-
-// eachExchange calls f with the open exchanges of a connection.
-func (ul *UnixListener) eachExchange(c *keptListener, f func(*exchange)) {
-	ul.mu.Lock()
-	var exchanges []*exchange
-	for conn := range c.run.open {
-		if e, ok := conn.(*exchange); ok && e.c == c {
-			exchanges = append(exchanges, e)
-		}
-	}
-	ul.mu.Unlock()
-	for _, e := range exchanges {
-		f(e)
-	}
 }
 
 // readingEnded notes that no more exchanges arrive on a connection.
