@@ -48,3 +48,45 @@ func SetPostPatience(d time.Duration) (old time.Duration) {
 	old, gates.patience = gates.patience, d
 	return old
 }
+
+const (
+	KeptName  = keptName
+	KeptHello = keptHello
+	KeptLimit = keptLimit
+	KeptShare = keptShare
+)
+
+// KeptAgreed reports whether the process keeps a connection to the path that its
+// listener has agreed to keep.
+func KeptAgreed(path string) bool {
+	kept.mu.Lock()
+	c := kept.conns[path]
+	kept.mu.Unlock()
+	if c == nil {
+		return false
+	}
+	c.out.mu.Lock()
+	defer c.out.mu.Unlock()
+	return c.agreed && !c.retired
+}
+
+// KeptConns counts the connections that the process keeps.
+func KeptConns() int {
+	kept.mu.Lock()
+	defer kept.mu.Unlock()
+	return len(kept.conns)
+}
+
+// KeptWaiting counts the messages on the connection kept to the path that wait for
+// their acknowledgement.
+func KeptWaiting(path string) int {
+	kept.mu.Lock()
+	c := kept.conns[path]
+	kept.mu.Unlock()
+	if c == nil {
+		return 0
+	}
+	c.out.mu.Lock()
+	defer c.out.mu.Unlock()
+	return len(c.waiting)
+}

@@ -23,6 +23,7 @@ const (
 	keptGrace     = 200 * time.Millisecond // for a sender to take the offer, once the handler is done
 	keptListening = 2 * keptRest           // without an exchange until the listener closes a connection
 	keptQueue     = 1 << 20                // bytes of messages read and not yet handed out, or of answers not yet sent
+	keptProbe     = time.Second            // between looks for a sender that is waited for, while the listener stops
 	keptCost      = 512                    // bytes that an exchange counts for beside its message
 )
 
@@ -46,9 +47,10 @@ type firstConn struct {
 type firstState int
 
 const (
-	firstAlone   firstState = iota // has nothing to do with keeping
-	firstOffered                   // awaitSender reads
-	firstKept                      // goes on as a keptListener
+	firstAlone    firstState = iota // has nothing to do with keeping
+	firstOffering                   // the offer is being written
+	firstOffered                    // awaitSender reads
+	firstKept                       // goes on as a keptListener
 )
 
 // framed notes that a frame was read with so much payload.
@@ -61,25 +63,40 @@ func (f *firstConn) framed(payload int) {
 // acknowledge writes the frame of a Response, with the offer to keep the
 // connection if it is an answer to the one frame that was read.
 func (f *firstConn) acknowledge(frame []byte) error {
-	f.mu.Lock()
-	plain := f.frame == 0 || f.frame != f.read || f.written || f.state != firstAlone || f.closed
-	f.mu.Unlock()
-	if plain || !f.ul.mayOffer(f) {
+	if !f.mayOffer(len(frame)) {
 		_, err := f.Write(frame)
 		return err
 	}
 	offer := append(frame[:len(frame)-1:len(frame)-1], keptOffer...)
 	binary.BigEndian.PutUint32(offer, uint32(len(offer)-headerSize))
-	f.mu.Lock()
-	f.state, f.decided = firstOffered, make(chan struct{})
-	f.mu.Unlock()
 	_, err := f.conn.Write(offer)
-	if err != nil {
+	f.mu.Lock()
+	offered := err == nil && !f.closed
+	if offered {
+		f.state = firstOffered
+	}
+	f.mu.Unlock()
+	if !offered {
 		f.decide(false)
 		return err
 	}
 	go f.awaitSender() // ends with the connection, or the handler's deadline, or serves on
 	return nil
+}
+
+// mayOffer reports whether the acknowledgement may offer to keep the connection,
+// which it may once.
+func (f *firstConn) mayOffer(size int) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.frame == 0 || f.frame != f.read || f.written || f.state != firstAlone || f.closed || size > keptLimit {
+		return false
+	}
+	if !f.ul.mayOffer(f) {
+		return false
+	}
+	f.state, f.decided = firstOffering, make(chan struct{})
+	return true
 }
 
 // awaitSender reads the sender's word that it keeps the connection, and serves
@@ -95,9 +112,8 @@ func (f *firstConn) awaitSender() {
 	}
 	f.mu.Lock()
 	f.peeked = word
-	keep := string(word) == keptHello && !f.written
 	f.mu.Unlock()
-	if c := f.decide(keep); c != nil {
+	if c := f.decide(string(word) == keptHello); c != nil {
 		c.serve()
 	}
 }
@@ -106,13 +122,13 @@ func (f *firstConn) awaitSender() {
 // it does.
 func (f *firstConn) decide(keep bool) *keptListener {
 	defer f.ul.offerEnded(f)
-	var c *keptListener
-	if keep {
-		c = f.ul.promote(f)
-	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.state = firstAlone
+	var c *keptListener
+	if keep && !f.written {
+		c = f.ul.promote(f)
+	}
+	f.state, f.written = firstAlone, true // there is no second offer
 	switch {
 	case c != nil:
 		f.state = firstKept
@@ -138,7 +154,7 @@ func (f *firstConn) withdraw() {
 // reports whether the handler still has it to itself.
 func (f *firstConn) await() bool {
 	f.mu.Lock()
-	if f.state == firstOffered {
+	if f.state == firstOffering || f.state == firstOffered {
 		decided := f.decided
 		f.mu.Unlock()
 		<-decided
@@ -257,20 +273,19 @@ type keptListener struct {
 }
 
 func newKeptListener(ul *UnixListener, run *listenerRun, conn *net.UnixConn) (*keptListener, error) {
-	out, err := newBatch(conn, func() { _ = conn.Close() }) // which ends serve
-	if err != nil {
-		return nil, err
-	}
-	return &keptListener{
-		ul: ul, run: run, conn: conn, out: out,
+	c := &keptListener{
+		ul: ul, run: run, conn: conn,
 		room: sync.NewCond(&ul.mu), pending: make(map[uint32]*exchange),
-	}, nil
+	}
+	var err error
+	c.out, err = newBatch(conn, c.senderGone)
+	return c, err
 }
 
 // serve agrees to keep the connection and hands its messages out, until nothing
 // more can come and all were answered.
 func (c *keptListener) serve() {
-	if _, err := c.conn.Write([]byte(keptHello)); err == nil { // 8 bytes into an empty socket
+	if n, _ := c.out.writeNow([]byte(keptHello)); n == len(keptHello) {
 		c.out.mu.Lock()
 		c.rest = time.AfterFunc(keptListening, c.rested)
 		c.out.mu.Unlock()
@@ -281,18 +296,46 @@ func (c *keptListener) serve() {
 	}
 	c.ul.readingEnded(c)
 	c.out.mu.Lock()
-	if !c.refusing { // the sender is gone, or has broken the rules
-		_ = c.conn.Close()
-		for _, e := range c.pending {
-			e.senderGoneLocked()
-		}
+	refusing := c.refusing
+	c.out.mu.Unlock()
+	if !refusing {
+		c.senderGone() // or it has broken the rules
 	}
-	for c.out.writing || c.refusing && !c.stopped && len(c.pending) > 0 {
+	probe := time.AfterFunc(keptProbe, c.probe)
+	c.out.mu.Lock()
+	for c.out.writing || !c.stopped && len(c.pending) > 0 {
 		c.out.idle.Wait()
 	}
 	c.out.mu.Unlock()
+	probe.Stop()
 	_ = c.conn.Close() // before Stop can learn that the connection is gone
 	c.ul.keptEnded(c)
+}
+
+// senderGone ends the connection: nobody waits for answers any more.
+func (c *keptListener) senderGone() {
+	_ = c.conn.Close()
+	c.out.mu.Lock()
+	defer c.out.mu.Unlock()
+	for _, e := range c.pending {
+		e.senderGoneLocked()
+	}
+}
+
+// probe writes to a sender that can't be heard any more, to learn whether it is
+// gone.
+func (c *keptListener) probe() {
+	c.out.mu.Lock()
+	if c.stopped || len(c.pending) == 0 {
+		c.out.mu.Unlock()
+		return
+	}
+	flush := c.out.addLocked(keptStop, c.last, make([]byte, keptHeaderSize))
+	c.out.mu.Unlock()
+	if flush {
+		c.out.flush(false)
+	}
+	time.AfterFunc(keptProbe, c.probe)
 }
 
 // readFrame reads a frame of the sender and does what it says. An error ends the
@@ -359,10 +402,10 @@ func (c *keptListener) stop(handed uint32) {
 	_ = c.conn.CloseRead()
 	c.out.idle.Broadcast()
 	c.out.mu.Unlock()
+	time.AfterFunc(keptGrace, func() { _ = c.conn.Close() })
 	if flush {
 		c.out.flush(false)
 	}
-	time.AfterFunc(keptGrace, func() { _ = c.conn.Close() })
 }
 
 // rested closes the connection if it has not been used for the time of rest.
@@ -523,7 +566,7 @@ func (e *exchange) Write(p []byte) (int, error) {
 	var flush, company bool
 	switch {
 	case err != nil: // the sender will say what is wrong with it
-		flush, company = e.answerLocked(answer)
+		flush, company = e.answerLocked(answer[:headerSize])
 	case whole > 0 && whole <= len(answer):
 		flush, company = e.answerLocked(answer[:whole])
 	case len(e.answer) == 0:

@@ -155,6 +155,7 @@ func (b *batch) writeRest(p piece, from int) {
 		err := b.conn.SetWriteDeadline(time.Now().Add(sendTimeout))
 		if err == nil {
 			n, err = b.conn.Write(p.data[from:])
+			_ = b.conn.SetWriteDeadline(time.Time{})
 		}
 		b.end(p, from+n, err)
 		from = 0
@@ -257,7 +258,8 @@ type outcome struct {
 func (c *keptSender) exchange(ctx context.Context, frame []byte) ([]byte, error) {
 	w := waiters.Get().(*waiter)
 	c.out.mu.Lock()
-	if !c.agreed || c.retired || c.out.err != nil || len(c.waiting) >= keptShare {
+	full := len(c.waiting) >= keptShare || c.out.queued-c.out.written > keptQueue
+	if !c.agreed || c.retired || c.out.err != nil || full {
 		c.out.mu.Unlock()
 		return nil, errUnsent
 	}
@@ -448,6 +450,7 @@ func (c *keptSender) stopAfter(number uint32) {
 			c.settleLocked(n, outcome{err: errUnsent})
 		}
 	}
+	c.closeIfDoneLocked()
 }
 
 // keeper has the connections that this process keeps, while it has a listener or
@@ -545,7 +548,7 @@ func (k *keeper) keep(path string, file fileID, conn *net.UnixConn) bool {
 	if !k.wantsLocked(path) {
 		return false
 	}
-	if _, err := conn.Write([]byte(keptHello)); err != nil { // 8 bytes into an empty socket
+	if n, _ := c.out.writeNow([]byte(keptHello)); n < len(keptHello) {
 		return false
 	}
 	k.conns[path] = c

@@ -308,9 +308,21 @@ func (t *Tracker) serve() {
 			t.serving.Go(t.serve)
 		}
 		t.receive(conn)
-		if t.idle.Add(1) > maxIdle {
-			t.idle.Add(-1)
+		if !t.waitsAgain() {
 			return
+		}
+	}
+}
+
+// waitsAgain counts the goroutine as one that waits, unless enough do.
+func (t *Tracker) waitsAgain() bool {
+	for {
+		n := t.idle.Load()
+		if n >= maxIdle {
+			return false
+		}
+		if t.idle.CompareAndSwap(n, n+1) {
+			return true
 		}
 	}
 }

@@ -1,0 +1,121 @@
+package acomm_test
+
+import (
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/mistifyio/acomm"
+	"github.com/stretchr/testify/require"
+)
+
+// What a reviewer found in kept connections: each test is for one hazard.
+
+// Hazard: two acknowledgements at once on a first connection both made the offer,
+// and the second one's end closed a channel that was closed.
+func TestKept_TwoAcknowledgementsAtOnceMakeOneOffer(t *testing.T) {
+	both := func(conn net.Conn, _ note) {
+		var writing sync.WaitGroup
+		for range 2 {
+			writing.Go(func() { _ = acomm.SendConnData(conn, &acomm.Response{}) })
+		}
+		writing.Wait()
+	}
+	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{"both": both})
+	for range 200 {
+		conn := dialNamed(t, s.Addr())
+		require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
+		require.NoError(t, acomm.SendConnData(conn, note{How: "both"}))
+		_, err := conn.Write([]byte(acomm.KeptHello))
+		require.NoError(t, err)
+		require.NoError(t, acomm.UnmarshalConnData(conn, &acomm.Response{}))
+		require.NoError(t, conn.Close())
+	}
+	require.NoError(t, acomm.Send(s.URL(), note{}))
+}
+
+// Hazard: a listener that says stop and does not close left the sender's
+// connection open for ever, beyond the last Stop of the process.
+func TestKept_StoppedWithoutAClosedConnectionIsClosed(t *testing.T) {
+	l := newRawListener(t)
+	conn := l.keep()
+	sent := sendAsync(l.addr, note{})
+	number, _ := l.message(conn)
+	l.write(conn, keptFrame(keptAnswer, uint32(len(accepted)), number, accepted))
+	require.NoError(t, within(t, sent, "an exchange"))
+	l.write(conn, keptFrame(keptStop, 0, number, ""))
+	_, _, _, err := readKept(conn)
+	require.ErrorIs(t, err, io.EOF)
+	await(t, "the connection to be forgotten", func() bool { return acomm.KeptConns() == 0 })
+}
+
+// Hazard: a listener that stops can't be told that a sender has given up, and
+// waited for ever for a handler that waits for it.
+func TestKept_StopEndsWithAHandlerThatWaitsForItsSender(t *testing.T) {
+	inHand, ended := make(chan struct{}), make(chan error, 1)
+	wait := func(conn net.Conn, _ note) {
+		close(inHand)
+		_, err := conn.Read(make([]byte, 1))
+		ended <- err
+	}
+	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{"wait": wait})
+	keepingProcess(t)
+	keep(t, s.URL())
+	sent := sendWithin(s.URL(), note{How: "wait"}, time.Second)
+	within(t, inHand, "the handler")
+	stopped := async(func() { s.Stop(0) })
+	require.Error(t, within(t, sent, "the sender to give up"))
+	require.ErrorIs(t, within(t, ended, "the handler's read"), io.EOF)
+	within(t, stopped, "Stop")
+}
+
+// Hazard: a peer that acknowledges what it has not read left no room in the
+// socket for the sender's word, which was written without a deadline and under
+// the lock of all connections.
+func TestKept_NoRoomForTheSendersWordBlocksNobody(t *testing.T) {
+	l := newRawListener(t)
+	for size := 180; size <= 240; size += 4 { // KiB, around what fits a socket
+		sent := sendWithin(l.addr, note{Data: strings.Repeat("x", size<<10)}, 200*time.Millisecond)
+		conn, err := l.Accept()
+		require.NoError(t, err)
+		_, err = conn.Write(plainFrame(`{"error":"","keep":1}`))
+		require.NoError(t, err)
+		<-sent // delivered, or too late: it ends
+		other := acomm.NewUnixListener("", 0)
+		within(t, async(func() { err = other.Start() }), "Start of another listener")
+		require.NoError(t, err)
+		other.Stop(0)
+		require.NoError(t, conn.Close())
+	}
+}
+
+// Hazard: answers that the sender does not read were kept without bound.
+func TestKept_SenderThatReadsNothingIsReadNoFurther(t *testing.T) {
+	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
+	conn := keepRaw(t, s.Addr())
+	// Fewer than may be unanswered are on their way at a time.
+	const most = 1 << 20
+	var n uint32
+	for n < most {
+		for range 256 {
+			n++
+			require.NoError(t, conn.SetWriteDeadline(time.Now().Add(time.Second)))
+			if _, err := conn.Write(keptFrame(keptMessage, 2, n, `{}`)); err != nil {
+				require.ErrorIs(t, err, os.ErrDeadlineExceeded, "it is still open")
+				return
+			}
+		}
+		for wait := 0; s.handled(0) < int(n)-256; wait++ {
+			if wait == 1000 {
+				return // it reads no further
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	require.Fail(t, "the listener reads on and on")
+}
