@@ -14,7 +14,7 @@ MODULES := . $(filter-out go.mod,$(MODULES))
 each = set -e; for dir in $(MODULES); do echo "== $$dir: $(1)"; (cd $$dir && $(1)); done
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race lint fuzz soak long cover demo bench quick
+.PHONY: help build test race lint fuzz soak long cover demo hosts bench quick
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ cover: ## show the coverage of the package
 
 demo: ## run a coordinator, a provider and a requester; DEMO=path for another file or directory
 	$(GO) run ./examples/demo $(DEMO)
+
+hosts: ## three hosts in network namespaces, with faults; needs root and iproute2, else it says so
+	cd hosts && $(GO) run .
 
 bench: ## compare with other libraries; BENCHTIME, ROUNDS, MODE (calls, tracking, streams, all...), JSON=v2
 	cd bench && $(if $(filter v2,$(JSON)),GOEXPERIMENT=jsonv2 )$(GO) run . \

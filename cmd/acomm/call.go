@@ -1,0 +1,450 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/url"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+	"unicode"
+
+	"github.com/mistifyio/acomm"
+	"github.com/schollz/progressbar/v3"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+)
+
+// ackGrace is how long a call that has its response waits for the
+// acknowledgement that was overtaken, so that the other side can deliver it.
+const ackGrace = time.Second
+
+// call is a request from the command line.
+type call struct {
+	target *url.URL
+	task   string
+	args   json.RawMessage
+
+	timeout    time.Duration
+	hookListen string
+	hookURL    string
+	output     string // file for the stream; empty: standard output
+	raw        bool
+	verbose    bool
+
+	start time.Time // when it was sent
+}
+
+const callLong = `Call sends a request for TASK to URL, waits for its response and writes the result
+to standard output.
+
+URL is one of
+  unix:///run/echo.sock   a unix socket; a path (/run/echo.sock, ./echo.sock) will do
+  http://host:port/path   a service that takes requests over HTTP, such as a gateway;
+                          https as well
+  nats://host:4222/tasks  a subject of a NATS server; without a host that of NATS_URL
+
+ARGS, the arguments of the task, is one of
+  (nothing)               null
+  '{"n": 5}'              JSON
+  @FILE                   JSON in a file
+  -                       JSON on standard input
+  KEY=VALUE...            an object; a VALUE that is JSON is taken as such, any other
+                          as a string: n=5 name=joe is {"n":5,"name":"joe"}, and
+                          'n="5"' the string. What could be read in several ways is
+                          what comes first in this list.
+ARGS that begin with a dash, such as -5, come after --.
+
+OUTPUT
+The result is indented on a terminal, one line otherwise, and with --raw byte for byte
+as it came. A stream that comes with the response goes to standard output, or with -o
+to a file; the result then goes to standard error, or with -o to standard output,
+unless it is null. While a stream is read, a bar on standard error shows its progress
+if that is a terminal (and standard output is not one the stream goes to).
+
+With -o the data is written to a hidden file beside FILE, .FILE.*.part, and moved when
+the stream is complete. After an error or an interruption FILE is what it was before,
+or absent, and the part is removed. A response without a stream is an error then.
+
+HOOKS
+The response is sent to the hook. For a unix socket that is a socket of the call's own
+in a directory only its user can enter. For HTTP the call listens on --hook-listen, and
+the request names that address, or --hook-url if the other side has to use another one,
+because of a proxy or because it is on another machine. Any path is taken. Who can
+reach that address can't do more than try ids: they are random, 122 bits. For NATS it
+is a subject acomm.call.RANDOM, which the other side must be allowed to publish to.
+
+TIME
+--timeout bounds the time from sending to the response; a stream then takes as long
+as it takes. A request that is acknowledged goes on at the other side when the call
+has timed out or is interrupted.
+
+EXIT STATUS
+  0  done: the result, and the stream if there is one, has been written
+  1  the task failed, its error is on standard error; or what came could not be
+     read to its end or written
+  2  usage: options, URL or ARGS make no sense, or name a file that can't be used
+  3  the request could not be sent: nobody is there, or it was refused
+  4  timed out: no acknowledgement, no response or no stream in time. A time-out
+     that the other side reports is an error of the task.
+  An interrupted call exits with 130 (SIGINT) or 143 (SIGTERM), one whose output nobody
+  reads with 141 (SIGPIPE).`
+
+const callExample = `  acomm call unix:///run/echo.sock echo hello=world n=5
+  acomm call ./echo.sock echo '{"hello": "world"}'
+  acomm call --timeout 10m -o backup.tar http://127.0.0.1:8080/ backup @backup.json
+  acomm call --hook-listen 0.0.0.0:9000 --hook-url http://10.0.0.5:9000/ http://10.0.0.7:8080/ echo
+  date | jq -R . | acomm call -v ./echo.sock echo -`
+
+func newCallCommand() *cobra.Command {
+	c := &call{}
+	cmd := &cobra.Command{
+		Use:     "call URL TASK [ARGS]",
+		Short:   "Send a request and wait for its response",
+		Long:    callLong,
+		Example: callExample,
+		Args:    cobra.MinimumNArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := c.parse(args, cmd.InOrStdin()); err != nil {
+				return &exitError{exitUsage, err}
+			}
+			return c.run()
+		},
+	}
+	flags := cmd.Flags()
+	flags.DurationVar(&c.timeout, "timeout", time.Minute, "how long to wait for the response")
+	flags.StringVar(&c.hookListen, "hook-listen", "127.0.0.1:0", "`address` to listen on for the response to an HTTP request")
+	flags.StringVar(&c.hookURL, "hook-url", "", "`URL` of that address as the other side sees it")
+	flags.StringVarP(&c.output, "output", "o", "", "`file` for the stream")
+	flags.BoolVar(&c.raw, "raw", false, "write the result as it came")
+	flags.BoolVarP(&c.verbose, "verbose", "v", false, "say on standard error what is sent and received, and when")
+	return cmd
+}
+
+// parse takes URL, TASK and ARGS.
+func (c *call) parse(words []string, stdin io.Reader) (err error) {
+	if c.target, err = parseTarget(words[0]); err != nil {
+		return err
+	}
+	if c.task = words[1]; c.task == "" {
+		return errors.New("TASK is empty")
+	}
+	if c.timeout <= 0 {
+		return fmt.Errorf("--timeout %v is not positive", c.timeout)
+	}
+	c.args, err = parseArgs(words[2:], stdin)
+	return err
+}
+
+// parseTarget makes a URL of the text, which may be the path of a socket.
+func parseTarget(text string) (*url.URL, error) {
+	if strings.HasPrefix(text, "/") || strings.HasPrefix(text, ".") {
+		path, err := filepath.Abs(text)
+		return &url.URL{Scheme: "unix", Path: path}, err
+	}
+	u, err := url.Parse(text)
+	if err != nil {
+		return nil, errors.New("URL can't be parsed") // the error would quote a password
+	}
+	switch u.Scheme {
+	case "unix":
+		if u.Host != "" || !strings.HasPrefix(u.Path, "/") {
+			return nil, fmt.Errorf("URL: %s has no absolute path: unix:///PATH", u.Redacted())
+		}
+		return u, nil
+	case "http", "https":
+		if u.Host == "" {
+			return nil, fmt.Errorf("URL: %s has no host", u.Redacted())
+		}
+		return u, nil
+	case "nats":
+		return u, parseNATSTarget(u)
+	}
+	return nil, fmt.Errorf("URL: %q is not unix:///PATH, http(s)://HOST/, nats://HOST/SUBJECT or the path of a socket", u.Redacted())
+}
+
+// run makes the call.
+func (c *call) run() error {
+	ctx, stop := signalContext()
+	defer stop()
+
+	var file *download
+	if c.output != "" && c.output != "-" {
+		var err error
+		if file, err = newDownload(c.output); err != nil {
+			return usageError("-o: %w", err)
+		}
+		defer file.abort()
+	}
+	resp, err := c.exchange(ctx)
+	if err != nil {
+		return err
+	}
+	if resp.Error != nil {
+		if errors.Is(resp.Error, os.ErrDeadlineExceeded) { // the tracker's; none comes over the wire
+			return &exitError{exitTimeout, fmt.Errorf("no response to %s within %v", c.task, c.timeout)}
+		}
+		return &exitError{exitTask, errors.New(printable(resp.Error.Error()))}
+	}
+	return c.deliver(ctx, resp, file)
+}
+
+// exchange sends the request and returns its response. An error in the response
+// is the tracker's if it matches os.ErrDeadlineExceeded.
+func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
+	tracker, err := acomm.NewTracker("", nil, c.timeout)
+	if err == nil {
+		err = tracker.Start()
+	}
+	if err != nil {
+		return nil, &exitError{exitNotSent, err}
+	}
+	defer tracker.Stop()
+	hook, closeHook, err := c.openHook(tracker)
+	if err != nil {
+		return nil, err
+	}
+	defer closeHook()
+
+	responses := make(chan *acomm.Response, 1) // exactly one handler runs, once
+	handle := func(_ *acomm.Request, resp *acomm.Response) { responses <- resp }
+	req, err := acomm.NewRequest(c.task, hook.String(), c.args, handle, handle)
+	if err != nil {
+		return nil, usageError("%w", err)
+	}
+	// Tracked before it is sent: the response may overtake the acknowledgement.
+	c.start = time.Now()
+	if err := tracker.TrackRequest(req, c.timeout); err != nil {
+		return nil, &exitError{exitNotSent, err}
+	}
+	defer tracker.RemoveRequest(req) // Stop waits for what is tracked
+	c.say("sending %s %s to %s, %d bytes of arguments, hook %s", c.task, req.ID, c.target.Redacted(), len(c.args), hook.Redacted())
+	sent := make(chan error, 1)
+	go func() { sent <- acomm.Send(c.target, req) }() // ends with the process, if not before
+	for ack := sent; ; {
+		select {
+		case err := <-ack:
+			if err != nil {
+				tracker.RemoveRequest(req) // no response will come
+				return nil, c.sendError(err, responses)
+			}
+			c.say("acknowledged")
+			ack = nil
+		case resp := <-responses:
+			if ack != nil && resp.Error == nil {
+				c.awaitAck(ack)
+			}
+			return resp, nil
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// sendError says why the request could not be sent. A time-out may have been
+// noticed by both the tracker and Send.
+func (c *call) sendError(err error, responses <-chan *acomm.Response) error {
+	code := exitNotSent
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		code = exitTimeout
+	}
+	select {
+	case resp := <-responses:
+		if errors.Is(resp.Error, os.ErrDeadlineExceeded) {
+			code = exitTimeout
+		}
+	default:
+	}
+	return &exitError{code, errors.New(printable(err.Error()))}
+}
+
+// awaitAck waits a moment for an acknowledgement that the response has overtaken.
+func (c *call) awaitAck(ack <-chan error) {
+	select {
+	case err := <-ack:
+		if err == nil {
+			c.say("acknowledged")
+		}
+	case <-time.After(ackGrace):
+	}
+}
+
+// deliver writes the result, and the stream if there is one.
+func (c *call) deliver(ctx context.Context, resp *acomm.Response, file *download) error {
+	result := json.RawMessage("null")
+	if resp.Result != nil {
+		result = *resp.Result
+	}
+	if resp.StreamURL == nil {
+		c.say("response: %d bytes of result", len(result))
+		if err := c.writeResult(os.Stdout, result); err != nil {
+			return outputError(err)
+		}
+		if file != nil {
+			return &exitError{exitTask, errors.New("the response has no stream for -o")}
+		}
+		return nil
+	}
+	c.say("response: %d bytes of result, stream at %s", len(result), withoutQuery(resp.StreamURL))
+	to := os.Stderr
+	if file != nil {
+		to = os.Stdout
+	}
+	if string(result) != "null" {
+		if err := c.writeResult(to, result); err != nil {
+			return outputError(err)
+		}
+	}
+	return c.readStream(ctx, resp.StreamURL, file)
+}
+
+// writeResult writes the result in the form that suits the file.
+func (c *call) writeResult(to *os.File, result []byte) error {
+	if c.raw {
+		_, err := to.Write(result)
+		return err
+	}
+	var buf bytes.Buffer
+	var err error
+	if term.IsTerminal(int(to.Fd())) {
+		err = json.Indent(&buf, result, "", "  ")
+	} else {
+		err = json.Compact(&buf, result)
+	}
+	if err != nil {
+		return err
+	}
+	buf.WriteByte('\n')
+	_, err = to.Write(buf.Bytes())
+	return err
+}
+
+// readStream reads the stream to its end, into the file if there is one.
+func (c *call) readStream(ctx context.Context, stream *url.URL, file *download) error {
+	var dest io.Writer = os.Stdout
+	shown := term.IsTerminal(int(os.Stdout.Fd()))
+	if file != nil {
+		dest, shown = file, false
+	}
+	counted, began := &counter{w: dest}, time.Now()
+	dest = counted
+	finish := func() {}
+	if !shown && term.IsTerminal(int(os.Stderr.Fd())) {
+		bar := newBar(c.task)
+		dest = io.MultiWriter(counted, bar)
+		finish = func() { // the bar gives way to what has come
+			_ = bar.Clear()
+			fmt.Fprintf(os.Stderr, "%s: %d bytes in %v\n", printable(c.task), counted.n, time.Since(began).Round(time.Millisecond))
+		}
+	}
+	read := make(chan error, 1)
+	go func() { read <- acomm.Stream(dest, stream) }() // ends with the process, if not before
+	var err error
+	select {
+	case err = <-read:
+		finish()
+	case <-ctx.Done(): // the other side may be silent for long
+		return context.Cause(ctx)
+	}
+	switch {
+	case counted.err != nil:
+		return outputError(counted.err)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return &exitError{exitTimeout, err}
+	case err != nil:
+		return &exitError{exitTask, err}
+	}
+	if file != nil {
+		if err := file.complete(); err != nil {
+			return outputError(err)
+		}
+	}
+	c.say("stream: %d bytes", counted.n)
+	return nil
+}
+
+// newBar is a bar for a stream, whose size nobody knows.
+func newBar(task string) *progressbar.ProgressBar {
+	return progressbar.NewOptions64(-1,
+		progressbar.OptionSetWriter(os.Stderr),
+		progressbar.OptionSetDescription(printable(task)),
+		progressbar.OptionShowBytes(true),
+		progressbar.OptionThrottle(65*time.Millisecond),
+		progressbar.OptionSpinnerType(14),
+		progressbar.OptionSetRenderBlankState(true),
+	)
+}
+
+// counter counts what it passes on, and keeps the error of the other side.
+type counter struct {
+	w   io.Writer
+	n   int64
+	err error
+}
+
+func (c *counter) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.n += int64(n)
+	c.err = err
+	return n, err
+}
+
+// say tells what happens, with -v.
+func (c *call) say(format string, args ...any) {
+	if c.verbose {
+		fmt.Fprintf(os.Stderr, "%s +%.3fs %s\n", time.Now().Format("15:04:05.000"),
+			time.Since(c.start).Seconds(), printable(fmt.Sprintf(format, args...)))
+	}
+}
+
+// outputError is an error of writing. That nobody reads any more needs no words.
+func outputError(err error) error {
+	if errors.Is(err, syscall.EPIPE) {
+		return &exitError{code: 128 + int(syscall.SIGPIPE)}
+	}
+	return &exitError{exitTask, err}
+}
+
+// withoutQuery is the URL without what makes it a secret.
+func withoutQuery(u *url.URL) string {
+	short := *u
+	short.RawQuery, short.User = "", nil
+	return short.String()
+}
+
+// printable is the text of a peer without what a terminal would obey.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) && r != '\n' && r != '\t' {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, text)
+}
+
+// signalContext is a context that ends with SIGINT, SIGTERM or SIGHUP; its cause
+// then has the exit code. The second signal ends the process.
+func signalContext() (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	// Writing to standard output then fails instead of ending the process, which
+	// would leave the socket behind.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	go func() { // ends with stop
+		select {
+		case sig := <-signals:
+			signal.Stop(signals)
+			cancel(&exitError{128 + int(sig.(syscall.Signal)), fmt.Errorf("interrupted: %v", sig)})
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() { cancel(nil); signal.Stop(signals) }
+}

@@ -1,0 +1,51 @@
+package main
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"strings"
+
+	"github.com/mistifyio/acomm"
+	"github.com/mistifyio/acomm/natshook"
+	"github.com/nats-io/nats.go"
+)
+
+// parseNATSTarget looks for what makes no sense in a URL of a subject.
+func parseNATSTarget(u *url.URL) error {
+	if subject := strings.TrimPrefix(u.Path, "/"); subject == "" || u.RawQuery != "" || u.Fragment != "" {
+		return fmt.Errorf("URL: %s is not nats://[HOST[:PORT]]/SUBJECT", u.Redacted())
+	}
+	return nil
+}
+
+// openNATSHook connects to the server that the target names, has requests and
+// responses go over the connection, and serves a subject nobody can guess.
+func (c *call) openNATSHook(tracker *acomm.Tracker) (*url.URL, func(), error) {
+	server := os.Getenv("NATS_URL") // may be a list
+	if c.target.Host != "" {
+		u := url.URL{Scheme: c.target.Scheme, User: c.target.User, Host: c.target.Host}
+		server = u.String()
+	}
+	if server == "" {
+		server = nats.DefaultURL
+	}
+	nc, err := nats.Connect(server, nats.Name("acomm call"), nats.Timeout(min(c.timeout, nats.DefaultTimeout)))
+	if err != nil {
+		return nil, nil, &exitError{exitNotSent, fmt.Errorf("connect to the NATS server: %w", err)}
+	}
+	hook := natshook.URL("acomm.call." + rand.Text())
+	serving, err := natshook.Serve(nc, strings.TrimPrefix(hook.Path, "/"), "", responseHandler(tracker))
+	if err = errors.Join(err, natshook.Register(nc)); err != nil {
+		nc.Close()
+		return nil, nil, &exitError{exitNotSent, err}
+	}
+	// The host and the user are those of the connection.
+	c.target = natshook.URL(strings.TrimPrefix(c.target.Path, "/"))
+	return hook, func() {
+		_ = serving.Close()
+		nc.Close()
+	}, nil
+}

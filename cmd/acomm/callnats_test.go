@@ -1,0 +1,24 @@
+package main
+
+import (
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+func TestCall_OverNATS(t *testing.T) {
+	g := startGateway(t, "--nats", "embedded", "--nats-listen", "127.0.0.1:0")
+	provider := startAcomm(t, "serve", filepath.Join(g.dir, "work", "1.sock"), "--", "cat")
+	provider.waitLine("listening on")
+	g.waitLine("tasks.work")
+
+	require.Equal(t, result{stdout: `{"a":1}` + "\n"}, runAcomm(t, "call", g.natsURL()+"/tasks.work", "work", "a=1"))
+	cmd := acommCmd(t, "call", "nats:///tasks.work", "work", "a=1")
+	cmd.Env = append(cmd.Env, "NATS_URL="+g.natsURL())
+	require.Equal(t, result{stdout: `{"a":1}` + "\n"}, runCmd(t, cmd))
+	got := runAcomm(t, "call", g.natsURL()+"/tasks.nobody", "work")
+	require.Equal(t, exitNotSent, got.code, got.stderr)
+	provider.stop()
+	g.stop()
+}

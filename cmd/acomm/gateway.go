@@ -1,0 +1,310 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"github.com/spf13/viper"
+)
+
+const gatewayLong = `gateway takes requests from other machines over HTTP, and from this one over a
+unix socket, gives each to a provider of its task on this machine, and sends the
+response to the hook that the request names.
+
+PROVIDERS
+  The providers of the task TASK have their sockets at DIR/TASK/*.sock. They are
+  asked in the order of their names. The next one is asked only if a request was
+  certainly not taken: nobody listens, or the provider has refused it. After
+  anything that leaves this open, such as a connection that ends before the
+  acknowledgement, no other is asked: a request is done at most once.
+  A task is one name: not empty, without a slash, neither "." nor "..", 255 bytes at
+  most, and neither "coordinator" nor "response", which the gateway uses.
+
+WHAT IT SERVES
+  POST /      a request, in JSON. The answer acknowledges it: 200 with a response
+              whose error is empty, or says why the request is not taken (nobody
+              provides the task, or all providers refuse it; the id is in use).
+              Other statuses, with a response that says more:
+                400  no valid request: no JSON, a hook that is not allowed
+                403  sent by a web page of another site
+                405  not a POST
+                408  the body did not arrive within a minute
+                413  larger than --max-body, or than a provider takes (64 MiB)
+                429  --max-outstanding requests are under way; not taken
+                502  a provider may have taken it, or may not; nothing will be sent
+                     to the hook
+                503  the gateway is ending; not taken
+  /stream     the streams that responses name, see --stream-url
+  /healthz    200, or 503 once the gateway is ending
+  /metrics    counts, for Prometheus
+  DIR/coordinator/NAME.sock   requests from this machine, of 64 MiB at most. A
+              sender that is not told whether a request was taken finds the
+              connection closed without an acknowledgement.
+  DIR/response/NAME.sock      the responses of the providers
+
+  Everything over HTTP is on one address: whoever reaches it may send requests, and
+  read /metrics. Put a proxy with TLS and logins before it if that is not meant.
+
+HOOKS
+  A request over HTTP has an http, https or nats hook, the last with --nats. One over
+  the unix socket may have a unix hook too: such a request is passed on unchanged,
+  and its response does not come through the gateway. The response of all others
+  does, or after --timeout an error that says "response timeout". It is sent to the
+  hook at most once: again, until the time-out, only if nobody could be connected to,
+  or the answer was 429 or 503.
+
+  Hooks are chosen by strangers, so the addresses they lead to are checked: when
+  connecting, after the name was looked up, also after redirects. Refused are
+  link-local addresses and those of clouds' metadata services (169.254.0.0/16,
+  fe80::/10, fd00:ec2::254, fd20:ce::254, 100.100.100.200, 192.0.0.192), and
+  unspecified ones (0.0.0.0/8, ::). --hook-deny adds to these, --hook-allow makes
+  exceptions. The longest prefix that holds an address decides; of two equally long
+  ones a refusal, but --hook-allow over those above. To allow nothing but one network:
+    --hook-deny 0.0.0.0/0,::/0 --hook-allow 10.1.0.0/16
+  Streams that providers offer over HTTP are subject to the same rules. Proxies that
+  the environment names (HTTP_PROXY) are not used, but with --hook-proxy, where the
+  rules can be applied only to the proxy's address and to hooks that are addresses.
+
+NATS
+  With --nats URL the gateway also takes requests from a NATS server: for each TASK
+  with a directory, which it looks for every few seconds, from SUBJECT.TASK, with the
+  queue group "acomm", so that gateways on many machines share the tasks that they
+  have providers for. Hooks may then be nats URLs. Requests that come that way are
+  subject to the rules of those over HTTP. A TASK with a dot, a space, "*" or ">" can't
+  be had over NATS. --nats embedded starts a server in this process, see --nats-listen.
+
+CONFIGURATION
+  Each flag may also be given in the environment, as ACOMM_ and its name in capitals
+  with _ for - (ACOMM_SOCKET_DIR), or by its name in a YAML, TOML or JSON file that
+  --config names. A flag goes before the environment, that before the file. Lists are
+  separated by commas; in a file they may be lists. What the file does not know how
+  to spell is an error.
+
+METRICS
+  acomm_gateway_requests_total{task}            requests that could be read
+  acomm_gateway_refused_total{task,reason}      of them and of others, not acknowledged:
+                                                invalid, no_provider, refused, duplicate,
+                                                busy, draining, unclear
+  acomm_gateway_responses_total{task,result}    from providers: success, error
+  acomm_gateway_timeouts_total{task}            requests without a response in time
+  acomm_gateway_forward_failures_total{task}    responses and time-outs that did not
+                                                arrive at their hook, or may not have
+  acomm_gateway_response_seconds{task}          from the request to its response
+  acomm_gateway_outstanding                     requests that wait for their response, or
+                                                whose response is being sent to the hook
+  The label task is empty for tasks without a directory. Not counted: the responses
+  and time-outs of requests with unix hooks, which the gateway does not see, and
+  responses that come after the time-out.
+
+SIGNALS
+  SIGTERM, SIGINT   takes no more requests, waits for the responses that are
+                    outstanding (--timeout at most, and the sending), then for
+                    streams and other HTTP exchanges that are under way, and ends
+                    with status 0. A second one ends it at once, with status 1.
+
+FILES
+  DIR decides who may send requests from this machine and who may provide tasks:
+  directories that are missing are made as the umask says. See SECURITY.md.`
+
+// gatewayOptions are the flags of the gateway.
+type gatewayOptions struct {
+	config         string
+	socketDir      string
+	name           string
+	listen         string
+	streamURL      string
+	timeout        time.Duration
+	maxBody        byteSize
+	maxHeader      byteSize
+	maxConnections int
+	maxOutstanding int
+	hookAllow      []string
+	hookDeny       []string
+	hookProxy      bool
+	nats           string
+	natsSubject    string
+	natsListen     string
+	verbose        bool
+}
+
+func newGatewayCommand() *cobra.Command {
+	opts := &gatewayOptions{maxBody: 64 << 20, maxHeader: 64 << 10}
+	cmd := &cobra.Command{
+		Use:   "gateway --socket-dir DIR --listen ADDR",
+		Short: "Take requests over HTTP and forward them to providers on this machine",
+		Long:  gatewayLong,
+		Example: `  acomm gateway --socket-dir /run/acomm --listen :8080 --stream-url https://box.example/stream
+  acomm gateway --config /etc/acomm/gateway.yaml`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := opts.load(cmd.NonInheritedFlags()); err != nil {
+				return err
+			}
+			return runGateway(cmd.Context(), opts, cmd.OutOrStdout())
+		},
+	}
+	opts.addFlags(cmd.Flags())
+	return cmd
+}
+
+func (o *gatewayOptions) addFlags(f *pflag.FlagSet) {
+	f.SortFlags = false
+	f.StringVar(&o.socketDir, "socket-dir", "", "directory `DIR` of the sockets; required")
+	f.StringVar(&o.listen, "listen", "", "address `ADDR` for HTTP, host:port; port 0 takes a free one; required")
+	f.StringVar(&o.name, "name", "", "`NAME` of the gateway's own sockets (default the host's name)")
+	f.StringVar(&o.streamURL, "stream-url", "", "`URL` under which others reach /stream (default http://ADDR/stream)")
+	f.DurationVar(&o.timeout, "timeout", time.Minute, "for the response to a request")
+	f.Var(&o.maxBody, "max-body", "largest request over HTTP, in bytes, KiB, MiB or GiB")
+	f.Var(&o.maxHeader, "max-header", "largest header over HTTP")
+	f.IntVar(&o.maxConnections, "max-connections", 1024, "connections over HTTP at a time, and as many exchanges over the unix socket; more wait")
+	f.IntVar(&o.maxOutstanding, "max-outstanding", 65536, "requests that may wait for responses; more are refused")
+	f.StringSliceVar(&o.hookAllow, "hook-allow", nil, "addresses, or networks as `CIDR`, that hooks may lead to")
+	f.StringSliceVar(&o.hookDeny, "hook-deny", nil, "addresses, or networks as `CIDR`, that they may not lead to")
+	f.BoolVar(&o.hookProxy, "hook-proxy", false, "connect to hooks through the proxies that the environment names")
+	f.StringVar(&o.nats, "nats", "", "`URL` of a NATS server, or embedded")
+	f.StringVar(&o.natsSubject, "nats-subject", "tasks", "`SUBJECT` before the task's name")
+	f.StringVar(&o.natsListen, "nats-listen", "127.0.0.1:4222", "`ADDR` of the embedded NATS server")
+	f.StringVar(&o.config, "config", "", "`FILE` with flags")
+	f.BoolVar(&o.verbose, "verbose", false, "log each request that is refused, and why")
+}
+
+// load sets the flags that were not given from the environment and the file, and
+// checks them all.
+func (o *gatewayOptions) load(flags *pflag.FlagSet) error {
+	env := viper.New()
+	env.SetEnvPrefix("acomm")
+	env.SetEnvKeyReplacer(strings.NewReplacer("-", "_"))
+	env.AutomaticEnv()
+	if o.config == "" {
+		o.config = env.GetString("config")
+	}
+	file := viper.New()
+	if o.config != "" {
+		file.SetConfigFile(o.config)
+		if err := file.ReadInConfig(); err != nil {
+			return usageError("read the configuration %s: %w", o.config, err)
+		}
+	}
+	for _, key := range file.AllKeys() {
+		if f := flags.Lookup(key); f == nil || key == "config" || key == "help" {
+			return usageError("%s: no flag is called %q", o.config, key)
+		}
+	}
+	var err error
+	flags.VisitAll(func(f *pflag.Flag) {
+		if err != nil || f.Changed || f.Name == "help" || f.Name == "config" {
+			return
+		}
+		for _, source := range []*viper.Viper{env, file} {
+			if !source.IsSet(f.Name) {
+				continue
+			}
+			if setErr := flags.Set(f.Name, settingText(source.Get(f.Name))); setErr != nil {
+				err = usageError("%w", setErr)
+			}
+			return
+		}
+	})
+	if err != nil {
+		return err
+	}
+	return o.check()
+}
+
+// settingText is what a setting looks like on the command line.
+func settingText(value any) string {
+	list, ok := value.([]any)
+	if !ok {
+		return fmt.Sprint(value)
+	}
+	texts := make([]string, len(list))
+	for i, v := range list {
+		texts[i] = fmt.Sprint(v)
+	}
+	return strings.Join(texts, ",")
+}
+
+func (o *gatewayOptions) check() error {
+	if o.name == "" {
+		name, err := os.Hostname()
+		if err != nil {
+			return fmt.Errorf("name of the host: %w", err)
+		}
+		o.name = name
+	}
+	switch {
+	case o.socketDir == "":
+		return usageError("--socket-dir is missing")
+	case o.listen == "":
+		return usageError("--listen is missing")
+	case checkTaskName(o.name) != nil:
+		return usageError("--name: %q is no file name", o.name)
+	case o.timeout <= 0:
+		return usageError("--timeout is not positive")
+	case o.maxBody <= 0, o.maxHeader <= 0, o.maxConnections <= 0, o.maxOutstanding <= 0:
+		return usageError("a limit is not positive")
+	case o.nats != "" && !isSubject(o.natsSubject):
+		return usageError("--nats-subject: %q is no subject", o.natsSubject)
+	}
+	return nil
+}
+
+// streamURLAt is where others reach the streams of a gateway that listens there.
+func (o *gatewayOptions) streamURLAt(addr net.Addr) (*url.URL, error) {
+	if o.streamURL != "" {
+		u, err := url.Parse(o.streamURL)
+		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+			return nil, usageError("--stream-url: %q is no http URL", o.streamURL)
+		}
+		return u, nil
+	}
+	host := addr.String()
+	if tcp, ok := addr.(*net.TCPAddr); ok && tcp.IP.IsUnspecified() {
+		if name, err := os.Hostname(); err == nil {
+			host = net.JoinHostPort(name, strconv.Itoa(tcp.Port))
+		}
+	}
+	return &url.URL{Scheme: "http", Host: host, Path: "/stream"}, nil
+}
+
+// byteSize is a flag for a number of bytes.
+type byteSize int64
+
+var byteUnits = []struct {
+	name string
+	size int64
+}{{"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}, {"", 1}}
+
+func (b *byteSize) Type() string { return "SIZE" }
+
+func (b *byteSize) String() string {
+	for _, unit := range byteUnits {
+		if int64(*b)%unit.size == 0 {
+			return strconv.FormatInt(int64(*b)/unit.size, 10) + unit.name
+		}
+	}
+	return ""
+}
+
+func (b *byteSize) Set(text string) error {
+	for _, unit := range byteUnits {
+		number, ok := strings.CutSuffix(strings.TrimSpace(text), unit.name)
+		if !ok {
+			continue
+		}
+		n, err := strconv.ParseInt(strings.TrimSpace(number), 10, 64)
+		if err != nil || n < 0 || n > (1<<62)/unit.size {
+			return fmt.Errorf("%q is no number of bytes, such as 1000, 64KiB or 1MiB", text)
+		}
+		*b = byteSize(n * unit.size)
+		return nil
+	}
+	return nil
+}

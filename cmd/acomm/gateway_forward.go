@@ -1,0 +1,324 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/mistifyio/acomm"
+	"github.com/sirupsen/logrus"
+	"golang.org/x/time/rate"
+)
+
+const (
+	maxTaskName = 255 // bytes, of a file name
+
+	// A response that did not arrive is sent again after a delay from the first of
+	// these to the second, doubling.
+	minForwardDelay = 10 * time.Millisecond
+	maxForwardDelay = time.Second
+)
+
+// The directories that hold sockets of gateways, not of providers.
+const (
+	coordinatorDir = "coordinator"
+	responseDir    = "response"
+)
+
+// Why a request is refused; see the help on metrics.
+const (
+	reasonInvalid    = "invalid"
+	reasonNoProvider = "no_provider"
+	reasonRefused    = "refused"
+	reasonDuplicate  = "duplicate"
+	reasonBusy       = "busy"
+	reasonDraining   = "draining"
+	reasonUnclear    = "unclear"
+)
+
+// refusal is why a request is not acknowledged.
+type refusal struct {
+	status int // over HTTP
+	reason string
+	err    error // for the requester
+}
+
+func (r *refusal) Error() string { return r.err.Error() }
+func (r *refusal) Unwrap() error { return r.err }
+
+func refuse(status int, reason, format string, args ...any) *refusal {
+	return &refusal{status, reason, fmt.Errorf(format, args...)}
+}
+
+// gateway forwards requests to providers, and their responses to the requests'
+// hooks.
+type gateway struct {
+	opts     *gatewayOptions
+	rules    hookRules
+	tracker  *acomm.Tracker
+	metrics  *gatewayMetrics
+	pending  atomic.Int64  // requests that are tracked, or whose response is being sent to the hook
+	draining atomic.Bool   // no more requests are taken
+	natsHook bool          // there is a connection for hooks with the scheme nats
+	lines    *rate.Limiter // of the log about what strangers can cause
+}
+
+// task names the request's task for metrics: strangers must not be able to make up
+// names without bound.
+func (g *gateway) task(name string) string {
+	if checkTaskName(name) != nil {
+		return ""
+	}
+	if info, err := os.Stat(filepath.Join(g.opts.socketDir, name)); err != nil || !info.IsDir() {
+		return ""
+	}
+	return name
+}
+
+// take has a provider take the request. A nil error is the acknowledgement: the
+// response, or a time-out, is going to be sent to the hook. After a refusal it
+// will not be.
+func (g *gateway) take(req *acomm.Request, local bool) *refusal {
+	task := g.task(req.Task)
+	g.metrics.requests.WithLabelValues(task).Inc()
+	r := g.forward(req, task, local)
+	if r != nil {
+		g.refused(task, req.ID, r)
+	}
+	return r
+}
+
+// refused counts and logs a refusal.
+func (g *gateway) refused(task, id string, r *refusal) {
+	g.metrics.refused.WithLabelValues(task, r.reason).Inc()
+	if g.opts.verbose || r.reason == reasonUnclear {
+		g.warn("refused a request", r.err, id, task)
+	}
+}
+
+// warn logs ten lines a second at most; all is counted.
+func (g *gateway) warn(message string, err error, id, task string) {
+	if g.lines.Allow() {
+		logrus.WithFields(logrus.Fields{"error": shorten(err.Error()), "id": shorten(id), "task": task}).Warn(message)
+	}
+}
+
+// shorten keeps a peer from filling the log with one line.
+func shorten(text string) string {
+	const limit = 256
+	if len(text) <= limit {
+		return text
+	}
+	return text[:limit] + "..."
+}
+
+func (g *gateway) forward(req *acomm.Request, task string, local bool) *refusal {
+	if g.draining.Load() {
+		return errDraining()
+	}
+	if err := req.Validate(); err != nil {
+		return &refusal{http.StatusBadRequest, reasonInvalid, err}
+	}
+	if err := checkTaskName(req.Task); err != nil {
+		return &refusal{http.StatusBadRequest, reasonInvalid, err}
+	}
+	if err := g.checkHook(req.ResponseHook, local); err != nil {
+		return &refusal{http.StatusBadRequest, reasonInvalid, err}
+	}
+	providers, err := g.providers(req.Task)
+	if err != nil || len(providers) == 0 {
+		if err != nil {
+			g.warn("look for providers", err, req.ID, task)
+		}
+		return refuse(http.StatusOK, reasonNoProvider, "nobody provides the task %q", req.Task)
+	}
+	if req.ResponseHook.Scheme == "unix" {
+		return g.offer(providers, req)
+	}
+	return g.proxy(providers, req, task)
+}
+
+func errDraining() *refusal {
+	return refuse(http.StatusServiceUnavailable, reasonDraining, "the gateway is ending")
+}
+
+// proxy offers the request with the gateway's own hook, and tracks it.
+func (g *gateway) proxy(providers []*url.URL, req *acomm.Request, task string) *refusal {
+	if g.pending.Add(1) > int64(g.opts.maxOutstanding) {
+		g.pending.Add(-1)
+		return refuse(http.StatusTooManyRequests, reasonBusy, "%d requests are outstanding", g.opts.maxOutstanding)
+	}
+	taken := time.Now()
+	finish := func(tracked *acomm.Request, resp *acomm.Response) {
+		defer g.pending.Add(-1)
+		g.finish(tracked, resp, task, taken)
+	}
+	tracked := &acomm.Request{
+		ID: req.ID, Task: req.Task, ResponseHook: req.ResponseHook, // without Args: not kept for so long
+		SuccessHandler: finish, ErrorHandler: finish,
+	}
+	if err := g.tracker.TrackRequest(tracked, g.opts.timeout); err != nil {
+		g.pending.Add(-1)
+		if errors.Is(err, fs.ErrExist) {
+			return refuse(http.StatusOK, reasonDuplicate, "a request with the id %.256q is waiting for its response", req.ID)
+		}
+		return errDraining() // it is valid, so the tracker is stopping
+	}
+	hooked := &acomm.Request{ID: req.ID, Task: req.Task, ResponseHook: g.tracker.URL(), Args: req.Args}
+	r := g.offer(providers, hooked)
+	if r == nil {
+		return nil
+	}
+	if !g.tracker.RemoveRequest(tracked) {
+		return nil // a response or the time-out came first, and is sent to the hook
+	}
+	g.pending.Add(-1)
+	return r
+}
+
+// offer sends the request to the first provider that takes it.
+func (g *gateway) offer(providers []*url.URL, req *acomm.Request) *refusal {
+	var words error // of the last provider that has refused it
+	for _, provider := range providers {
+		err := acomm.Send(provider, req)
+		switch {
+		case err == nil:
+			return nil
+		case isRefusal(err):
+			words = err
+		case isNotConnected(err):
+		case errors.Is(err, syscall.EMSGSIZE):
+			return refuse(http.StatusRequestEntityTooLarge, reasonInvalid, "the request is larger than a provider takes")
+		default:
+			// The path in the error is of no concern to strangers.
+			g.warn("unclear whether a provider has taken a request", err, req.ID, req.Task)
+			return refuse(http.StatusBadGateway, reasonUnclear, "unclear whether a provider of %q has taken the request", req.Task)
+		}
+	}
+	if words != nil {
+		return &refusal{http.StatusOK, reasonRefused, words}
+	}
+	return refuse(http.StatusOK, reasonNoProvider, "no provider of %q is listening", req.Task)
+}
+
+// isRefusal reports whether an error of Send is the peer's own: those are returned
+// as they came, all others are wrapped.
+func isRefusal(err error) bool { return errors.Unwrap(err) == nil }
+
+// isNotConnected reports whether an error of Send proves that there was nobody to
+// connect to.
+func isNotConnected(err error) bool {
+	if errors.Is(err, errHookDenied) {
+		return false // for good
+	}
+	if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "dial" {
+		return true
+	}
+	dns := (*net.DNSError)(nil)
+	return errors.As(err, &dns) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) ||
+		errors.Is(err, syscall.ENAMETOOLONG)
+}
+
+// finish counts the response of a tracked request, or its time-out, and sends it
+// to the hook.
+func (g *gateway) finish(req *acomm.Request, resp *acomm.Response, task string, taken time.Time) {
+	switch {
+	case errors.Is(resp.Error, os.ErrDeadlineExceeded): // no error from outside does
+		g.metrics.timeouts.WithLabelValues(task).Inc()
+	case resp.Error != nil:
+		g.metrics.responses.WithLabelValues(task, "error").Inc()
+		g.metrics.seconds.WithLabelValues(task).Observe(time.Since(taken).Seconds())
+	default:
+		g.metrics.responses.WithLabelValues(task, "success").Inc()
+		g.metrics.seconds.WithLabelValues(task).Observe(time.Since(taken).Seconds())
+	}
+	out := *resp
+	if resp.StreamURL != nil {
+		published, err := g.tracker.ProxyStreamHTTPURL(resp.StreamURL)
+		if err != nil {
+			g.warn("forwarding a response without its stream", err, req.ID, task)
+		}
+		out.StreamURL = published
+	}
+	if err := sendResponse(req.ResponseHook, &out, taken.Add(g.opts.timeout)); err != nil {
+		g.metrics.forwardFailures.WithLabelValues(task).Inc()
+		g.warn("failed to forward a response", err, req.ID, task)
+	}
+}
+
+// sendResponse sends the response, and again where it certainly did not arrive, the
+// last time at the deadline. It is what a proxying Tracker does, which does not
+// tell how it went.
+func sendResponse(hook *url.URL, resp *acomm.Response, deadline time.Time) error {
+	for delay := minForwardDelay; ; delay = min(2*delay, maxForwardDelay) {
+		err := acomm.Send(hook, resp)
+		later := (*laterError)(nil)
+		left := time.Until(deadline)
+		if err == nil || left <= 0 || !errors.As(err, &later) && !isNotConnected(err) {
+			return err
+		}
+		wait := delay
+		if later != nil {
+			wait = max(wait, later.after)
+		}
+		time.Sleep(min(wait, left))
+	}
+}
+
+// checkTaskName refuses what is not the name of a directory for providers.
+func checkTaskName(task string) error {
+	switch {
+	case !fs.ValidPath(task), task == ".", strings.ContainsAny(task, "/\x00"), len(task) > maxTaskName,
+		task == coordinatorDir, task == responseDir:
+		return fmt.Errorf("%.*q is not the name of a task", maxTaskName, task)
+	}
+	return nil
+}
+
+// providers returns the sockets of the task, in the order of their names.
+func (g *gateway) providers(task string) ([]*url.URL, error) {
+	dir := filepath.Join(g.opts.socketDir, task)
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	var sockets []*url.URL
+	for _, entry := range entries {
+		if entry.Type() == fs.ModeSocket && strings.HasSuffix(entry.Name(), ".sock") {
+			sockets = append(sockets, &url.URL{Scheme: "unix", Path: filepath.Join(dir, entry.Name())})
+		}
+	}
+	return sockets, nil
+}
+
+// checkHook refuses hooks that no response can be sent to, or must not be. Those
+// with a host name are checked when it is known where that leads.
+func (g *gateway) checkHook(hook *url.URL, local bool) error {
+	switch {
+	case hook.Scheme == "unix":
+		if !local {
+			return errors.New("a unix hook means nothing on another machine")
+		}
+		return nil
+	case hook.Scheme == "nats" && g.natsHook:
+		return nil
+	case hook.Scheme != "http" && hook.Scheme != "https":
+		return fmt.Errorf("hooks with the scheme %.32q are not served", hook.Scheme)
+	case hook.Host == "":
+		return errors.New("the hook has no host")
+	}
+	if addr, err := netip.ParseAddr(hook.Hostname()); err == nil {
+		return g.rules.check(addr)
+	}
+	return nil
+}

@@ -1,0 +1,163 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// errHookDenied is the error of a connection to an address that hooks may not
+// lead to.
+var errHookDenied = errors.New("hooks may not lead to this address")
+
+// deniedHooks are the networks that hooks don't lead to unless told otherwise:
+// those where machines find secrets, and those that mean the machine itself under
+// another name.
+var deniedHooks = []string{
+	"169.254.0.0/16", "fe80::/10", // link-local; the metadata services of most clouds
+	"fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "192.0.0.192", // other metadata services
+	"0.0.0.0/8", "::", // unspecified
+}
+
+// nat64 is where networks with IPv6 only reach IPv4 addresses.
+var nat64 = netip.MustParsePrefix("64:ff9b::/96")
+
+// hookRule says whether hooks may lead to the addresses of a network.
+type hookRule struct {
+	network netip.Prefix
+	allow   bool
+}
+
+// hookRules decide by the longest prefix, and by the last one of equal length.
+type hookRules []hookRule
+
+func newHookRules(allow, deny []string) (hookRules, error) {
+	var rules hookRules
+	for _, list := range []struct {
+		flag     string
+		networks []string
+		allow    bool
+	}{{"", deniedHooks, false}, {"--hook-allow", allow, true}, {"--hook-deny", deny, false}} {
+		for _, text := range list.networks {
+			network, err := parseNetwork(strings.TrimSpace(text))
+			if err != nil {
+				return nil, usageError("%s: %w", list.flag, err)
+			}
+			rules = append(rules, hookRule{network, list.allow})
+		}
+	}
+	return rules, nil
+}
+
+// parseNetwork reads a network in CIDR notation, or one address.
+func parseNetwork(text string) (netip.Prefix, error) {
+	if addr, err := netip.ParseAddr(text); err == nil {
+		addr = addr.Unmap().WithZone("")
+		return netip.PrefixFrom(addr, addr.BitLen()), nil
+	}
+	network, err := netip.ParsePrefix(text)
+	if err != nil || network.Addr().Is4In6() {
+		return netip.Prefix{}, fmt.Errorf("%q is neither an address nor a network in CIDR notation", text)
+	}
+	return network.Masked(), nil
+}
+
+// check returns an error that matches errHookDenied if hooks may not lead to the
+// address.
+func (r hookRules) check(addr netip.Addr) error {
+	addr = addr.Unmap().WithZone("")
+	if !r.allows(addr) {
+		return fmt.Errorf("%s: %w", addr, errHookDenied)
+	}
+	if nat64.Contains(addr) {
+		bytes := addr.As16()
+		return r.check(netip.AddrFrom4([4]byte(bytes[12:])))
+	}
+	return nil
+}
+
+func (r hookRules) allows(addr netip.Addr) bool {
+	allow, bits := true, -1
+	for _, rule := range r {
+		if rule.network.Contains(addr) && rule.network.Bits() >= bits {
+			allow, bits = rule.allow, rule.network.Bits()
+		}
+	}
+	return allow
+}
+
+// control refuses a connection to an address after it was looked up.
+func (r hookRules) control(_ context.Context, _, address string, _ syscall.RawConn) error {
+	addr, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return fmt.Errorf("%s: %w", address, errHookDenied) // nothing that could be checked
+	}
+	return r.check(addr.Addr())
+}
+
+// hookConnections is how many connections to a host of hooks are kept.
+const hookConnections = 64
+
+// newHookTransport returns the transport for hooks, and for streams over HTTP. Its
+// front takes the place of http.DefaultTransport, which the library uses and asks
+// for the number of connections it keeps; so it is an http.Transport, and the one
+// that connects is registered with it.
+func newHookTransport(rules hookRules, throughProxy bool) (front, connecting *http.Transport) {
+	connecting = http.DefaultTransport.(*http.Transport).Clone()
+	dialer := &net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second, ControlContext: rules.control}
+	connecting.DialContext = dialer.DialContext
+	connecting.MaxIdleConnsPerHost = hookConnections
+	if !throughProxy {
+		connecting.Proxy = nil
+	}
+	front = &http.Transport{MaxIdleConnsPerHost: hookConnections, Protocols: new(http.Protocols)}
+	front.Protocols.SetHTTP1(true)
+	front.RegisterProtocol("http", laterTransport{connecting})
+	front.RegisterProtocol("https", laterTransport{connecting})
+	return front, connecting
+}
+
+// laterError is the answer of a hook that has not taken a response, and may take
+// it later.
+type laterError struct {
+	status string
+	after  time.Duration // zero if it did not say
+}
+
+func (e *laterError) Error() string { return "answered " + e.status }
+
+// laterTransport makes errors of the answers 429 and 503 to a POST, which the
+// library would give to nobody but its own forwarding.
+type laterTransport struct{ http.RoundTripper }
+
+func (t laterTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+	answer, err := t.RoundTripper.RoundTrip(r)
+	if err != nil || r.Method != http.MethodPost {
+		return answer, err
+	}
+	if answer.StatusCode != http.StatusTooManyRequests && answer.StatusCode != http.StatusServiceUnavailable {
+		return answer, nil
+	}
+	_, _ = io.Copy(io.Discard, io.LimitReader(answer.Body, 64<<10)) // so that the connection can be kept
+	_ = answer.Body.Close()
+	return nil, &laterError{answer.Status, retryAfter(answer.Header.Get("Retry-After"))}
+}
+
+func retryAfter(header string) time.Duration {
+	header = strings.TrimSpace(header)
+	if seconds, err := strconv.ParseUint(header, 10, 31); err == nil {
+		return time.Duration(seconds) * time.Second
+	}
+	if at, err := http.ParseTime(header); err == nil {
+		return max(0, time.Until(at))
+	}
+	return 0
+}

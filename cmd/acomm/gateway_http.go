@@ -1,0 +1,197 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/mistifyio/acomm"
+	"github.com/sirupsen/logrus"
+)
+
+const (
+	headerTimeout = 10 * time.Second // for the header of an HTTP request
+	bodyTimeout   = time.Minute      // for its body
+	idleTimeout   = time.Minute      // for the next one on a connection
+)
+
+// newServer returns the HTTP server, with a WriteTimeout of none: a stream takes
+// as long as it takes. ConnState belongs to the listener.
+func (g *gateway) newServer(front *limitedListener, errorLog io.Writer) *http.Server {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/{$}", g.handleRequest)
+	mux.HandleFunc("/stream", acomm.ProxyStreamHandler)
+	mux.HandleFunc("/healthz", g.handleHealth)
+	mux.Handle("/metrics", g.metrics.handler())
+	sameOrigin := http.NewCrossOriginProtection()
+	sameOrigin.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		r := refuse(http.StatusForbidden, reasonInvalid, "requests from web pages of other sites are refused")
+		g.refused("", "", r)
+		answer(w, "", r)
+	}))
+	return &http.Server{
+		Handler:           sameOrigin.Handler(mux),
+		ReadHeaderTimeout: headerTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    int(g.opts.maxHeader),
+		ConnState:         front.connState,
+		ErrorLog:          log.New(errorLog, "", 0),
+	}
+}
+
+// handleRequest takes a request over HTTP. As on a unix socket, the answer is a
+// Response without an error if the request is taken, else with the reason.
+func (g *gateway) handleRequest(w http.ResponseWriter, r *http.Request) {
+	if g.draining.Load() {
+		w.Header().Set("Connection", "close") // the body is not read
+		g.refused("", "", errDraining())
+		answer(w, "", errDraining())
+		return
+	}
+	req, refused := readRequest(w, r, int64(g.opts.maxBody))
+	if refused != nil {
+		g.refused("", "", refused)
+		answer(w, "", refused)
+		return
+	}
+	answer(w, req.ID, g.take(req, false))
+}
+
+// readRequest reads the one request that is the body.
+func readRequest(w http.ResponseWriter, r *http.Request, limit int64) (*acomm.Request, *refusal) {
+	if r.Method != http.MethodPost {
+		w.Header().Set("Allow", http.MethodPost)
+		return nil, refuse(http.StatusMethodNotAllowed, reasonInvalid, "a request is sent with POST")
+	}
+	// Not the server's ReadTimeout: that would end streams as well.
+	control := http.NewResponseController(w)
+	_ = control.SetReadDeadline(time.Now().Add(bodyTimeout)) // only a test's recorder can't
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
+	_ = control.SetReadDeadline(time.Time{})
+	tooLarge := (*http.MaxBytesError)(nil)
+	switch {
+	case errors.As(err, &tooLarge):
+		return nil, refuse(http.StatusRequestEntityTooLarge, reasonInvalid, "the request is larger than %d bytes", limit)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil, refuse(http.StatusRequestTimeout, reasonInvalid, "the request did not arrive within %v", bodyTimeout)
+	case err != nil:
+		return nil, refuse(http.StatusBadRequest, reasonInvalid, "read the request: %w", err)
+	}
+	req := &acomm.Request{}
+	if err := json.Unmarshal(body, req); err != nil {
+		return nil, refuse(http.StatusBadRequest, reasonInvalid, "parse the request: %w", err)
+	}
+	return req, nil
+}
+
+// answer acknowledges a request, or tells why it is refused.
+func answer(w http.ResponseWriter, id string, r *refusal) {
+	status, resp := http.StatusOK, &acomm.Response{ID: id}
+	if r != nil {
+		status, resp.Error = r.status, r.err
+	}
+	if status == http.StatusServiceUnavailable || status == http.StatusTooManyRequests {
+		w.Header().Set("Retry-After", "1")
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(resp) // a requester that has left can't be told
+}
+
+func (g *gateway) handleHealth(w http.ResponseWriter, _ *http.Request) {
+	if g.draining.Load() {
+		http.Error(w, "draining", http.StatusServiceUnavailable)
+		return
+	}
+	fmt.Fprintln(w, "ok")
+}
+
+// limitedListener accepts a connection only while less than a number of them are
+// open. Unlike netutil's it returns them as they are: ProxyStreamHandler needs a
+// TCP connection to cut off a client of HTTP/1.0.
+type limitedListener struct {
+	net.Listener
+	slots     chan struct{} // holds a value for each open connection
+	closed    chan struct{}
+	closeOnce sync.Once
+}
+
+func newLimitedListener(l net.Listener, limit int) *limitedListener {
+	return &limitedListener{Listener: l, slots: make(chan struct{}, limit), closed: make(chan struct{})}
+}
+
+func (l *limitedListener) Accept() (net.Conn, error) {
+	select {
+	case l.slots <- struct{}{}:
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		<-l.slots
+	}
+	return conn, err
+}
+
+func (l *limitedListener) Close() error {
+	l.closeOnce.Do(func() { close(l.closed) })
+	return l.Listener.Close()
+}
+
+// connState is to be the server's: each connection ends in one of these states.
+func (l *limitedListener) connState(_ net.Conn, state http.ConnState) {
+	if state == http.StateClosed || state == http.StateHijacked {
+		<-l.slots
+	}
+}
+
+// serveUnix takes requests from the unix socket until the listener is stopped.
+func (g *gateway) serveUnix(listener *acomm.UnixListener) {
+	slots := make(chan struct{}, g.opts.maxConnections)
+	var exchanges sync.WaitGroup
+	defer exchanges.Wait()
+	for conn := listener.NextConn(); conn != nil; conn = listener.NextConn() {
+		slots <- struct{}{}
+		exchanges.Go(func() {
+			defer func() { <-slots }()
+			defer listener.DoneConn(conn)
+			g.serveConn(conn)
+		})
+	}
+}
+
+// serveConn takes a request from a connection. Where it is unclear whether it was
+// taken, its sender is not told anything, which says just that.
+func (g *gateway) serveConn(conn net.Conn) {
+	if err := conn.SetDeadline(time.Now().Add(headerTimeout)); err != nil {
+		return
+	}
+	req := &acomm.Request{}
+	var r *refusal
+	if err := acomm.UnmarshalConnData(conn, req); err != nil {
+		r = &refusal{reason: reasonInvalid, err: err}
+		g.refused("", "", r)
+	} else {
+		r = g.take(req, true)
+	}
+	ack := &acomm.Response{ID: req.ID}
+	if r != nil {
+		if r.reason == reasonUnclear {
+			return
+		}
+		ack.Error = r.err
+	}
+	if err := conn.SetDeadline(time.Now().Add(headerTimeout)); err != nil {
+		return
+	}
+	if err := acomm.SendConnData(conn, ack); err != nil && r == nil {
+		logrus.WithField("id", shorten(req.ID)).Debug("a requester has left before it was told that its request is taken")
+	}
+}

@@ -1,0 +1,195 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/mistifyio/acomm/natshook"
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/sirupsen/logrus"
+)
+
+const (
+	natsQueue        = "acomm"
+	natsRescan       = 2 * time.Second // for tasks that have come or gone
+	natsStartTimeout = 10 * time.Second
+)
+
+// natsFront takes requests over NATS.
+type natsFront struct {
+	gateway *gateway
+	server  *server.Server // nil unless embedded
+	conn    *nats.Conn
+
+	stop    context.CancelFunc   // ends the scanning
+	scanned chan struct{}        // closed when it has ended
+	serving map[string]io.Closer // by task; the scanning's, until it has ended
+}
+
+// isSubject reports whether NATS messages can be sent to the subject.
+func isSubject(subject string) bool {
+	if strings.ContainsAny(subject, " \t\r\n*>") {
+		return false
+	}
+	for token := range strings.SplitSeq(subject, ".") {
+		if token == "" {
+			return false
+		}
+	}
+	return true
+}
+
+// connectNATS connects to the server, or starts it, and makes the transports send
+// to hooks with the scheme nats: the one that connects, and the one before it.
+func connectNATS(opts *gatewayOptions, front, connecting *http.Transport) (*natsFront, error) {
+	f := &natsFront{serving: make(map[string]io.Closer), scanned: make(chan struct{})}
+	url := opts.nats
+	if url == "embedded" {
+		var err error
+		if f.server, err = startNATSServer(opts.natsListen); err != nil {
+			return nil, fmt.Errorf("start a NATS server on %s: %w", opts.natsListen, err)
+		}
+		url = f.server.ClientURL()
+	}
+	conn, err := nats.Connect(url, nats.Name("acomm gateway "+opts.name), nats.MaxReconnects(-1))
+	if err == nil {
+		f.conn = conn
+		// Registered behind the front, so that its answers are looked at as others are.
+		http.DefaultTransport = connecting
+		err = natshook.Register(conn)
+		http.DefaultTransport = front
+	}
+	if err != nil {
+		f.disconnect()
+		return nil, fmt.Errorf("connect to NATS: %w", err) // the URL may hold a password
+	}
+	front.RegisterProtocol("nats", laterTransport{connecting})
+	return f, nil
+}
+
+func startNATSServer(listen string) (*server.Server, error) {
+	host, portText, err := net.SplitHostPort(listen)
+	if err != nil {
+		return nil, err
+	}
+	port, err := strconv.Atoi(portText)
+	if err != nil {
+		return nil, err
+	}
+	if port == 0 {
+		port = server.RANDOM_PORT
+	}
+	s, err := server.NewServer(&server.Options{Host: host, Port: port, NoSigs: true, NoLog: true})
+	if err != nil {
+		return nil, err
+	}
+	go s.Start() // ends with the server
+	if !s.ReadyForConnections(natsStartTimeout) {
+		s.Shutdown()
+		return nil, fmt.Errorf("not ready after %v: %w", natsStartTimeout, os.ErrDeadlineExceeded)
+	}
+	return s, nil
+}
+
+// start serves the tasks that have providers now, then looks for others now and
+// then.
+func (f *natsFront) start(g *gateway) {
+	f.gateway = g
+	ctx, stop := context.WithCancel(context.Background())
+	f.stop = stop
+	if f.server != nil {
+		logrus.WithField("url", f.server.ClientURL()).Info("gateway: NATS server started")
+	}
+	f.scan()
+	go func() { // close waits for it
+		defer close(f.scanned)
+		ticks := time.NewTicker(natsRescan)
+		defer ticks.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-ticks.C:
+				f.scan()
+			}
+		}
+	}()
+}
+
+// scan subscribes to the tasks that have come and leaves those that have gone.
+func (f *natsFront) scan() {
+	entries, err := os.ReadDir(f.gateway.opts.socketDir)
+	if err != nil {
+		f.gateway.warn("look for tasks", err, "", "")
+		return
+	}
+	present := make(map[string]bool)
+	for _, entry := range entries {
+		task := entry.Name()
+		if strings.Contains(task, ".") || !isSubject(task) || checkTaskName(task) != nil {
+			continue
+		}
+		providers, err := f.gateway.providers(task)
+		present[task] = err == nil && len(providers) > 0
+	}
+	for task, closer := range f.serving {
+		if !present[task] {
+			delete(f.serving, task)
+			f.leave(task, closer)
+		}
+	}
+	for task, is := range present {
+		if !is || f.serving[task] != nil {
+			continue
+		}
+		subject := f.gateway.opts.natsSubject + "." + task
+		closer, err := natshook.Serve(f.conn, subject, natsQueue, http.HandlerFunc(f.gateway.handleRequest))
+		if err != nil {
+			f.gateway.warn("subscribe", err, "", task)
+			continue
+		}
+		f.serving[task] = closer
+		logrus.WithField("subject", subject).Info("gateway: serving over NATS")
+	}
+}
+
+func (f *natsFront) leave(task string, closer io.Closer) {
+	if err := closer.Close(); err != nil {
+		f.gateway.warn("unsubscribe", err, "", task)
+	}
+}
+
+// close takes no more requests. Responses can be sent until disconnect.
+func (f *natsFront) close() {
+	f.stop()
+	<-f.scanned
+	var leaving sync.WaitGroup
+	for task, closer := range f.serving {
+		leaving.Go(func() { f.leave(task, closer) })
+	}
+	leaving.Wait()
+}
+
+// disconnect ends the connection, and the server if it is this process's.
+func (f *natsFront) disconnect() {
+	if f.conn != nil {
+		if err := f.conn.FlushTimeout(natsStartTimeout); err != nil && !errors.Is(err, nats.ErrConnectionClosed) {
+			logrus.WithError(err).Warn("gateway: last messages over NATS")
+		}
+		f.conn.Close()
+	}
+	if f.server != nil {
+		f.server.Shutdown()
+		f.server.WaitForShutdown()
+	}
+}

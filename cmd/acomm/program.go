@@ -1,0 +1,283 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/mistifyio/acomm"
+)
+
+const (
+	maxOutput = 64<<20 - 1024   // bytes of a result; the rest of a message is less than 1 KiB
+	maxLine   = 4096            // bytes of the line that is the error
+	pipeGrace = 2 * time.Second // for pipes that a process outside the group holds open
+)
+
+// errKilled is the error of tasks that a second signal has ended.
+var errKilled = errors.New("the service was stopped")
+
+// programs are the programs that run.
+type programs struct {
+	killed chan struct{} // closed by killAll
+
+	mu     sync.Mutex // guards the fields below
+	cancel map[*program]context.CancelCauseFunc
+	ending bool
+}
+
+// program is a program that runs for a task, with its process group.
+type program struct {
+	cmd    *exec.Cmd
+	errors *lastLine
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	ended  chan struct{} // closed when it has ended and err is set
+	err    error
+
+	mu     sync.Mutex // guards reaped
+	reaped bool       // the number of its group may be another's
+}
+
+// start starts the program for a request. It ends when it wants to, or killed with
+// the context of its time-out, with stop, and with killAll.
+func (s *service) start(req *acomm.Request, stdout io.Writer) (*program, error) {
+	timeout, cancelTimeout := s.context()
+	ctx, cancel := context.WithCancelCause(timeout)
+	p := &program{ctx: ctx, cancel: cancel, ended: make(chan struct{}), errors: &lastLine{}}
+	args := []byte("null")
+	if req.Args != nil {
+		args = *req.Args
+	}
+	var line bytes.Buffer
+	if err := json.Compact(&line, args); err != nil {
+		cancelTimeout()
+		return nil, err
+	}
+	line.WriteByte('\n')
+	p.cmd = exec.Command(s.command[0], s.command[1:]...)
+	p.cmd.Env = append(os.Environ(), "ACOMM_TASK="+req.Task, "ACOMM_ID="+req.ID)
+	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = &line, stdout, p.errors
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	p.cmd.WaitDelay = pipeGrace
+	if err := s.programs.start(p); err != nil {
+		cancelTimeout()
+		return nil, err
+	}
+	context.AfterFunc(ctx, p.killGroup)
+	go func() { // ends with the program; closes ended
+		p.finish(p.reap())
+		s.programs.remove(p)
+		cancelTimeout()
+		cancel(nil)
+	}()
+	return p, nil
+}
+
+// killGroup kills the program's process group, if it has not been waited for.
+func (p *program) killGroup() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.reaped {
+		_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
+	}
+}
+
+// finish makes the error of a program from how it has ended.
+func (p *program) finish(err error) {
+	defer close(p.ended)
+	switch {
+	case p.cmd.ProcessState.Success(): // whatever holds its pipes
+	case p.ctx.Err() != nil:
+		p.err = context.Cause(p.ctx)
+	case p.errors.String() != "":
+		p.err = errors.New(p.errors.String())
+	default:
+		p.err = err
+	}
+}
+
+// wait waits for the end of the program and returns its error.
+func (p *program) wait() error {
+	<-p.ended
+	return p.err
+}
+
+// start starts a program, unless all are to be killed.
+func (ps *programs) start(p *program) error {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	if ps.ending {
+		return errKilled
+	}
+	if err := p.cmd.Start(); err != nil {
+		return err
+	}
+	if ps.cancel == nil {
+		ps.cancel = make(map[*program]context.CancelCauseFunc)
+	}
+	ps.cancel[p] = p.cancel
+	return nil
+}
+
+func (ps *programs) remove(p *program) {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	delete(ps.cancel, p)
+}
+
+// killAll kills all programs, now and from now on.
+func (ps *programs) killAll() {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	ps.ending = true
+	for _, cancel := range ps.cancel {
+		cancel(errKilled)
+	}
+	close(ps.killed)
+}
+
+// runProgram runs the program for a request to its end, and returns its result.
+func (s *service) runProgram(req *acomm.Request) (json.RawMessage, error) {
+	out := &limitedBuffer{}
+	p, err := s.start(req, out)
+	if err != nil {
+		return nil, err
+	}
+	err = p.wait()
+	if out.over { // the program's error comes from that
+		return nil, fmt.Errorf("the result has more than %d bytes; let it be a stream", maxOutput)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return resultOf(out.buf.Bytes())
+}
+
+// resultOf makes a result of what a program has written.
+func resultOf(out []byte) (json.RawMessage, error) {
+	if json.Valid(out) {
+		return bytes.TrimSpace(out), nil
+	}
+	return json.Marshal(strings.TrimRight(string(out), "\r\n"))
+}
+
+// startStream starts the program for a request and waits for its first byte. A
+// program that fails before gives its error.
+func (s *service) startStream(req *acomm.Request) (*programStream, error) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	p, err := s.start(req, w)
+	_ = w.Close()
+	if err != nil {
+		_ = r.Close()
+		return nil, err
+	}
+	go func() { // ends with the program
+		if p.wait() != nil { // a process outside its group must not hold the end up
+			_ = r.SetReadDeadline(time.Now().Add(pipeGrace))
+		}
+	}()
+	src := &programStream{program: p, pipe: r, r: bufio.NewReaderSize(r, 64<<10),
+		claimed: make(chan struct{}), closed: make(chan struct{})}
+	if _, err := src.r.Peek(1); err != nil {
+		if err := p.wait(); err != nil {
+			_ = r.Close()
+			return nil, err
+		}
+	}
+	return src, nil
+}
+
+// programStream is what a program writes. It ends well only if the program does.
+type programStream struct {
+	program *program
+	pipe    *os.File
+	r       *bufio.Reader
+	claim   sync.Once
+	claimed chan struct{} // closed when it is read
+	end     sync.Once
+	closed  chan struct{} // closed when it is
+}
+
+func (s *programStream) Read(p []byte) (int, error) {
+	s.claim.Do(func() { close(s.claimed) })
+	n, err := s.r.Read(p)
+	if n == 0 && errors.Is(err, io.EOF) {
+		if failed := s.program.wait(); failed != nil {
+			return 0, failed
+		}
+	}
+	return n, err
+}
+
+// Close ends the program too. It ends a Read that blocks.
+func (s *programStream) Close() error {
+	err := os.ErrClosed
+	s.end.Do(func() {
+		s.program.cancel(errors.New("nobody reads the stream any more"))
+		err = s.pipe.Close()
+		close(s.closed)
+	})
+	return err
+}
+
+// limitedBuffer holds what a message can carry.
+type limitedBuffer struct {
+	buf  bytes.Buffer // not embedded: it would be filled past Write, with ReadFrom
+	over bool
+}
+
+func (b *limitedBuffer) Write(p []byte) (int, error) {
+	if b.over = b.over || b.buf.Len()+len(p) > maxOutput; b.over {
+		return 0, io.ErrShortBuffer // the program has a broken pipe now
+	}
+	return b.buf.Write(p)
+}
+
+// lastLine passes on what a program writes to standard error, and keeps the last
+// line that is not empty.
+type lastLine struct {
+	last, line []byte
+}
+
+func (l *lastLine) Write(p []byte) (int, error) {
+	for rest := p; len(rest) > 0; {
+		line, after, ended := bytes.Cut(rest, []byte("\n"))
+		if room := maxLine - len(l.line); room > 0 {
+			l.line = append(l.line, line[:min(room, len(line))]...)
+		}
+		if ended {
+			l.keep()
+			l.line = l.line[:0]
+		}
+		rest = after
+	}
+	_, _ = os.Stderr.Write(p)
+	return len(p), nil
+}
+
+// keep takes the line for the last one, unless it is empty.
+func (l *lastLine) keep() {
+	if line := bytes.TrimSpace(l.line); len(line) > 0 {
+		l.last = bytes.Clone(line)
+	}
+}
+
+// String is the line. The program has to have ended.
+func (l *lastLine) String() string {
+	l.keep()
+	return strings.ToValidUTF8(string(l.last), "\uFFFD")
+}

@@ -1,0 +1,111 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/sirupsen/logrus"
+	"github.com/spf13/cobra"
+)
+
+// The exit codes of acomm, which its help documents.
+const (
+	exitDone    = 0 // the task has been done; a server has been told to stop
+	exitTask    = 1 // the task failed, or a server did
+	exitUsage   = 2 // the command line makes no sense
+	exitNotSent = 3 // the request could not be sent
+	exitTimeout = 4 // no response, or no end of the stream, in time
+)
+
+// exitError is an error that decides the exit code. Any other error of a
+// command is one of usage if it arose before the command ran (cobra's), and
+// exitTask after.
+type exitError struct {
+	code int
+	err  error // nil: everything has been said
+}
+
+func (e *exitError) Error() string {
+	if e.err == nil {
+		return fmt.Sprintf("exit status %d", e.code)
+	}
+	return e.err.Error()
+}
+
+func (e *exitError) Unwrap() error { return e.err }
+
+// usageError is an error of usage.
+func usageError(format string, args ...any) error {
+	return &exitError{exitUsage, fmt.Errorf(format, args...)}
+}
+
+const rootLong = `acomm sends requests to services that speak acomm, and makes services of programs.
+
+A request names a task, its arguments, and the hook: the address the response is
+to be sent to. Whoever takes a request acknowledges it at once, works for as long
+as it needs, and sends the response to the hook. Bulk data travels beside the
+messages, as a stream.
+
+  acomm call     sends a request and waits for its response
+  acomm serve    serves a task with a program, on a unix socket
+  acomm gateway  takes requests over HTTP and forwards them to such sockets
+
+EXIT STATUS
+  0  done
+  1  the task failed, or a server did; the error is on standard error
+  2  usage: the command line, or what it names, makes no sense
+  3  the request could not be sent, or was refused
+  4  timed out
+  An interrupted call exits with 128 and the number of the signal, as a shell
+  reports it: 130 for SIGINT (Ctrl-C), 143 for SIGTERM.`
+
+// newRootCommand makes the whole command line.
+func newRootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "acomm",
+		Short:         "Call and serve acomm tasks",
+		Long:          rootLong,
+		Args:          cobra.NoArgs,
+		SilenceErrors: true, // run says it, once
+		SilenceUsage:  true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_ = cmd.Help()
+			return &exitError{code: exitUsage}
+		},
+	}
+	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand())
+	return root
+}
+
+// run runs the command line and returns the exit code.
+func run() int {
+	// What the library logs belongs to standard error, in lines like acomm's own.
+	logrus.SetOutput(os.Stderr)
+	logrus.SetFormatter(&logrus.TextFormatter{DisableTimestamp: true, DisableColors: true})
+
+	started := false // from here on errors are no longer cobra's
+	root := newRootCommand()
+	root.PersistentPreRun = func(*cobra.Command, []string) { started = true }
+	cmd, err := root.ExecuteContextC(context.Background())
+	if err == nil {
+		return exitDone
+	}
+	code := exitTask
+	if !started {
+		code = exitUsage
+	}
+	var exit *exitError
+	if errors.As(err, &exit) {
+		code = exit.code
+		if exit.err == nil {
+			return code
+		}
+	}
+	fmt.Fprintf(os.Stderr, "%s: %v\n", cmd.CommandPath(), err)
+	if !started {
+		fmt.Fprintf(os.Stderr, "Try '%s --help'.\n", cmd.CommandPath())
+	}
+	return code
+}

@@ -1,0 +1,355 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"os/exec"
+	"os/signal"
+	"runtime"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/mistifyio/acomm"
+	"github.com/sirupsen/logrus"
+	"github.com/spf13/cobra"
+)
+
+const (
+	receiveTimeout = 10 * time.Second // for reading a request and acknowledging it
+	claimTimeout   = 10 * time.Second // for a stream to be claimed while the service stops
+	abortTimeout   = 2 * time.Second  // for the service to end when it must
+)
+
+// service is a task that a program does.
+type service struct {
+	path    string
+	command []string
+
+	task        string // empty: any
+	stream      bool
+	concurrency int
+	timeout     time.Duration // 0: none
+	verbose     bool
+
+	tracker  *acomm.Tracker // for the streams
+	slots    chan struct{}  // holds a token for each program that runs
+	draining chan struct{}  // closed when the service is told to stop
+	programs programs
+}
+
+const serveLong = `Serve takes requests on the unix socket PATH and runs COMMAND for each of them. It
+says "listening on" and the socket's URL when it is ready. Missing
+directories are made; the process's umask decides who may connect.
+
+A request is acknowledged as soon as it has been read: it is well-formed, and will be
+done. One that is not (no id, task or hook, a hook that nothing here can send to, or
+not the task of --task) is refused in the acknowledgement.
+
+THE COMMAND
+is run without a shell and gets
+  standard input   the arguments of the request, JSON on a line (null if there are none)
+  ACOMM_TASK       the name of the task
+  ACOMM_ID         the id of the request
+Its standard output is the result: JSON, or a JSON string of it without the newlines at
+its end where it is no JSON; 64 MiB at most. Its standard error goes to that of the
+service. If it exits with another status than 0, the task has failed: the error is the
+last line it wrote to standard error, or how it exited if it wrote none.
+
+With --stream its standard output is a stream, and the result null. The response is
+sent with the first byte of it, so that a program which fails before has failed its
+task. One that fails later cuts the stream off, which is an error to the reader. A
+reader that leaves ends the program.
+
+The task ends with COMMAND. What it has left behind in its process group is killed
+then, and all of it is when --timeout has passed. A process that has left the group,
+as daemons do (setsid), is not reached.
+
+CONCURRENCY
+--concurrency programs run at a time; further requests are acknowledged at once and
+wait for their turn, without a limit to their number. The time-out counts from the
+start of the program. With --stream, a stream that nobody reads holds its program, and
+so its place, for an hour, or the time-out.
+
+SIGNALS
+On SIGTERM, SIGINT and SIGHUP the service stops listening, does what it has
+acknowledged, and exits. Streams that nobody has begun to read are given 10 seconds,
+those that are being read as long as they move. A second signal kills the programs,
+fails their tasks, and ends the service.
+
+SECURITY
+Whoever may connect to PATH may run COMMAND, with arguments of his choice, and choose
+the address the response is sent to. Put it into a directory with the mode and the
+group that suit.
+
+EXIT STATUS
+  0  told to stop, and everything acknowledged has been done
+  1  could not listen, or stopped by a second signal
+  2  usage`
+
+const serveExample = `  acomm serve ./echo.sock -- cat
+  acomm serve --task wc.count --timeout 10s ./wc.sock -- sh -c 'jq -r .text | wc -w'
+  acomm serve --stream --concurrency 2 ./backup.sock -- tar -C /srv -cf - .
+  acomm serve ./tasks/echo/1.sock -- cat     # for a gateway with --socket-dir ./tasks`
+
+func newServeCommand() *cobra.Command {
+	s := &service{}
+	cmd := &cobra.Command{
+		Use:     "serve PATH -- COMMAND...",
+		Short:   "Serve a task with a program",
+		Long:    serveLong,
+		Example: serveExample,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if cmd.ArgsLenAtDash() != 1 || len(args) < 2 {
+				return errors.New("the arguments are not PATH -- COMMAND... with a COMMAND")
+			}
+			return nil
+		},
+		RunE: func(_ *cobra.Command, args []string) error {
+			s.path, s.command = args[0], args[1:]
+			if err := s.check(); err != nil {
+				return &exitError{exitUsage, err}
+			}
+			return s.run()
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&s.task, "task", "", "`name` of the task; others are refused (default any)")
+	flags.BoolVar(&s.stream, "stream", false, "the program's output is a stream")
+	flags.IntVar(&s.concurrency, "concurrency", runtime.NumCPU(), "how many programs run at a time")
+	flags.DurationVar(&s.timeout, "timeout", 0, "how long a program may run (default without limit)")
+	flags.BoolVarP(&s.verbose, "verbose", "v", false, "say on standard error what is done")
+	return cmd
+}
+
+// check looks for what makes no sense.
+func (s *service) check() error {
+	switch {
+	case s.path == "":
+		return errors.New("PATH is empty")
+	case s.concurrency < 1:
+		return fmt.Errorf("--concurrency %d is not positive", s.concurrency)
+	case s.timeout < 0:
+		return fmt.Errorf("--timeout %v is negative", s.timeout)
+	}
+	program, err := exec.LookPath(s.command[0])
+	if err != nil {
+		return fmt.Errorf("COMMAND: %w", err)
+	}
+	s.command[0] = program
+	return nil
+}
+
+// run serves until it is told to stop.
+func (s *service) run() (err error) {
+	// Before the socket is there: whoever sees it may send a signal.
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defer signal.Stop(signals)
+
+	s.slots = make(chan struct{}, s.concurrency)
+	s.draining = make(chan struct{})
+	s.programs.killed = make(chan struct{})
+	if s.tracker, err = acomm.NewTracker("", nil, 0); err != nil {
+		return err
+	}
+	if err := s.tracker.Start(); err != nil {
+		return err
+	}
+	listener := acomm.NewUnixListener(s.path, 0)
+	if err := listener.Start(); err != nil {
+		s.tracker.Stop()
+		return err
+	}
+	fmt.Printf("listening on %s\n", listener.URL())
+
+	done := make(chan struct{})
+	go func() { // run waits for it, but after a second signal not for long
+		defer close(done)
+		s.serve(listener)
+		s.tracker.Stop()
+	}()
+	sig := <-signals
+	fmt.Fprintf(os.Stderr, "acomm serve: %v: finishing what runs; once more ends it\n", sig)
+	close(s.draining)
+	go listener.Stop(receiveTimeout) // serve ends with it
+	select {
+	case <-done:
+		return nil
+	case sig = <-signals:
+	}
+	s.programs.killAll()
+	select {
+	case <-done:
+	case <-time.After(abortTimeout):
+	}
+	return &exitError{exitTask, fmt.Errorf("%v: ended while tasks were running", sig)}
+}
+
+// serve takes requests until the listener is stopped, and does them.
+func (s *service) serve(listener *acomm.UnixListener) {
+	var working sync.WaitGroup
+	defer working.Wait()
+	for conn := listener.NextConn(); conn != nil; conn = listener.NextConn() {
+		working.Go(func() {
+			req, err := s.receive(listener, conn)
+			if err != nil {
+				logrus.Warn(printable(err.Error()))
+				return
+			}
+			if err := s.answer(req); err != nil {
+				logrus.Warn(printable(err.Error()))
+			}
+		})
+	}
+}
+
+// receive reads a request, acknowledges or refuses it, and is done with the
+// connection. An error means that the request is not to be done.
+func (s *service) receive(listener *acomm.UnixListener, conn net.Conn) (*acomm.Request, error) {
+	defer listener.DoneConn(conn)
+	if err := conn.SetDeadline(time.Now().Add(receiveTimeout)); err != nil {
+		return nil, fmt.Errorf("receive request: %w", err)
+	}
+	req := &acomm.Request{}
+	refusal := acomm.UnmarshalConnData(conn, req)
+	if refusal == nil {
+		refusal = s.accept(req)
+	}
+	err := acomm.SendConnData(conn, &acomm.Response{ID: req.ID, Error: refusal})
+	if refusal != nil {
+		return nil, fmt.Errorf("refuse request %q: %w", req.ID, refusal)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("acknowledge request %q: %w", req.ID, err)
+	}
+	return req, nil
+}
+
+// accept says what is wrong with a request, nil if nothing is.
+func (s *service) accept(req *acomm.Request) error {
+	if err := req.Validate(); err != nil {
+		return err
+	}
+	if s.task != "" && req.Task != s.task {
+		return fmt.Errorf("the task here is %q, not %q", s.task, req.Task)
+	}
+	switch req.ResponseHook.Scheme {
+	case "unix", "http", "https":
+		return nil
+	}
+	return fmt.Errorf("request %s: a hook with the scheme %q: %w", req.ID, req.ResponseHook.Scheme, errors.ErrUnsupported)
+}
+
+// answer does the task when it is its turn, and sends the response.
+func (s *service) answer(req *acomm.Request) error {
+	s.slots <- struct{}{}
+	release := sync.OnceFunc(func() { <-s.slots })
+	defer release()
+	s.say("request %s for %s: start", req.ID, req.Task)
+	started := time.Now()
+	var err error
+	if s.stream {
+		err = s.answerStream(req, release)
+	} else {
+		var result any
+		resp := &acomm.Response{ID: req.ID}
+		if result, resp.Error = s.runProgram(req); resp.Error == nil {
+			resp, err = acomm.NewResponse(req, result, nil, nil)
+		}
+		release()
+		if err == nil {
+			err = deliverResponse(req, resp)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("respond to request %s for %s: %w", req.ID, req.Task, err)
+	}
+	s.say("request %s for %s: done after %v", req.ID, req.Task, time.Since(started).Round(time.Millisecond))
+	return nil
+}
+
+// answerStream does a task whose output is a stream, and returns when that has
+// ended. Meanwhile it calls release, when the program has ended.
+func (s *service) answerStream(req *acomm.Request, release func()) error {
+	src, err := s.startStream(req)
+	if err != nil {
+		return req.Respond(&acomm.Response{ID: req.ID, Error: err})
+	}
+	defer src.program.wait() // its end, whatever becomes of the stream
+	addr, err := s.tracker.NewStreamUnix("", src)
+	if err != nil {
+		_ = src.Close() // it is still ours
+		return req.Respond(&acomm.Response{ID: req.ID, Error: err})
+	}
+	resp, err := acomm.NewResponse(req, nil, addr, nil)
+	if err == nil {
+		err = req.Respond(resp)
+	}
+	if err != nil {
+		_ = src.Close()
+		dropStream(addr)
+		return err
+	}
+	go func() { // ends with the program
+		<-src.program.ended
+		release()
+	}()
+	select {
+	case <-src.closed:
+		return nil
+	case <-s.draining:
+	}
+	select {
+	case <-src.closed:
+	case <-src.claimed:
+	case <-s.programs.killed:
+	case <-time.After(claimTimeout):
+	}
+	select {
+	case <-src.claimed:
+		<-src.closed
+	default:
+		_ = src.Close()
+		dropStream(addr)
+	}
+	return nil
+}
+
+// deliverResponse sends the response, or that it is too large.
+func deliverResponse(req *acomm.Request, resp *acomm.Response) error {
+	err := req.Respond(resp)
+	if errors.Is(err, syscall.EMSGSIZE) {
+		err = req.Respond(&acomm.Response{ID: req.ID, Error: err})
+	}
+	return err
+}
+
+// dropStream ends a stream that nobody reads, as a consumer that leaves at once.
+func dropStream(addr *url.URL) {
+	_ = acomm.Stream(closedWriter{}, addr) // it can't succeed
+}
+
+// closedWriter is a consumer that has left.
+type closedWriter struct{}
+
+func (closedWriter) Write([]byte) (int, error) { return 0, net.ErrClosed }
+
+// context is for a program: it ends with its time-out.
+func (s *service) context() (context.Context, context.CancelFunc) {
+	if s.timeout == 0 {
+		return context.WithCancel(context.Background())
+	}
+	return context.WithTimeoutCause(context.Background(), s.timeout, fmt.Errorf("timed out after %v", s.timeout))
+}
+
+// say tells what is done, with -v.
+func (s *service) say(format string, args ...any) {
+	if s.verbose {
+		fmt.Fprintf(os.Stderr, "%s acomm serve: %s\n", time.Now().Format("15:04:05.000"), printable(fmt.Sprintf(format, args...)))
+	}
+}

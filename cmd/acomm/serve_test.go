@@ -1,0 +1,288 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/mistifyio/acomm"
+	"github.com/stretchr/testify/require"
+)
+
+// startServe starts the service and returns it and the path of its socket. The
+// last of the options are the command.
+func startServe(t *testing.T, options []string, command ...string) (*running, string) {
+	t.Helper()
+	path := filepath.Join(shortDir(t), "s.sock")
+	args := append([]string{"serve"}, options...)
+	r := startAcomm(t, append(append(args, path, "--"), command...)...)
+	require.Equal(t, "listening on unix://"+path, r.waitLine("listening on"))
+	return r, path
+}
+
+// stop tells the service to end, which it does well.
+func (r *running) stop() {
+	r.t.Helper()
+	r.signal(syscall.SIGTERM)
+	require.Zero(r.t, r.wait(), r.said())
+}
+
+// sh is a command of the shell.
+func sh(script string) []string { return []string{"sh", "-c", script} }
+
+// fifo makes a named pipe.
+func fifo(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(shortDir(t), "fifo")
+	require.NoError(t, syscall.Mkfifo(path, 0o600))
+	return path
+}
+
+func TestServe_ResultIsWhatTheProgramWrites(t *testing.T) {
+	for name, test := range map[string]struct{ script, want string }{
+		"JSON":         {`cat`, `{"a":1}`},
+		"text":         {`printf 'two\nlines\n'`, `"two\nlines"`},
+		"nothing":      {`true`, `""`},
+		"not all JSON": {`echo 1; echo 2`, `"1\n2"`},
+		"names":        {`cat >/dev/null; echo "$ACOMM_TASK ${#ACOMM_ID}"`, `"work 36"`},
+		"no reader":    {`exec <&-; echo 1`, `1`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, path := startServe(t, nil, sh(test.script)...)
+			require.Equal(t, result{stdout: test.want + "\n"}, runAcomm(t, "call", path, "work", "a=1"))
+			r.stop()
+		})
+	}
+}
+
+func TestServe_ErrorIsLastLineOfStandardError(t *testing.T) {
+	for name, test := range map[string]struct{ script, want string }{
+		"line":      {`echo first >&2; printf 'the disk is full\n\n' >&2; exit 3`, "the disk is full"},
+		"cut line":  {`printf 'no newline' >&2; exit 3`, "no newline"},
+		"no line":   {`echo result; exit 3`, "exit status 3"},
+		"signalled": {`kill -9 $$`, "signal: killed"},
+	} {
+		for _, options := range [][]string{nil, {"--stream"}} {
+			script := test.script
+			if options != nil {
+				script = strings.Replace(script, "echo result;", "", 1)
+			}
+			t.Run(fmt.Sprint(name, options), func(t *testing.T) {
+				r, path := startServe(t, options, sh(script)...)
+				require.Equal(t, result{stderr: "acomm call: " + test.want + "\n", code: exitTask}, runAcomm(t, "call", path, "work"))
+				r.stop()
+			})
+		}
+	}
+}
+
+func TestServe_RefusesInTheAcknowledgement(t *testing.T) {
+	r, path := startServe(t, []string{"--task", "work"}, "cat")
+	got := runAcomm(t, "call", path, "play")
+	require.Equal(t, result{stderr: "acomm call: the task here is \"work\", not \"play\"\n", code: exitNotSent}, got)
+	for text, want := range map[string]string{
+		`{"id":"1","responsehook":{"Scheme":"unix","Path":"/x"}}`:                "has no task",
+		`{"task":"work","responsehook":{"Scheme":"unix","Path":"/x"}}`:           "has no id",
+		`{"id":"1","task":"work"}`:                                               "has no response hook",
+		`{"id":"1","task":"work","responsehook":{"Scheme":"gopher","Host":"x"}}`: "unsupported",
+		`5`: "cannot unmarshal",
+	} {
+		conn, err := net.Dial("unix", path)
+		require.NoError(t, err)
+		require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
+		require.NoError(t, acomm.SendConnData(conn, raw(text)))
+		resp := &acomm.Response{}
+		require.NoError(t, acomm.UnmarshalConnData(conn, resp))
+		require.ErrorContains(t, resp.Error, want)
+		require.NoError(t, conn.Close())
+	}
+	r.stop()
+}
+
+func TestServe_UsageAndStartErrors(t *testing.T) {
+	path := filepath.Join(shortDir(t), "s.sock")
+	for _, args := range [][]string{
+		{}, {path}, {path, "cat"}, {path, "--"}, {"--", "cat"}, {path, "x", "--", "cat"}, {"", "--", "cat"},
+		{path, "--", "no-such-program"}, {"--concurrency", "0", path, "--", "cat"}, {"--timeout", "-1s", path, "--", "cat"},
+	} {
+		got := runAcomm(t, append([]string{"serve"}, args...)...)
+		require.Equal(t, exitUsage, got.code, "%q: %s", args, got.stderr)
+	}
+	r, path := startServe(t, nil, "cat")
+	got := runAcomm(t, "serve", path, "--", "cat")
+	require.Equal(t, exitTask, got.code)
+	require.Contains(t, got.stderr, "address already in use")
+	r.stop()
+	require.NoFileExists(t, path)
+}
+
+// grandchild is a script whose grandchild holds the named pipe open; then it goes
+// on as it is told.
+func grandchild(pipe, then string) []string {
+	return sh(`sh -c 'exec 3>"` + pipe + `"; echo up >&3; sleep 1000 & sleep 1000; wait' & ` + then)
+}
+
+// openGrandchild waits for the grandchild.
+func openGrandchild(t *testing.T, pipe string) *os.File {
+	t.Helper()
+	// For both: so that opening does not wait, and a reader sees no end too early.
+	f, err := os.OpenFile(pipe, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	require.NoError(t, err)
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+// requireDead waits until nobody has the named pipe open for writing any more.
+func requireDead(t *testing.T, f *os.File) {
+	t.Helper()
+	require.Eventually(t, func() bool {
+		n, err := f.Read(make([]byte, 100))
+		return n == 0 && err != nil && !os.IsTimeout(err)
+	}, patience, time.Millisecond, "a process has the pipe open")
+}
+
+func TestServe_TimeoutKillsGrandchildren(t *testing.T) {
+	pipe := fifo(t)
+	f := openGrandchild(t, pipe)
+	r, path := startServe(t, []string{"--timeout", "500ms"}, grandchild(pipe, "wait")...)
+	got := runAcomm(t, "call", path, "work")
+	require.Equal(t, result{stderr: "acomm call: timed out after 500ms\n", code: exitTask}, got)
+	up := make([]byte, 3)
+	_, err := f.Read(up)
+	require.NoError(t, err, "the grandchild has run")
+	require.Equal(t, "up\n", string(up))
+	requireDead(t, f)
+	r.stop()
+}
+
+func TestServe_WhatIsLeftBehindIsKilled(t *testing.T) {
+	pipe := fifo(t)
+	f := openGrandchild(t, pipe)
+	ready := fifo(t)
+	r, path := startServe(t, nil, sh(`sh -c 'exec 3>"`+pipe+`"; echo >"`+ready+`"; sleep 1000' & read line <"`+ready+`"; echo 7`)...)
+	require.Equal(t, result{stdout: "7\n"}, runAcomm(t, "call", path, "work"))
+	requireDead(t, f)
+	r.stop()
+}
+
+func TestServe_SecondSignalKillsPrograms(t *testing.T) {
+	pipe := fifo(t)
+	f := openGrandchild(t, pipe)
+	r, path := startServe(t, nil, grandchild(pipe, "echo running >&2; wait")...)
+	call := startAcomm(t, "call", path, "work")
+	r.waitLine("running")
+	r.signal(syscall.SIGTERM)
+	r.waitLine("finishing what runs")
+	r.signal(syscall.SIGTERM)
+	require.Equal(t, exitTask, r.wait())
+	require.Equal(t, exitTask, call.wait())
+	require.Equal(t, "acomm call: the service was stopped", call.said())
+	requireDead(t, f)
+	require.NoFileExists(t, path)
+}
+
+func TestServe_SignalDrains(t *testing.T) {
+	gate := fifo(t)
+	r, path := startServe(t, []string{"--concurrency", "1"}, sh(`echo running >&2; read line <"`+gate+`"; cat`)...)
+	running := startAcomm(t, "call", path, "work", "1")
+	r.waitLine("running")
+	waiting := startAcomm(t, "call", "-v", path, "work", "2")
+	waiting.waitLine("acknowledged")
+	r.signal(syscall.SIGTERM)
+	r.waitLine("finishing what runs")
+	require.Eventually(t, func() bool { // the socket is removed
+		_, err := os.Stat(path)
+		return os.IsNotExist(err)
+	}, patience, time.Millisecond)
+	require.Equal(t, exitNotSent, runAcomm(t, "call", path, "work").code)
+	openGate(t, gate, 1)
+	require.Zero(t, running.wait())
+	r.waitLines("running", 2)
+	openGate(t, gate, 1)
+	require.Zero(t, waiting.wait())
+	require.Zero(t, r.wait())
+	require.Equal(t, "1", running.said())
+}
+
+// openGate lets programs that wait at the named pipe go on, n of them.
+func openGate(t *testing.T, gate string, n int) {
+	t.Helper()
+	for range n {
+		f, err := os.OpenFile(gate, os.O_RDWR, 0) // does not wait for a reader
+		require.NoError(t, err)
+		_, err = f.WriteString("go\n")
+		require.NoError(t, err)
+		t.Cleanup(func() { f.Close() }) // not before: what is in a pipe nobody has goes
+	}
+}
+
+func TestServe_ConcurrencyIsKept(t *testing.T) {
+	gate := fifo(t)
+	r, path := startServe(t, []string{"--concurrency", "2"}, sh(`echo running >&2; read line <"`+gate+`"; cat`)...)
+	var calls []*running
+	for i := range 5 {
+		calls = append(calls, startAcomm(t, "call", "-v", path, "work", fmt.Sprint(i)))
+	}
+	for _, call := range calls {
+		call.waitLine("acknowledged") // at once, whether it runs or waits
+	}
+	r.waitLines("running", 2)
+	require.Equal(t, 2, strings.Count(r.said(), "running"))
+	for i := range 3 { // one ends, one starts
+		openGate(t, gate, 1)
+		r.waitLines("running", 3+i)
+		require.Equal(t, 3+i, strings.Count(r.said(), "running"))
+	}
+	openGate(t, gate, 2)
+	for _, call := range calls {
+		require.Zero(t, call.wait(), call.said())
+	}
+	r.stop()
+}
+
+func TestServe_StreamIsWhatTheProgramWrites(t *testing.T) {
+	r, path := startServe(t, []string{"--stream"}, sh(`cat; head -c 3000000 /dev/zero`)...)
+	got := runAcomm(t, "call", path, "work", "a=1")
+	require.Zero(t, got.code, got.stderr)
+	require.Empty(t, got.stderr)
+	require.True(t, got.stdout == `{"a":1}`+"\n"+strings.Repeat("\x00", 3000000))
+	r.stop()
+
+	r, path = startServe(t, []string{"--stream"}, "true")
+	require.Equal(t, result{}, runAcomm(t, "call", path, "work"))
+	r.stop()
+}
+
+func TestServe_StreamOfFailingProgramIsCutOff(t *testing.T) {
+	r, path := startServe(t, []string{"--stream"}, sh(`head -c 100000 /dev/zero; echo the tape is torn >&2; exit 1`)...)
+	file := filepath.Join(t.TempDir(), "f")
+	got := runAcomm(t, "call", "-o", file, path, "work")
+	require.Equal(t, exitTask, got.code)
+	require.NoFileExists(t, file)
+	r.stop()
+}
+
+func TestServe_ReaderThatLeavesEndsTheProgram(t *testing.T) {
+	pipe := fifo(t)
+	f := openGrandchild(t, pipe)
+	r, path := startServe(t, []string{"--stream", "--concurrency", "1"}, sh(`exec 3>"`+pipe+`"; echo data; sleep 1000`)...)
+	call := startAcomm(t, "call", path, "work")
+	call.waitLine("data")
+	call.signal(syscall.SIGINT)
+	require.Equal(t, 130, call.wait())
+	requireDead(t, f)
+	r.stop()
+}
+
+func TestServe_ResultOverTheLimitIsAnError(t *testing.T) {
+	r, path := startServe(t, nil, sh(`head -c 70000000 /dev/zero`)...)
+	got := runAcomm(t, "call", path, "work")
+	require.Equal(t, exitTask, got.code)
+	require.Contains(t, got.stderr, "let it be a stream")
+	r.stop()
+}
