@@ -459,7 +459,7 @@ func (e *exchange) takeFrame() []byte {
 func (e *exchange) Read(p []byte) (int, error) {
 	for {
 		e.c.out.mu.Lock()
-		n, err, again := e.readLocked(p)
+		n, again, err := e.readLocked(p)
 		deadline := e.readDeadline
 		e.c.out.mu.Unlock()
 		if again == nil {
@@ -480,12 +480,12 @@ func (e *exchange) Read(p []byte) (int, error) {
 
 // readLocked reads what is there. If it has to wait it returns a channel that is
 // closed when it should be called again. The caller holds c.out.mu.
-func (e *exchange) readLocked(p []byte) (int, error, chan struct{}) {
+func (e *exchange) readLocked(p []byte) (int, <-chan struct{}, error) {
 	switch {
 	case e.closed:
-		return 0, opError("read", e.c.conn, net.ErrClosed), nil
+		return 0, nil, opError("read", e.c.conn, net.ErrClosed)
 	case passed(e.readDeadline):
-		return 0, opError("read", e.c.conn, os.ErrDeadlineExceeded), nil
+		return 0, nil, opError("read", e.c.conn, os.ErrDeadlineExceeded)
 	case len(p) == 0:
 		return 0, nil, nil
 	case len(e.unread) > 0:
@@ -493,12 +493,12 @@ func (e *exchange) readLocked(p []byte) (int, error, chan struct{}) {
 		e.unread = e.unread[n:]
 		return n, nil, nil
 	case e.answered || e.gone:
-		return 0, io.EOF, nil
+		return 0, nil, io.EOF
 	}
 	if e.changed == nil {
 		e.changed = make(chan struct{})
 	}
-	return 0, nil, e.changed
+	return 0, e.changed, nil
 }
 
 // wakeLocked lets a Read that waits look again. The caller holds c.out.mu.
