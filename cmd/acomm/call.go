@@ -91,7 +91,8 @@ EXIT STATUS
   1  the task failed, its error is on standard error; or what came could not be
      read to its end or written
   2  usage: options, URL or ARGS make no sense, or name a file that can't be used
-  3  the request could not be sent: nobody is there, or it was refused
+  3  the request could not be sent: nobody is there, or it was refused; or its
+     acknowledgement was lost, as the error then says: it may have arrived
   4  timed out: no acknowledgement, no response or no stream in time. A time-out
      that the other side reports is an error of the task.
   An interrupted call exits with 130 (SIGINT) or 143 (SIGTERM), one whose output nobody
@@ -232,8 +233,13 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 		select {
 		case err := <-ack:
 			if err != nil {
-				tracker.RemoveRequest(req) // no response will come
-				return nil, c.sendError(err, responses)
+				if !tracker.RemoveRequest(req) { // a response or the time-out came first
+					if resp := <-responses; !errors.Is(resp.Error, os.ErrDeadlineExceeded) {
+						return resp, nil
+					}
+					err = fmt.Errorf("%w: %w", os.ErrDeadlineExceeded, err)
+				}
+				return nil, c.sendError(err)
 			}
 			c.say("acknowledged")
 			ack = nil
@@ -248,19 +254,11 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 	}
 }
 
-// sendError says why the request could not be sent. A time-out may have been
-// noticed by both the tracker and Send.
-func (c *call) sendError(err error, responses <-chan *acomm.Response) error {
+// sendError says why the request could not be sent, or may not have been.
+func (c *call) sendError(err error) error {
 	code := exitNotSent
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		code = exitTimeout
-	}
-	select {
-	case resp := <-responses:
-		if errors.Is(resp.Error, os.ErrDeadlineExceeded) {
-			code = exitTimeout
-		}
-	default:
 	}
 	return &exitError{code, errors.New(printable(err.Error()))}
 }

@@ -244,6 +244,10 @@ func (o *gatewayOptions) check() error {
 		return usageError("--socket-dir is missing")
 	case o.listen == "":
 		return usageError("--listen is missing")
+	case !isHostPort(o.listen):
+		return usageError("--listen: %q is no HOST:PORT", o.listen)
+	case o.nats == "embedded" && !isHostPort(o.natsListen):
+		return usageError("--nats-listen: %q is no HOST:PORT", o.natsListen)
 	case checkTaskName(o.name) != nil:
 		return usageError("--name: %q is no file name", o.name)
 	case o.timeout <= 0:
@@ -256,12 +260,21 @@ func (o *gatewayOptions) check() error {
 	return nil
 }
 
+func isHostPort(text string) bool {
+	_, port, err := net.SplitHostPort(text)
+	if err != nil {
+		return false
+	}
+	_, err = net.LookupPort("tcp", port)
+	return err == nil
+}
+
 // streamURLAt is where others reach the streams of a gateway that listens there.
 func (o *gatewayOptions) streamURLAt(addr net.Addr) (*url.URL, error) {
 	if o.streamURL != "" {
 		u, err := url.Parse(o.streamURL)
 		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-			return nil, usageError("--stream-url: %q is no http URL", o.streamURL)
+			return nil, usageError("--stream-url is no http URL")
 		}
 		return u, nil
 	}

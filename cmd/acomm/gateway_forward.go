@@ -152,11 +152,21 @@ func errDraining() *refusal {
 	return refuse(http.StatusServiceUnavailable, reasonDraining, "the gateway is ending")
 }
 
+// What is kept of a request while it is outstanding is at most so many bytes.
+const (
+	maxID   = 1 << 10
+	maxHook = 8 << 10
+)
+
 // proxy offers the request with the gateway's own hook, and tracks it.
 func (g *gateway) proxy(providers []*url.URL, req *acomm.Request, task string) *refusal {
 	if g.pending.Add(1) > int64(g.opts.maxOutstanding) {
 		g.pending.Add(-1)
 		return refuse(http.StatusTooManyRequests, reasonBusy, "%d requests are outstanding", g.opts.maxOutstanding)
+	}
+	if hook := req.ResponseHook.String(); len(req.ID) > maxID || len(hook) > maxHook {
+		g.pending.Add(-1)
+		return refuse(http.StatusBadRequest, reasonInvalid, "the id has %d bytes and the hook %d; %d and %d are the most", len(req.ID), len(hook), maxID, maxHook)
 	}
 	taken := time.Now()
 	finish := func(tracked *acomm.Request, resp *acomm.Response) {

@@ -25,6 +25,7 @@ var deniedHooks = []string{
 	"169.254.0.0/16", "fe80::/10", // link-local; the metadata services of most clouds
 	"fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "192.0.0.192", // other metadata services
 	"0.0.0.0/8", "::", // unspecified
+	"64:ff9b:1::/48", "2002::/16", "2001::/32", // IPv4 addresses inside of IPv6 ones
 }
 
 // nat64 is where networks with IPv6 only reach IPv4 addresses.

@@ -19,6 +19,7 @@ import (
 const (
 	headerTimeout = 10 * time.Second // for the header of an HTTP request
 	bodyTimeout   = time.Minute      // for its body
+	answerTimeout = 2 * time.Minute  // from its headers to the end of the answer
 	idleTimeout   = time.Minute      // for the next one on a connection
 )
 
@@ -26,10 +27,10 @@ const (
 // as long as it takes. ConnState belongs to the listener.
 func (g *gateway) newServer(front *limitedListener, errorLog io.Writer) *http.Server {
 	mux := http.NewServeMux()
-	mux.HandleFunc("/{$}", g.handleRequest)
+	mux.Handle("/{$}", bounded(http.HandlerFunc(g.handleRequest)))
 	mux.HandleFunc("/stream", acomm.ProxyStreamHandler)
-	mux.HandleFunc("/healthz", g.handleHealth)
-	mux.Handle("/metrics", g.metrics.handler())
+	mux.Handle("/healthz", bounded(http.HandlerFunc(g.handleHealth)))
+	mux.Handle("/metrics", bounded(g.metrics.handler()))
 	sameOrigin := http.NewCrossOriginProtection()
 	sameOrigin.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		r := refuse(http.StatusForbidden, reasonInvalid, "requests from web pages of other sites are refused")
@@ -44,6 +45,16 @@ func (g *gateway) newServer(front *limitedListener, errorLog io.Writer) *http.Se
 		ConnState:         front.connState,
 		ErrorLog:          log.New(errorLog, "", 0),
 	}
+}
+
+// bounded gives the client a time to take the answer in. The next request on the
+// connection sets its own; a stream has none.
+func bounded(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		control := http.NewResponseController(w)
+		_ = control.SetWriteDeadline(time.Now().Add(answerTimeout)) // only a test's recorder can't
+		h.ServeHTTP(w, r)
+	})
 }
 
 // handleRequest takes a request over HTTP. As on a unix socket, the answer is a

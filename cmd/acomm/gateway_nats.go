@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	neturl "net/url"
 	"os"
 	"strconv"
 	"strings"
@@ -71,7 +72,11 @@ func connectNATS(opts *gatewayOptions, front, connecting *http.Transport) (*nats
 	}
 	if err != nil {
 		f.disconnect()
-		return nil, fmt.Errorf("connect to NATS: %w", err) // the URL may hold a password
+		var parse *neturl.Error
+		if errors.As(err, &parse) {
+			err = parse.Err // the URL may hold a password
+		}
+		return nil, fmt.Errorf("connect to NATS: %w", err)
 	}
 	front.RegisterProtocol("nats", laterTransport{connecting})
 	return f, nil

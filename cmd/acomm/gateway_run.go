@@ -24,6 +24,7 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
 	defer signal.Stop(signals)
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // a log that nobody reads does not end it
 
 	rules, err := newHookRules(opts.hookAllow, opts.hookDeny)
 	if err != nil {

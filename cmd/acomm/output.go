@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 )
 
 // download is a file that is written beside its place and moved there when it is
@@ -31,7 +32,7 @@ func newDownload(path string) (*download, error) {
 		return nil, fmt.Errorf("%s is a directory", path)
 	case err == nil && !info.Mode().IsRegular():
 		d.path = ""
-		d.File, err = os.OpenFile(path, os.O_WRONLY, 0)
+		d.File, err = os.OpenFile(path, os.O_WRONLY|syscall.O_NONBLOCK, 0) // a pipe that nobody reads is an error
 		return d, err
 	case err == nil:
 		d.mode = info.Mode().Perm()

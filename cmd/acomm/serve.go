@@ -150,6 +150,7 @@ func (s *service) run() (err error) {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer signal.Stop(signals)
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // a log that nobody reads does not end it
 
 	s.slots = make(chan struct{}, s.concurrency)
 	s.draining = make(chan struct{})
