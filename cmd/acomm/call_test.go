@@ -194,6 +194,38 @@ func TestCall_NotSentIsExitCode3(t *testing.T) {
 	require.Equal(t, exitNotSent, got.code, got.stderr)
 }
 
+// Hazard: a provider that answers and does not acknowledge; its result, which was
+// taken, was dropped now and then.
+func TestCall_ResultOfALostAcknowledgementIsNotDropped(t *testing.T) {
+	path := filepath.Join(shortDir(t), "p.sock")
+	l := acomm.NewUnixListener(path, 0)
+	require.NoError(t, l.Start())
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		for conn := l.NextConn(); conn != nil; conn = l.NextConn() {
+			req := &acomm.Request{}
+			if acomm.UnmarshalConnData(conn, req) == nil {
+				resp, _ := acomm.NewResponse(req, 42, nil, nil)
+				_ = req.Respond(resp)
+			}
+			l.DoneConn(conn) // without a word
+		}
+	}()
+	for range 10 {
+		require.Equal(t, result{stdout: "42\n"}, runAcomm(t, "call", path, "echo"))
+	}
+	l.Stop(0)
+	<-served
+}
+
+func TestCall_PipeThatNobodyReadsIsUsage(t *testing.T) {
+	pipe := filepath.Join(shortDir(t), "pipe")
+	require.NoError(t, syscall.Mkfifo(pipe, 0o600))
+	got := runAcomm(t, "call", "-o", pipe, filepath.Join(shortDir(t), "none.sock"), "echo")
+	require.Equal(t, exitUsage, got.code, got.stderr)
+}
+
 func TestCall_TimeoutIsExitCode4(t *testing.T) {
 	p := startCallProvider(t, func(*callProvider, *acomm.Request) *acomm.Response { return nil })
 	got := runAcomm(t, "call", "--timeout", "50ms", p.path, "echo")

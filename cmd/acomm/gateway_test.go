@@ -567,6 +567,26 @@ func TestGateway_ConfigurationFileAndEnvironment(t *testing.T) {
 	}
 }
 
+// Hazard: ids and hooks are kept while requests are outstanding, so that a few
+// large ones took all memory.
+func TestGateway_LargeIDsAndHooksAreRefused(t *testing.T) {
+	g := startGateway(t)
+	g.provide("echo", "a.sock", gwEcho)
+	for id, hook := range map[string]string{
+		strings.Repeat("x", 1025): "http://127.0.0.1:9/",
+		"id":                      "http://127.0.0.1:9/" + strings.Repeat("x", 8<<10),
+	} {
+		u, err := url.Parse(hook)
+		require.NoError(t, err)
+		body, err := json.Marshal(&acomm.Request{ID: id, Task: "echo", ResponseHook: u})
+		require.NoError(t, err)
+		status, resp := g.post("POST", string(body))
+		require.Equal(t, http.StatusBadRequest, status)
+		require.ErrorContains(t, resp.Error, "are the most")
+	}
+	g.stop()
+}
+
 func TestGateway_WrongUsage(t *testing.T) {
 	dir := shortDir(t)
 	file := filepath.Join(dir, "c.yaml")
@@ -582,6 +602,9 @@ func TestGateway_WrongUsage(t *testing.T) {
 		append(base, "--hook-deny", "everything"),
 		append(base, "--name", "../x"),
 		append(base, "--stream-url", "nonsense"),
+		{"gateway", "--socket-dir", dir, "--listen", "nonsense"},
+		{"gateway", "--socket-dir", dir, "--listen", "127.0.0.1:99999"},
+		append(base, "--nats", "embedded", "--nats-listen", "127.0.0.1:-7"),
 	} {
 		r := runAcomm(t, args...)
 		require.Equal(t, exitUsage, r.code, "%v: %s", args, r.stderr)
@@ -603,6 +626,8 @@ func TestHookRules(t *testing.T) {
 		{"", "", "169.254.169.254", false},
 		{"", "", "::ffff:169.254.169.254", false},
 		{"", "", "64:ff9b::a9fe:a9fe", false},
+		{"", "", "64:ff9b:1::a9fe:a9fe", false},
+		{"", "", "2002:a9fe:a9fe::1", false},
 		{"", "", "fe80::1%eth0", false},
 		{"", "", "fd00:ec2::254", false},
 		{"", "", "0.0.0.0", false},
