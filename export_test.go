@@ -70,6 +70,21 @@ func KeptAgreed(path string) bool {
 	return c.agreed && !c.retired
 }
 
+// KeptTo reports whether the process keeps a connection to the path, or is about
+// to.
+func KeptTo(path string) bool {
+	kept.mu.Lock()
+	defer kept.mu.Unlock()
+	return kept.conns[path] != nil
+}
+
+// SetKeptPatience sets how long a peer may take nothing of what is written to it,
+// and returns the time that was. Nothing may be kept meanwhile.
+func SetKeptPatience(d time.Duration) (old time.Duration) {
+	old, keptPatience = keptPatience, d
+	return old
+}
+
 // KeptConns counts the connections that the process keeps.
 func KeptConns() int {
 	kept.mu.Lock()

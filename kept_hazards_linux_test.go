@@ -1,9 +1,9 @@
 package acomm_test
 
 import (
+	"errors"
 	"io"
 	"net"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -95,26 +95,20 @@ func TestKept_NoRoomForTheSendersWordBlocksNobody(t *testing.T) {
 
 // Hazard: answers that the sender does not read were kept without bound.
 func TestKept_SenderThatReadsNothingIsReadNoFurther(t *testing.T) {
-	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
+	refusal := errors.New(strings.Repeat("y", 32<<10))
+	large := func(conn net.Conn, _ note) { _ = acomm.SendConnData(conn, &acomm.Response{Error: refusal}) }
+	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{"large": large})
 	conn := keepRaw(t, s.Addr())
-	// Fewer than may be unanswered are on their way at a time.
-	const most = 1 << 20
-	var n uint32
-	for n < most {
-		for range 256 {
-			n++
-			require.NoError(t, conn.SetWriteDeadline(time.Now().Add(time.Second)))
-			if _, err := conn.Write(keptFrame(keptMessage, 2, n, `{}`)); err != nil {
-				require.ErrorIs(t, err, os.ErrDeadlineExceeded, "it is still open")
+	message := `{"how":"large","data":"` + strings.Repeat("x", 8<<10) + `"}` // few fit the queue
+	writing := async(func() {
+		for n := uint32(1); ; n++ {
+			if _, err := conn.Write(keptFrame(keptMessage, uint32(len(message)), n, message)); err != nil {
 				return
 			}
 		}
-		for wait := 0; s.handled(0) < int(n)-256; wait++ {
-			if wait == 1000 {
-				return // it reads no further
-			}
-			time.Sleep(time.Millisecond)
-		}
-	}
-	require.Fail(t, "the listener reads on and on")
+	})
+	awaitBlocked(t, "acomm.(*keptListener).awaitReaderLocked", 1)
+	require.Less(t, s.handled(0)*len(refusal.Error()), 16<<20, "answers to a sender that does not read")
+	require.NoError(t, conn.Close())
+	within(t, writing, "the writer")
 }

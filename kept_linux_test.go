@@ -3,6 +3,7 @@ package acomm_test
 import (
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -110,9 +111,9 @@ func keep(t testing.TB, addr *url.URL) {
 	for attempt := 0; !acomm.KeptAgreed(addr.Path); attempt++ {
 		require.Less(t, attempt, 100, "the connection is not kept")
 		require.NoError(t, acomm.Send(addr, note{ID: -1}))
-		for deadline := time.Now().Add(time.Second); acomm.KeptConns() > 0 && !acomm.KeptAgreed(addr.Path) && time.Now().Before(deadline); {
-			time.Sleep(100 * time.Microsecond)
-		}
+		await(t, "agreement, or none", func() bool {
+			return acomm.KeptAgreed(addr.Path) || !acomm.KeptTo(addr.Path)
+		})
 	}
 }
 
@@ -280,13 +281,13 @@ var keptBehaviours = []struct {
 	first bool  // works as well on the first exchange of a connection that gets kept
 	want  error // of the sender
 	sent  time.Duration
-	do    func(ul *acomm.UnixListener, conn net.Conn) error
+	do    func(ul *acomm.UnixListener, conn net.Conn, others <-chan struct{}) error // closed when others were served
 }{
-	{name: "reads on after the acknowledgement", first: true, do: func(_ *acomm.UnixListener, conn net.Conn) error {
+	{name: "reads on after the acknowledgement", first: true, do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		err := acomm.SendConnData(conn, &acomm.Response{})
 		return errors.Join(err, expect("read", readOne(conn), io.EOF), expect("again", readOne(conn), io.EOF))
 	}},
-	{name: "reads before it, until its deadline", do: func(_ *acomm.UnixListener, conn net.Conn) error {
+	{name: "reads before it, until its deadline", do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		errs := []error{conn.SetReadDeadline(time.Now().Add(moment))}
 		errs = append(errs, expect("read", readOne(conn), os.ErrDeadlineExceeded))
 		errs = append(errs, expect("again", readOne(conn), os.ErrDeadlineExceeded))
@@ -294,26 +295,26 @@ var keptBehaviours = []struct {
 		errs = append(errs, acomm.SendConnData(conn, &acomm.Response{}))
 		return errors.Join(append(errs, expect("after", readOne(conn), io.EOF))...)
 	}},
-	{name: "changes the deadline of its read", do: func(_ *acomm.UnixListener, conn net.Conn) error {
+	{name: "changes the deadline of its read", do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		errs := []error{conn.SetReadDeadline(time.Now().Add(time.Hour))}
 		read := make(chan error, 1)
 		go func() { read <- readOne(conn) }()
-		time.Sleep(moment) // it waits
+		errs = append(errs, handlerReads())
 		errs = append(errs, conn.SetDeadline(time.Unix(1, 0)), expect("read", <-read, os.ErrDeadlineExceeded))
 		_, err := conn.Write([]byte("x"))
 		errs = append(errs, expect("write", err, os.ErrDeadlineExceeded), conn.SetDeadline(time.Time{}))
 		go func() { read <- readOne(conn) }()
-		time.Sleep(moment)
+		errs = append(errs, handlerReads())
 		errs = append(errs, conn.SetReadDeadline(time.Unix(1, 0)), expect("second read", <-read, os.ErrDeadlineExceeded))
 		return errors.Join(append(errs, acomm.SendConnData(conn, &acomm.Response{}))...)
 	}},
-	{name: "writes header and payload", do: func(_ *acomm.UnixListener, conn net.Conn) error {
+	{name: "writes header and payload", do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		frame := plainFrame(`{"error":""}`)
 		_, err := conn.Write(frame[:4])
 		_, err2 := conn.Write(frame[4:])
 		return errors.Join(err, err2)
 	}},
-	{name: "writes byte by byte, and on", do: func(_ *acomm.UnixListener, conn net.Conn) error {
+	{name: "writes byte by byte, and on", do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		var errs []error
 		for _, b := range plainFrame(`{"error":""}`) {
 			n, err := conn.Write([]byte{b})
@@ -324,34 +325,34 @@ var keptBehaviours = []struct {
 		_, err := conn.Write([]byte{0})
 		return errors.Join(append(errs, expect("write on", err, syscall.EPIPE))...)
 	}},
-	{name: "writes two frames at once", do: func(_ *acomm.UnixListener, conn net.Conn) error {
+	{name: "writes two frames at once", do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		frame := plainFrame(`{"error":""}`)
 		_, err := conn.Write(append(frame, frame...))
 		_, again := conn.Write(frame)
 		return errors.Join(err, expect("write on", again, syscall.EPIPE))
 	}},
-	{name: "acknowledges twice", first: true, do: func(_ *acomm.UnixListener, conn net.Conn) error {
+	{name: "acknowledges twice", first: true, do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		err := acomm.SendConnData(conn, &acomm.Response{})
 		err2 := expect("read", readOne(conn), io.EOF)
 		return errors.Join(err, err2, expect("second", acomm.SendConnData(conn, &acomm.Response{}), syscall.EPIPE))
 	}},
-	{name: "writes what is no frame", want: io.ErrUnexpectedEOF, do: func(_ *acomm.UnixListener, conn net.Conn) error {
+	{name: "writes what is no frame", want: io.ErrUnexpectedEOF, do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		_, err := conn.Write([]byte("\x00\x00"))
 		return err
 	}},
-	{name: "writes half a frame", want: io.ErrUnexpectedEOF, do: func(_ *acomm.UnixListener, conn net.Conn) error {
+	{name: "writes half a frame", want: io.ErrUnexpectedEOF, do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		frame := plainFrame(`{"error":""}`)
 		_, err := conn.Write(frame[:len(frame)-1])
 		return err
 	}},
-	{name: "announces too much", want: syscall.EMSGSIZE, do: func(_ *acomm.UnixListener, conn net.Conn) error {
+	{name: "announces too much", want: syscall.EMSGSIZE, do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		_, err := conn.Write([]byte("HTTP/1.1 200 OK\r\n"))
 		return err
 	}},
-	{name: "closes", want: io.ErrUnexpectedEOF, do: func(_ *acomm.UnixListener, conn net.Conn) error {
+	{name: "closes", want: io.ErrUnexpectedEOF, do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		return conn.Close()
 	}},
-	{name: "is done at once", want: io.ErrUnexpectedEOF, do: func(ul *acomm.UnixListener, conn net.Conn) error {
+	{name: "is done at once", want: io.ErrUnexpectedEOF, do: func(ul *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		ul.DoneConn(conn)
 		var errs []error
 		for _, f := range []func() error{
@@ -366,7 +367,7 @@ var keptBehaviours = []struct {
 		}
 		return errors.Join(errs...)
 	}},
-	{name: "is done after it", do: func(ul *acomm.UnixListener, conn net.Conn) error {
+	{name: "is done after it", do: func(ul *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		errs := []error{acomm.SendConnData(conn, &acomm.Response{})}
 		ul.DoneConn(conn)
 		_, err := conn.Write([]byte("x"))
@@ -374,15 +375,15 @@ var keptBehaviours = []struct {
 		errs = append(errs, expect("set", conn.SetDeadline(time.Time{}), net.ErrClosed), expect("close", conn.Close(), net.ErrClosed))
 		return errors.Join(errs...)
 	}},
-	{name: "never acknowledges", sent: moment, want: os.ErrDeadlineExceeded, do: func(_ *acomm.UnixListener, conn net.Conn) error {
+	{name: "never acknowledges", sent: moment, want: os.ErrDeadlineExceeded, do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		errs := []error{expect("read", readOne(conn), io.EOF)}
 		return errors.Join(append(errs, expect("too late", acomm.SendConnData(conn, &acomm.Response{}), syscall.EPIPE))...)
 	}},
-	{name: "acknowledges late", do: func(_ *acomm.UnixListener, conn net.Conn) error {
-		time.Sleep(2 * moment)
+	{name: "acknowledges late", do: func(_ *acomm.UnixListener, conn net.Conn, others <-chan struct{}) error {
+		<-others
 		return acomm.SendConnData(conn, &acomm.Response{})
 	}},
-	{name: "asks who is there", do: func(_ *acomm.UnixListener, conn net.Conn) error {
+	{name: "asks who is there", do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		var errs []error
 		if conn.LocalAddr() == nil || conn.RemoteAddr() == nil || conn.LocalAddr().Network() != "unix" {
 			errs = append(errs, fmt.Errorf("addresses: %v, %v", conn.LocalAddr(), conn.RemoteAddr()))
@@ -390,6 +391,17 @@ var keptBehaviours = []struct {
 		errs = append(errs, peerIsSelf(conn))
 		return errors.Join(append(errs, acomm.SendConnData(conn, &acomm.Response{}))...)
 	}},
+}
+
+// handlerReads waits until a handler waits for something to read.
+func handlerReads() error {
+	for deadline := time.Now().Add(patience); blockedIn("acomm.(*exchange).Read")+blockedIn("acomm.(*firstConn).Read") == 0; {
+		if time.Now().After(deadline) {
+			return errors.New("the read does not wait")
+		}
+		runtime.Gosched()
+	}
+	return nil
 }
 
 func peerIsSelf(conn net.Conn) error {
@@ -426,6 +438,7 @@ func sendWithin(addr *url.URL, payload any, d time.Duration) <-chan error {
 
 func TestKept_HandlersDoAsTheyLike(t *testing.T) {
 	found, release := make(chan error, 10), make(chan struct{})
+	others := make(map[string]chan struct{})
 	how := map[string]keptHandling{
 		"holds it for ever": func(conn net.Conn, _ note) {
 			_ = acomm.SendConnData(conn, &acomm.Response{})
@@ -435,7 +448,9 @@ func TestKept_HandlersDoAsTheyLike(t *testing.T) {
 	}
 	var s *keptService
 	for _, b := range keptBehaviours {
-		how[b.name] = func(conn net.Conn, _ note) { conclude(found, b.do(s.UnixListener, conn)) }
+		served := make(chan struct{})
+		others[b.name] = served
+		how[b.name] = func(conn net.Conn, _ note) { conclude(found, b.do(s.UnixListener, conn, served)) }
 	}
 	s = startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, how)
 	defer close(release) // before Stop
@@ -448,6 +463,7 @@ func TestKept_HandlersDoAsTheyLike(t *testing.T) {
 		t.Run(b.name, func(t *testing.T) {
 			sent := sendWithin(s.URL(), note{How: b.name}, b.sent)
 			sendMany(t, s.URL(), 1000*(i+1), 20)
+			close(others[b.name])
 			require.NoError(t, within(t, found, "the handler"))
 			err := within(t, sent, "the sender")
 			if b.want == nil {
@@ -466,10 +482,10 @@ func TestKept_HandlersDoAsTheyLike(t *testing.T) {
 func TestKept_FirstHandlersDoAsTheyLike(t *testing.T) {
 	for _, b := range keptBehaviours {
 		t.Run(b.name, func(t *testing.T) {
-			found := make(chan error, 1)
+			found, others := make(chan error, 1), make(chan struct{})
 			var s *keptService
 			s = startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{
-				"it": func(conn net.Conn, _ note) { conclude(found, b.do(s.UnixListener, conn)) },
+				"it": func(conn net.Conn, _ note) { conclude(found, b.do(s.UnixListener, conn, others)) },
 			})
 			if b.name == "writes byte by byte, and on" || b.name == "writes two frames at once" {
 				t.Skip("the socket takes it, as ever")
@@ -478,6 +494,8 @@ func TestKept_FirstHandlersDoAsTheyLike(t *testing.T) {
 				t.Skip("the socket is closed, which is an error to the handler as ever")
 			}
 			sent := sendWithin(s.URL(), note{How: "it"}, b.sent)
+			sendMany(t, s.URL(), 500, 20)
+			close(others)
 			err := within(t, sent, "the sender")
 			require.NoError(t, within(t, found, "the handler"))
 			if b.want == nil {
@@ -509,12 +527,12 @@ func TestKept_FirstHandlerHoldsItForEver(t *testing.T) {
 	sendMany(t, s.URL(), 0, 100)
 	require.Len(t, s.peersNow(), 1)
 	stopped := async(func() { s.Stop(0) })
-	awaitBlocked(t, "acomm.(*UnixListener).Stop", 1)
+	awaitBlocked(t, "acomm.(*listenerRun).waitDrained", 1) // for the handler
 	require.ErrorIs(t, acomm.Send(s.URL(), note{}), fs.ErrNotExist)
 	select {
 	case <-stopped:
 		require.Fail(t, "Stop waits for the handler")
-	case <-time.After(moment):
+	default:
 	}
 	close(release)
 	require.NoError(t, within(t, held, "the handler"))
@@ -640,36 +658,33 @@ func TestKept_ADeadlineOfTheOfferDoesNotStay(t *testing.T) {
 // deadline, which stayed: a minute later the listener could answer nothing more on
 // that connection, whose senders waited in vain.
 func TestKept_AFullSocketIsForgotten(t *testing.T) {
-	if !*long {
-		t.Skip("takes a minute: with -long")
-	}
+	const limit = 2 * time.Second // of a write; the socket is empty long before
+	defer acomm.SetKeptPatience(acomm.SetKeptPatience(limit))
 	text := strings.Repeat("y", 1<<20)
 	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{
 		"large": func(conn net.Conn, _ note) {
 			_ = acomm.SendConnData(conn, &acomm.Response{Error: errors.New(text)})
 		},
 	})
+	defer s.Stop(0) // before the limit is what it was
 	conn := keepRaw(t, s.URL().Path)
-	require.NoError(t, conn.SetDeadline(time.Now().Add(2*acomm.SendTimeout)))
 	ask := func(number uint32, text string) {
 		_, err := conn.Write(keptFrame(keptMessage, uint32(len(text)), number, text))
 		require.NoError(t, err)
 	}
 	ask(1, `{"id":1,"how":"large"}`)
-	require.NoError(t, readable(conn))
-	time.Sleep(moment) // the rest of it does not fit
-	end := time.Now().Add(acomm.SendTimeout + time.Second)
+	awaitBlocked(t, "acomm.(*batch).writeRest", 1)
 	_, _, payload, err := readKept(conn)
 	require.NoError(t, err)
 	require.Greater(t, len(payload), len(text))
-	for number := uint32(2); time.Now().Before(end); number++ {
-		time.Sleep(2 * time.Second)
-		ask(number, `{"id":2}`)
-		require.NoError(t, conn.SetReadDeadline(time.Now().Add(5*time.Second)))
-		_, answered, _, err := readKept(conn)
-		require.NoError(t, err, "no answer %v before the deadline of the write", time.Until(end))
-		require.Equal(t, number, answered)
-	}
+	require.NoError(t, conn.SetReadDeadline(time.Now().Add(limit)))
+	require.ErrorIs(t, readOne(conn), os.ErrDeadlineExceeded, "it stays open while the limit passes")
+	require.NoError(t, conn.SetReadDeadline(time.Now().Add(patience)))
+	ask(2, `{"id":2}`)
+	_, answered, _, err := readKept(conn)
+	require.NoError(t, err)
+	require.EqualValues(t, 2, answered)
+	require.NoError(t, conn.Close())
 }
 
 func TestKept_StopUnderLoadLosesNothing(t *testing.T) {
@@ -899,14 +914,14 @@ func TestKept_MessageIsNotSentAgainOnceItMayHaveBeenRead(t *testing.T) {
 func TestKept_WhatTheSocketDidNotTakeIsSentAgainOnce(t *testing.T) {
 	l := newRawListener(t)
 	conn := l.keep()
-	const number = 40
+	const number = 30
 	data := strings.Repeat("x", 30<<10)
 	results := make(map[int]<-chan error)
 	for i := range number {
 		results[i] = sendAsync(l.addr, note{ID: i, Data: data})
 	}
 	await(t, "all", func() bool { return acomm.KeptWaiting(l.addr.Path) == number })
-	time.Sleep(moment) // what fits is in the socket
+	awaitBlocked(t, "acomm.(*batch).writeRest", 1) // what fits is in the socket
 	conn.Close()
 	again := make(map[int]int)
 	lost := make(chan int, number)
@@ -942,6 +957,47 @@ func TestKept_WhatTheSocketDidNotTakeIsSentAgainOnce(t *testing.T) {
 	for id, n := range again {
 		require.Equal(t, 1, n, "%d", id)
 	}
+}
+
+// A listener that reads no further still serves what is in its socket: that is not
+// sent again, all the rest is.
+func TestKept_WhatIsInTheSocketIsServedAndTheRestSentAgain(t *testing.T) {
+	l := newRawListener(t)
+	conn := l.keep()
+	const number = 30
+	data := strings.Repeat("x", 30<<10)
+	results := make(chan error, number)
+	for i := range number {
+		go func() { results <- acomm.Send(l.addr, note{ID: i, Data: data}) }()
+	}
+	await(t, "all", func() bool { return acomm.KeptWaiting(l.addr.Path) == number })
+	awaitBlocked(t, "acomm.(*batch).writeRest", 1) // what fits is in the socket
+	require.NoError(t, conn.(*net.UnixConn).CloseRead())
+	handled := make(map[int]int)
+	for {
+		kind, n, payload, err := readKept(conn)
+		if err != nil { // nothing more, or a part of a message
+			break
+		}
+		require.EqualValues(t, keptMessage, kind)
+		var message note
+		require.NoError(t, json.Unmarshal([]byte(payload), &message))
+		handled[message.ID]++
+		l.write(conn, keptFrame(keptAnswer, uint32(len(accepted)), n, accepted))
+	}
+	require.NotEmpty(t, handled)
+	require.Less(t, len(handled), number)
+	for range number - len(handled) {
+		handled[l.serveAlone().ID]++
+	}
+	for range number {
+		require.NoError(t, within(t, results, "an acknowledgement"))
+	}
+	for i := range number {
+		require.Equal(t, 1, handled[i], "%d", i)
+	}
+	_, _, _, err := readKept(conn)
+	require.ErrorIs(t, err, io.EOF)
 }
 
 // readable waits until there is something to read, and leaves it.

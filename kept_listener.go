@@ -364,14 +364,19 @@ func (c *keptListener) readFrame(r *bufio.Reader) error {
 	return errors.New("not a frame of a sender")
 }
 
-// message hands an exchange to the listener. It waits for a sender that does not
-// read its answers.
-func (c *keptListener) message(number uint32, frame []byte) error {
-	e := &exchange{c: c, number: number, size: len(frame) + keptCost, unread: frame}
-	c.out.mu.Lock()
+// awaitReaderLocked waits while the sender leaves too much of its answers unread.
+// The caller holds out.mu.
+func (c *keptListener) awaitReaderLocked() {
 	for c.out.queued-c.out.written > keptQueue && c.out.err == nil && !c.stopped {
 		c.out.idle.Wait()
 	}
+}
+
+// message hands an exchange to the listener.
+func (c *keptListener) message(number uint32, frame []byte) error {
+	e := &exchange{c: c, number: number, size: len(frame) + keptCost, unread: frame}
+	c.out.mu.Lock()
+	c.awaitReaderLocked()
 	broken := number != c.last+1 || len(c.pending) >= keptShare
 	if !broken {
 		c.last = number

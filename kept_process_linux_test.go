@@ -15,7 +15,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/mistifyio/acomm"
 	"github.com/stretchr/testify/require"
@@ -95,6 +94,41 @@ func keptRequester() {
 	senders.Wait()
 }
 
+// gate lets goroutines wait until it is open. It begins shut.
+type gate struct {
+	mu     sync.Mutex
+	opened chan struct{} // closed while it is open
+}
+
+func (g *gate) channelLocked() chan struct{} {
+	if g.opened == nil {
+		g.opened = make(chan struct{})
+	}
+	return g.opened
+}
+
+func (g *gate) open() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	close(g.channelLocked())
+}
+
+func (g *gate) shut() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.opened = nil
+}
+
+func (g *gate) wait(ctx context.Context) {
+	g.mu.Lock()
+	opened := g.channelLocked()
+	g.mu.Unlock()
+	select {
+	case <-opened:
+	case <-ctx.Done():
+	}
+}
+
 // A provider is killed in the middle of its work, again and again: of each message
 // is known what became of it, and none is handled twice.
 func TestKept_KilledProvidersHandleNothingTwice(t *testing.T) {
@@ -105,9 +139,11 @@ func TestKept_KilledProvidersHandleNothingTwice(t *testing.T) {
 	}
 	dir := shortDir(t)
 	addr := unixURL(filepath.Join(dir, "s.sock"))
+	var up gate // while a provider is there
 	start := func() *process {
 		p := startProcess(t, "kept provider", "DIR="+dir)
 		require.Equal(t, "ready", p.ReadLine())
+		up.open()
 		return p
 	}
 	provider := start()
@@ -138,7 +174,7 @@ func TestKept_KilledProvidersHandleNothingTwice(t *testing.T) {
 				if err == nil {
 					acks.add()
 				} else {
-					time.Sleep(time.Millisecond) // the next one is about to start
+					up.wait(ctx)
 				}
 			}
 		})
@@ -148,6 +184,7 @@ func TestKept_KilledProvidersHandleNothingTwice(t *testing.T) {
 		if acomm.KeptAgreed(addr.Path) {
 			kept.add()
 		}
+		up.shut()
 		provider.Kill()
 		require.ErrorContains(t, provider.Wait(), "killed")
 		provider = start()

@@ -48,6 +48,10 @@ const (
 	keptStop                        // of the listener: no message after that number will be read
 )
 
+// keptPatience is how long a peer may take nothing of what is written to it. A
+// variable for the tests.
+var keptPatience = sendTimeout
+
 // errUnsent is the outcome of an exchange whose message has certainly not been
 // read: it may be sent again.
 var errUnsent = errors.New("not sent")
@@ -152,7 +156,7 @@ func (b *batch) flush(company bool) {
 func (b *batch) writeRest(p piece, from int) {
 	for ok := true; ok; p, ok = b.begin() {
 		n := 0
-		err := b.conn.SetWriteDeadline(time.Now().Add(sendTimeout))
+		err := b.conn.SetWriteDeadline(time.Now().Add(keptPatience))
 		if err == nil {
 			n, err = b.conn.Write(p.data[from:])
 			_ = b.conn.SetWriteDeadline(time.Time{})
