@@ -54,6 +54,7 @@ const (
 	KeptHello = keptHello
 	KeptLimit = keptLimit
 	KeptShare = keptShare
+	KeptMost  = keptConns
 )
 
 // KeptAgreed reports whether the process keeps a connection to the path that its
@@ -85,11 +86,39 @@ func SetKeptPatience(d time.Duration) (old time.Duration) {
 	return old
 }
 
+// SetKeptRest sets how long a connection rests before its sender closes it, and
+// returns the time that was. Nothing may be kept meanwhile.
+func SetKeptRest(d time.Duration) (old time.Duration) {
+	old, keptRest = keptRest, d
+	return old
+}
+
+// SetKeptNumber sets the number of the last message on the connection kept to the
+// path, and SetKeptNumbers that of those the listener keeps.
+func SetKeptNumber(path string, number uint32) {
+	kept.mu.Lock()
+	c := kept.conns[path]
+	kept.mu.Unlock()
+	c.out.mu.Lock()
+	defer c.out.mu.Unlock()
+	c.last = number
+}
+
+func (ul *UnixListener) SetKeptNumbers(number uint32) {
+	ul.mu.Lock()
+	defer ul.mu.Unlock()
+	for c := range ul.run.kept {
+		c.out.mu.Lock()
+		c.last = number
+		c.out.mu.Unlock()
+	}
+}
+
 // KeptConns counts the connections that the process keeps.
 func KeptConns() int {
 	kept.mu.Lock()
 	defer kept.mu.Unlock()
-	return len(kept.conns)
+	return len(kept.live)
 }
 
 // KeptWaiting counts the messages on the connection kept to the path that wait for

@@ -19,12 +19,11 @@ import (
 // each further message is an exchange: a net.Conn of its own for its handler.
 
 const (
-	keptOffer     = `,"keep":1}`           // the end of an acknowledgement that offers to keep the connection
-	keptGrace     = 200 * time.Millisecond // for a sender to take the offer, once the handler is done
-	keptListening = 2 * keptRest           // without an exchange until the listener closes a connection
-	keptQueue     = 1 << 20                // bytes of messages read and not yet handed out, or of answers not yet sent
-	keptProbe     = time.Second            // between looks for a sender that is waited for, while the listener stops
-	keptCost      = 512                    // bytes that an exchange counts for beside its message
+	keptOffer = `,"keep":1}`           // the end of an acknowledgement that offers to keep the connection
+	keptGrace = 200 * time.Millisecond // for a sender to take the offer, once the handler is done
+	keptQueue = 1 << 20                // bytes of messages read and not yet handed out, or of answers not yet sent
+	keptProbe = time.Second            // between looks for a sender that is waited for, while the listener stops
+	keptCost  = 512                    // bytes that an exchange counts for beside its message
 )
 
 // firstConn is a connection with its first exchange. It passes everything through
@@ -257,7 +256,6 @@ type keptListener struct {
 	run  *listenerRun
 	conn *net.UnixConn
 	out  *batch
-	rest *time.Timer
 
 	// Guarded by the listener's mu.
 	handed uint32     // number of the last exchange that NextConn has returned
@@ -270,6 +268,7 @@ type keptListener struct {
 	pending  map[uint32]*exchange // not answered, by number
 	refusing bool                 // nothing more can be sent to us; what was is served
 	stopped  bool                 // nor is that served any more
+	rest     *time.Timer          // until rested, then until probe
 }
 
 func newKeptListener(ul *UnixListener, run *listenerRun, conn *net.UnixConn) (*keptListener, error) {
@@ -287,27 +286,24 @@ func newKeptListener(ul *UnixListener, run *listenerRun, conn *net.UnixConn) (*k
 func (c *keptListener) serve() {
 	if n, _ := c.out.writeNow([]byte(keptHello)); n == len(keptHello) {
 		c.out.mu.Lock()
-		c.rest = time.AfterFunc(keptListening, c.rested)
+		c.rest = time.AfterFunc(2*keptRest, c.rested)
 		c.out.mu.Unlock()
 		r := bufio.NewReaderSize(c.conn, 16<<10)
 		for c.readFrame(r) == nil {
 		}
-		c.rest.Stop()
 	}
 	c.ul.readingEnded(c)
-	c.out.mu.Lock()
-	refusing := c.refusing
-	c.out.mu.Unlock()
-	if !refusing {
+	if !c.refuse() {
 		c.senderGone() // or it has broken the rules
 	}
-	probe := time.AfterFunc(keptProbe, c.probe)
 	c.out.mu.Lock()
+	c.rest = time.AfterFunc(keptProbe, c.probe)
 	for c.out.writing || !c.stopped && len(c.pending) > 0 {
 		c.out.idle.Wait()
 	}
+	c.stopped = true
+	c.rest.Stop()
 	c.out.mu.Unlock()
-	probe.Stop()
 	_ = c.conn.Close() // before Stop can learn that the connection is gone
 	c.ul.keptEnded(c)
 }
@@ -326,16 +322,16 @@ func (c *keptListener) senderGone() {
 // gone.
 func (c *keptListener) probe() {
 	c.out.mu.Lock()
-	if c.stopped || len(c.pending) == 0 {
+	if c.stopped {
 		c.out.mu.Unlock()
 		return
 	}
 	flush := c.out.addLocked(keptStop, c.last, make([]byte, keptHeaderSize))
+	c.rest.Reset(keptProbe)
 	c.out.mu.Unlock()
 	if flush {
 		c.out.flush(false)
 	}
-	time.AfterFunc(keptProbe, c.probe)
 }
 
 // readFrame reads a frame of the sender and does what it says. An error ends the
@@ -389,13 +385,18 @@ func (c *keptListener) message(number uint32, frame []byte) error {
 	return c.ul.handOver(e)
 }
 
-// refuse lets nothing more be sent on the connection. A message that was sent is
-// served; the write of a later one fails, so its sender knows.
-func (c *keptListener) refuse() {
+// refuse lets nothing more be sent on the connection, and reports whether it did so
+// before. A message that was sent is served; the write of a later one fails, so its
+// sender knows.
+func (c *keptListener) refuse() (before bool) {
 	c.out.mu.Lock()
 	defer c.out.mu.Unlock()
-	c.refusing = true
+	before, c.refusing = c.refusing, true
 	_ = c.conn.CloseRead()
+	if c.rest != nil {
+		c.rest.Stop()
+	}
+	return before
 }
 
 // stop ends the connection, whatever is open on it, and tells the sender which
@@ -419,7 +420,7 @@ func (c *keptListener) rested() {
 	used := c.seen != c.last || len(c.pending) > 0
 	c.seen = c.last
 	if used && !c.refusing {
-		c.rest.Reset(keptListening)
+		c.rest.Reset(2 * keptRest)
 	}
 	c.out.mu.Unlock()
 	if !used {

@@ -9,9 +9,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -34,7 +36,6 @@ const (
 	keptConns      = 256                 // connections a process, or a listener, keeps
 	keptAgree      = time.Second         // the listener has to agree in
 	keptLook       = time.Millisecond    // between looks whether a path still leads to the same socket
-	keptRest       = 5 * time.Second     // without an exchange until the sender closes a connection
 )
 
 // keptKind is what a frame on a kept connection is. Its highest bit is set, so
@@ -48,9 +49,11 @@ const (
 	keptStop                        // of the listener: no message after that number will be read
 )
 
-// keptPatience is how long a peer may take nothing of what is written to it. A
-// variable for the tests.
-var keptPatience = sendTimeout
+// Variables for the tests.
+var (
+	keptPatience = sendTimeout     // for a peer to take something of what is written to it
+	keptRest     = 5 * time.Second // without an exchange until the sender closes a connection; the listener takes twice that
+)
 
 // errUnsent is the outcome of an exchange whose message has certainly not been
 // read: it may be sent again.
@@ -376,17 +379,18 @@ func (c *keptSender) rested() {
 // connection is closed.
 func (c *keptSender) read() {
 	defer close(c.ended)
+	defer kept.gone(c)
 	r := bufio.NewReaderSize(c.conn, 16<<10)
 	if err := c.awaitAgreement(r); err == nil {
 		for c.readFrame(r) == nil {
 		}
 	}
 	kept.forget(c)
-	c.rest.Stop()
 	_ = c.conn.Close()
 	c.out.mu.Lock()
 	defer c.out.mu.Unlock()
 	c.retired = true
+	c.rest.Stop()
 	if c.out.err == nil {
 		c.out.err = net.ErrClosed
 	}
@@ -460,12 +464,13 @@ func (c *keptSender) stopAfter(number uint32) {
 // keeper has the connections that this process keeps, while it has a listener or
 // tracker.
 type keeper struct {
-	mu    sync.Mutex // guards the fields below
-	users int        // listeners that are started
-	conns map[string]*keptSender
+	mu    sync.Mutex               // guards the fields below
+	users int                      // listeners that are started
+	conns map[string]*keptSender   // by path; messages go there
+	live  map[*keptSender]struct{} // not closed yet, those that only wait for answers included
 }
 
-var kept = keeper{conns: make(map[string]*keptSender)}
+var kept = keeper{conns: make(map[string]*keptSender), live: make(map[*keptSender]struct{})}
 
 // join counts a listener that has started.
 func (k *keeper) join() {
@@ -481,9 +486,7 @@ func (k *keeper) leave() {
 	k.users--
 	var left []*keptSender
 	if k.users == 0 {
-		for _, c := range k.conns {
-			left = append(left, c)
-		}
+		left = slices.Collect(maps.Keys(k.live))
 	}
 	k.mu.Unlock()
 	for _, c := range left {
@@ -534,7 +537,7 @@ func (k *keeper) wants(path string) bool {
 }
 
 func (k *keeper) wantsLocked(path string) bool {
-	return keepsConns && k.users > 0 && len(k.conns) < keptConns && k.conns[path] == nil
+	return keepsConns && k.users > 0 && len(k.live) < keptConns && k.conns[path] == nil
 }
 
 // keep tells the listener that the connection is kept, if it is, and reports so.
@@ -555,7 +558,7 @@ func (k *keeper) keep(path string, file fileID, conn *net.UnixConn) bool {
 	if n, _ := c.out.writeNow([]byte(keptHello)); n < len(keptHello) {
 		return false
 	}
-	k.conns[path] = c
+	k.conns[path], k.live[c] = c, struct{}{}
 	c.out.mu.Lock()
 	c.rest = time.AfterFunc(keptRest, c.rested)
 	c.out.mu.Unlock()
@@ -563,13 +566,20 @@ func (k *keeper) keep(path string, file fileID, conn *net.UnixConn) bool {
 	return true
 }
 
-// forget takes a connection out of the table.
+// forget lets no message go to a connection any more.
 func (k *keeper) forget(c *keptSender) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.conns[c.path] == c {
 		delete(k.conns, c.path)
 	}
+}
+
+// gone forgets a connection that is closed.
+func (k *keeper) gone(c *keptSender) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	delete(k.live, c)
 }
 
 // keepsConns says whether the system has what keeping connections needs: a
