@@ -66,7 +66,7 @@ func releaseFrame(frame []byte) {
 // appendRequest appends the request as json.Marshal writes it, or reports false
 // if that is not certain.
 func appendRequest(b []byte, req *Request) ([]byte, bool) {
-	if req.Args != nil && !isMarshalled(*req.Args) {
+	if !isPlainURL(req.ResponseHook) || req.Args != nil && !isMarshalled(*req.Args) {
 		return nil, false
 	}
 	b = appendText(append(b, `{"id":`...), req.ID)
@@ -78,7 +78,7 @@ func appendRequest(b []byte, req *Request) ([]byte, bool) {
 
 // appendResponse is appendRequest for a response.
 func appendResponse(b []byte, r *Response) ([]byte, bool) {
-	if r.Result != nil && !isMarshalled(*r.Result) {
+	if !isPlainURL(r.StreamURL) || r.Result != nil && !isMarshalled(*r.Result) {
 		return nil, false
 	}
 	b = appendText(append(b, `{"error":`...), r.errorText())
@@ -98,7 +98,8 @@ func appendRaw(b []byte, raw *json.RawMessage) []byte {
 func appendText(b []byte, text string) []byte {
 	for i := range len(text) {
 		if !inert[text[i]] {
-			return appendJSON(b, text)
+			quoted, _ := json.Marshal(text) // which never refuses a string
+			return append(b, quoted...)
 		}
 	}
 	b = append(b, '"')
@@ -106,12 +107,14 @@ func appendText(b []byte, text string) []byte {
 	return append(b, '"')
 }
 
+// isPlainURL reports whether appendURL writes the URL.
+func isPlainURL(u *url.URL) bool {
+	return u == nil || u.User == nil && !u.ForceQuery && !u.OmitHost && urlKnown
+}
+
 func appendURL(b []byte, u *url.URL) []byte {
-	switch {
-	case u == nil:
+	if u == nil {
 		return append(b, "null"...)
-	case u.User != nil, u.ForceQuery, u.OmitHost, !urlKnown:
-		return appendJSON(b, u)
 	}
 	b = appendText(append(b, `{"Scheme":`...), u.Scheme)
 	b = appendText(append(b, `,"Opaque":`...), u.Opaque)
@@ -122,15 +125,6 @@ func appendURL(b []byte, u *url.URL) []byte {
 	b = appendText(append(b, `,"RawPath":`...), u.RawPath)
 	b = appendText(append(b, `,"RawFragment":`...), u.RawFragment)
 	return append(b, `,"ForceQuery":false,"OmitHost":false}`...)
-}
-
-// appendJSON appends a string or a URL, which encoding/json never refuses.
-func appendJSON(b []byte, value any) []byte {
-	data, err := json.Marshal(value)
-	if err != nil {
-		panic(err)
-	}
-	return append(b, data...)
 }
 
 // decodeRequest sets the wire members of the request from data, parts of which
