@@ -28,6 +28,7 @@ func measureCost(ctx context.Context, procs *processes, gateway string) error {
 	if err != nil {
 		return err
 	}
+	http.DefaultTransport.(*http.Transport).MaxIdleConnsPerHost = 64
 	for i, measure := range []func(*bed) error{
 		(*bed).requests, (*bed).outstanding, (*bed).connections, (*bed).openStreams, (*bed).streamed,
 	} {
@@ -81,7 +82,6 @@ func newBed(ctx context.Context, procs *processes, self, gateway string, i int) 
 	if b.tracker, err = acomm.NewTracker(filepath.Join(dir, "requester.sock"), nil, time.Minute); err != nil {
 		return nil, err
 	}
-	http.DefaultTransport.(*http.Transport).MaxIdleConnsPerHost = 64
 	r := &requester{tracker: b.tracker, file: io.Discard}
 	go func() { _ = http.Serve(b.hook, http.HandlerFunc(r.handleHook)) }() // ends with the listener
 	return b, b.tracker.Start()

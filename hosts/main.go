@@ -64,9 +64,11 @@ var roles = map[string]func(args []string) error{
 }
 
 func run(ctx context.Context, gateway string, cost, keep, overNATS bool) (err error) {
-	if reason := missing(); reason != "" && !cost {
-		fmt.Println("skipped:", reason)
-		return nil
+	if !cost {
+		if reason := missing(); reason != "" {
+			fmt.Println("skipped:", reason)
+			return nil
+		}
 	}
 	dir, err := os.MkdirTemp("", "acomm-hosts-")
 	if err != nil {

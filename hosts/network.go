@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -107,7 +108,7 @@ func (n *network) remove() error {
 	var failed error
 	for _, netns := range n.made {
 		if err := ip("netns delete " + netns); err != nil {
-			failed = err
+			failed = errors.Join(failed, err)
 		}
 	}
 	n.made = nil

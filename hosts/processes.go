@@ -34,8 +34,7 @@ type process struct {
 }
 
 // start starts a command, in a namespace unless that is empty, and waits until it
-// has written a line that begins with ready to its output. With an empty ready it
-// does not wait.
+// has written a line that begins with ready to its output.
 func (p *processes) start(ctx context.Context, netns, name, ready string, argv ...string) (*process, error) {
 	if netns != "" { // ip replaces itself with the command, so the pid is the command's
 		argv = append([]string{"ip", "netns", "exec", netns}, argv...)
@@ -63,7 +62,7 @@ func (p *processes) start(ctx context.Context, netns, name, ready string, argv .
 	isReady := make(chan struct{})
 	go func() { // ends with the process, which killAll waits for
 		defer close(proc.done)
-		lines, told := bufio.NewScanner(out), ready == ""
+		lines, told := bufio.NewScanner(out), false
 		for lines.Scan() {
 			if !told && strings.HasPrefix(lines.Text(), ready) {
 				told = true
@@ -73,9 +72,6 @@ func (p *processes) start(ctx context.Context, netns, name, ready string, argv .
 		_, _ = io.Copy(io.Discard, out)
 		proc.err = cmd.Wait()
 	}()
-	if ready == "" {
-		return proc, nil
-	}
 	select {
 	case <-isReady:
 		return proc, nil

@@ -99,8 +99,8 @@ func (p *provider) serve(conn net.Conn) {
 	var stream *url.URL
 	if job.Bytes == 0 {
 		time.Sleep(pause)
-	} else if stream, err = p.tracker.NewStreamUnix(p.streams, newSource(req.ID, job.Bytes, pause)); err != nil {
-		logrus.WithError(err).Error("make a stream")
+	} else {
+		stream, err = p.tracker.NewStreamUnix(p.streams, newSource(req.ID, job.Bytes, pause)) // the requester gets the error
 	}
 	var result any
 	if err == nil {

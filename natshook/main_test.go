@@ -94,11 +94,16 @@ func connect(t testing.TB, servers ...*server.Server) *nats.Conn {
 	for _, s := range servers {
 		urls = append(urls, s.ClientURL())
 	}
+	return connectTo(t, strings.Join(urls, ","))
+}
+
+func connectTo(t testing.TB, urls string, more ...nats.Option) *nats.Conn {
+	t.Helper()
 	closed := make(chan struct{})
-	nc, err := nats.Connect(strings.Join(urls, ","), nats.DontRandomize(), nats.MaxReconnects(-1),
+	nc, err := nats.Connect(urls, append(more, nats.DontRandomize(), nats.MaxReconnects(-1),
 		nats.ReconnectWait(10*time.Millisecond), nats.ReconnectJitter(0, 0),
 		nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}),
-		nats.ClosedHandler(func(*nats.Conn) { close(closed) }))
+		nats.ClosedHandler(func(*nats.Conn) { close(closed) }))...)
 	require.NoError(t, err)
 	t.Cleanup(func() {
 		nc.Close()

@@ -300,6 +300,7 @@ func named(err error) error {
 		{nats.ErrConnectionClosed, net.ErrClosed},
 		{nats.ErrConnectionDraining, net.ErrClosed},
 		{nats.ErrDisconnected, io.ErrUnexpectedEOF},
+		{nats.ErrReconnectBufExceeded, syscall.ECONNREFUSED},
 		{nats.ErrMaxPayload, syscall.EMSGSIZE},
 		{nats.ErrBadSubject, fs.ErrInvalid},
 		{nats.ErrBadQueueName, fs.ErrInvalid},
@@ -311,7 +312,23 @@ func named(err error) error {
 			return fmt.Errorf("%w: %w", err, name.ours)
 		}
 	}
+	var socket net.Error // of a large message: nats.go writes it in the sender's goroutine
+	if errors.As(err, &socket) {
+		// Only its words: it may match net.ErrClosed, yet the connection is made again.
+		return fmt.Errorf("%w: %w: %v", nats.ErrDisconnected, io.ErrUnexpectedEOF, err)
+	}
 	return err
+}
+
+// header returns the message's, with keys as HTTP has them.
+func header(msg *nats.Msg) http.Header {
+	h := make(http.Header)
+	for key, values := range msg.Header {
+		for _, value := range values {
+			h.Add(key, value)
+		}
+	}
+	return h
 }
 
 // newResponse turns a reply into the answer to the request.
@@ -321,19 +338,13 @@ func newResponse(req *http.Request, reply *nats.Msg) (*http.Response, error) {
 	if err != nil || code < 200 || code > 999 {
 		return nil, fmt.Errorf("reply is no acknowledgement: its header %s is %q: %w", statusHeader, status, io.ErrUnexpectedEOF)
 	}
-	header := make(http.Header)
-	for key, values := range reply.Header {
-		for _, value := range values {
-			header.Add(key, value)
-		}
-	}
 	return &http.Response{
 		Status:        strings.TrimSpace(fmt.Sprintf("%d %s", code, http.StatusText(code))),
 		StatusCode:    code,
 		Proto:         "HTTP/1.1",
 		ProtoMajor:    1,
 		ProtoMinor:    1,
-		Header:        header,
+		Header:        header(reply),
 		Body:          io.NopCloser(bytes.NewReader(reply.Data)),
 		ContentLength: int64(len(reply.Data)),
 		Request:       req,

@@ -55,8 +55,10 @@ var maxHandlers = 1024
 //
 // A nil connection or handler, a subject that is not valid or has wildcards, and a
 // queue with a space give an error that matches [io/fs.ErrInvalid], a closed
-// connection [net.ErrClosed]. When the connection is closed first, nothing more
-// arrives, and answers are lost, which is logged.
+// connection [net.ErrClosed]. A subscription that the server's permissions forbid is
+// told to the connection's error handler alone, and nothing arrives. When the
+// connection is closed first, nothing more arrives, and answers are lost, which is
+// logged.
 func Serve(nc *nats.Conn, subject, queue string, h http.Handler) (io.Closer, error) {
 	if nc == nil || h == nil {
 		return nil, fmt.Errorf("serve %q: nil connection or handler: %w", subject, fs.ErrInvalid)
@@ -186,12 +188,12 @@ func (s *server) take(msg *nats.Msg) {
 		return
 	}
 	go func() { // ends with its handler; stop waits for it
-		defer s.done()
+		defer s.handlers.Done()
 		s.handle(msg)
 	}()
 }
 
-// begin takes a turn to handle a message; done gives it back.
+// begin takes a turn to handle a message; handle gives it back.
 func (s *server) begin() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -207,27 +209,8 @@ func (s *server) begin() bool {
 	}
 }
 
-func (s *server) done() {
-	<-s.turns
-	s.handlers.Done()
-}
-
 // handle runs the handler and sends its answer, whatever way the handler ends.
 func (s *server) handle(msg *nats.Msg) {
-	req, err := http.NewRequestWithContext(s.ctx, http.MethodPost, URL(msg.Subject).String(), bytes.NewReader(msg.Data))
-	if err != nil {
-		s.reply(msg, failure(http.StatusBadRequest, "the subject makes no URL"))
-		return
-	}
-	req.RequestURI = req.URL.RequestURI()
-	for key, values := range msg.Header {
-		for _, value := range values {
-			req.Header.Add(key, value)
-		}
-	}
-	if req.Header.Get("Content-Type") == "" {
-		req.Header.Set("Content-Type", "application/json")
-	}
 	w := &answer{header: make(http.Header), limit: s.nc.MaxPayload()}
 	returned := false
 	defer func() {
@@ -238,10 +221,31 @@ func (s *server) handle(msg *nats.Msg) {
 			}
 			w = failure(http.StatusInternalServerError, "handler failed")
 		}
+		<-s.turns // before the answer: whoever has it finds the turn free
 		s.reply(msg, w)
 	}()
-	s.handler.ServeHTTP(w, req)
+	s.handler.ServeHTTP(w, newRequest(s.ctx, msg))
 	returned = true
+}
+
+// newRequest turns a message into the request that a handler gets.
+func newRequest(ctx context.Context, msg *nats.Msg) *http.Request {
+	u := URL(msg.Subject)
+	req := &http.Request{
+		Method:        http.MethodPost,
+		URL:           u,
+		RequestURI:    u.RequestURI(),
+		Proto:         "HTTP/1.1",
+		ProtoMajor:    1,
+		ProtoMinor:    1,
+		Header:        header(msg),
+		Body:          io.NopCloser(bytes.NewReader(msg.Data)),
+		ContentLength: int64(len(msg.Data)),
+	}
+	if req.Header.Get("Content-Type") == "" {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	return req.WithContext(ctx)
 }
 
 // reply sends the answer to the message.

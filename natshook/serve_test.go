@@ -53,7 +53,9 @@ func TestServe_PanicAnswers500AndIsLoggedOnce(t *testing.T) {
 // were it taken for that, a forward would be handled twice.
 func TestServe_StatusAndHeadersArrive(t *testing.T) {
 	_, nc := pair(t)
-	serve(t, nc, "busy", "", func(w http.ResponseWriter, _ *http.Request) {
+	contentType := make(chan string, 10)
+	serve(t, nc, "busy", "", func(w http.ResponseWriter, r *http.Request) {
+		contentType <- r.Header.Get("Content-Type")
 		w.Header().Set("Status", "503")
 		w.Header().Set("Retry-After", "7")
 		w.Header().Add("X-Two", "1")
@@ -68,6 +70,7 @@ func TestServe_StatusAndHeadersArrive(t *testing.T) {
 	body, err := io.ReadAll(answer.Body)
 	require.NoError(t, err)
 	require.Empty(t, body)
+	require.Equal(t, "text/plain", within(t, contentType, "the request"))
 	require.Equal(t, "429 Too Many Requests", answer.Status)
 	require.Equal(t, "7", answer.Header.Get("Retry-After"))
 	require.Equal(t, []string{"1", "2"}, answer.Header.Values("X-Two"))
@@ -85,11 +88,12 @@ func TestServe_AnswerOverTheLimitIsAnError(t *testing.T) {
 }
 
 func TestServe_MessageWithoutReplyIsLoggedAndDropped(t *testing.T) {
-	_, nc := pair(t)
+	requester, nc := pair(t)
 	lines := captureLog(t)
 	got := make(chan string, 10)
 	serve(t, nc, "tasks", "", func(_ http.ResponseWriter, r *http.Request) { got <- readID(r) })
-	require.NoError(t, nc.Publish("tasks", []byte(`"lost"`)))
+	// Over the connection that Send uses: from another one it might arrive later.
+	require.NoError(t, requester.Publish("tasks", []byte(`"lost"`)))
 	require.NoError(t, acomm.Send(natshook.URL("tasks"), "asked"))
 	require.Equal(t, "asked", within(t, got, "the request"))
 	require.Equal(t, 1, strings.Count(lines.String(), "no reply subject"))
@@ -100,6 +104,8 @@ func TestServe_SlowHandlersAreAnswered503BeyondTheBound(t *testing.T) {
 	defer natshook.SetMaxHandlers(4)()
 	_, nc := pair(t)
 	started, release := make(chan struct{}, 100), make(chan struct{})
+	let := sync.OnceFunc(func() { close(release) })
+	defer let()
 	handled := newTally()
 	serve(t, nc, "slow", "", func(_ http.ResponseWriter, r *http.Request) {
 		handled.add(readID(r))
@@ -125,7 +131,7 @@ func TestServe_SlowHandlersAreAnswered503BeyondTheBound(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, answer.Body.Close())
 	require.Equal(t, "1", answer.Header.Get("Retry-After"))
-	close(release)
+	let()
 	wg.Wait()
 	for range 4 {
 		require.NoError(t, within(t, errs, "Send"))
@@ -133,6 +139,16 @@ func TestServe_SlowHandlersAreAnswered503BeyondTheBound(t *testing.T) {
 	require.Equal(t, 4, handled.total())
 	require.Equal(t, 1, handled.most())
 	require.NoError(t, acomm.Send(natshook.URL("slow"), newID()), "turns are given back")
+}
+
+// A requester that has its answer finds the turn free for its next request.
+func TestServe_TurnIsGivenBackBeforeTheAnswer(t *testing.T) {
+	defer natshook.SetMaxHandlers(1)()
+	_, nc := pair(t)
+	serve(t, nc, "tasks", "", func(http.ResponseWriter, *http.Request) {})
+	for range 2000 {
+		require.NoError(t, acomm.Send(natshook.URL("tasks"), "x"))
+	}
 }
 
 func TestServe_CloseWaitsForHandlersAndCancelsThem(t *testing.T) {
