@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"net/url"
 	"os"
 	"os/signal"
@@ -26,6 +27,10 @@ import (
 // acknowledgement that was overtaken, so that the other side can deliver it.
 const ackGrace = time.Second
 
+// lostGrace is how long a call whose acknowledgement was lost waits for a response
+// that has just come, before it says so.
+const lostGrace = 200 * time.Millisecond
+
 // call is a request from the command line.
 type call struct {
 	target *url.URL
@@ -39,7 +44,8 @@ type call struct {
 	raw        bool
 	verbose    bool
 
-	start time.Time // when it was sent
+	posts *postWatcher // nil: it does not go over HTTP, nor NATS
+	start time.Time    // when it was sent
 }
 
 const callLong = `Call sends a request for TASK to URL, waits for its response and writes the result
@@ -84,17 +90,19 @@ is a subject acomm.call.RANDOM, which the other side must be allowed to publish 
 TIME
 --timeout bounds the time from sending to the response; a stream then takes as long
 as it takes. A request that is acknowledged goes on at the other side when the call
-has timed out or is interrupted.
+has timed out or is interrupted. If the acknowledgement is lost, the request may have
+arrived: the call says so on standard error and waits for the response all the same.
 
 EXIT STATUS
   0  done: the result, and the stream if there is one, has been written
   1  the task failed, its error is on standard error; or what came could not be
      read to its end or written
   2  usage: options, URL or ARGS make no sense, or name a file that can't be used
-  3  the request could not be sent: nobody is there, or it was refused; or its
-     acknowledgement was lost, as the error then says: it may have arrived
-  4  timed out: no acknowledgement, no response or no stream in time. A time-out
-     that the other side reports is an error of the task.
+  3  the request was not taken: nobody is there, or it was refused (over HTTP with
+     a status of 300 to 499, or 503)
+  4  timed out: no acknowledgement, no response or no stream in time. The request
+     may have been taken, also where the acknowledgement was lost. A time-out that
+     the other side reports is an error of the task.
   An interrupted call exits with 130 (SIGINT) or 143 (SIGTERM), one whose output nobody
   reads with 141 (SIGPIPE).`
 
@@ -157,18 +165,18 @@ func parseTarget(text string) (*url.URL, error) {
 	switch u.Scheme {
 	case "unix":
 		if u.Host != "" || !strings.HasPrefix(u.Path, "/") {
-			return nil, fmt.Errorf("URL: %s has no absolute path: unix:///PATH", u.Redacted())
+			return nil, errors.New("URL: the path is not absolute: unix:///PATH")
 		}
 		return u, nil
 	case "http", "https":
 		if u.Host == "" {
-			return nil, fmt.Errorf("URL: %s has no host", u.Redacted())
+			return nil, fmt.Errorf("URL: no host: %s://HOST/", u.Scheme)
 		}
 		return u, nil
 	case "nats":
 		return u, parseNATSTarget(u)
 	}
-	return nil, fmt.Errorf("URL: %q is not unix:///PATH, http(s)://HOST/, nats://HOST/SUBJECT or the path of a socket", u.Redacted())
+	return nil, errors.New("URL is not unix:///PATH, http(s)://HOST/, nats://HOST/SUBJECT or the path of a socket (/PATH, ./PATH)")
 }
 
 // run makes the call.
@@ -213,6 +221,10 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 		return nil, err
 	}
 	defer closeHook()
+	if c.target.Scheme != "unix" {
+		c.posts = &postWatcher{RoundTripper: http.DefaultTransport}
+		http.DefaultTransport = c.posts // after that of NATS was registered
+	}
 
 	responses := make(chan *acomm.Response, 1) // exactly one handler runs, once
 	handle := func(_ *acomm.Request, resp *acomm.Response) { responses <- resp }
@@ -226,23 +238,28 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 		return nil, &exitError{exitNotSent, err}
 	}
 	defer tracker.RemoveRequest(req) // Stop waits for what is tracked
-	c.say("sending %s %s to %s, %d bytes of arguments, hook %s", c.task, req.ID, c.target.Redacted(), len(c.args), hook.Redacted())
+	c.say("sending %s %s to %s, %d bytes of arguments, hook %s", c.task, req.ID, place(c.target), len(c.args), place(hook))
 	sent := make(chan error, 1)
 	go func() { sent <- acomm.Send(c.target, req) }() // ends with the process, if not before
 	for ack := sent; ; {
 		select {
 		case err := <-ack:
-			if err != nil {
-				if !tracker.RemoveRequest(req) { // a response or the time-out came first
-					if resp := <-responses; !errors.Is(resp.Error, os.ErrDeadlineExceeded) {
-						return resp, nil
-					}
-					err = fmt.Errorf("%w: %w", os.ErrDeadlineExceeded, err)
-				}
-				return nil, c.sendError(err)
-			}
-			c.say("acknowledged")
 			ack = nil
+			switch {
+			case err == nil:
+				c.say("acknowledged")
+			case c.mayHaveArrived(err):
+				if resp := c.awaitLate(responses); resp != nil {
+					return resp, nil
+				}
+				fmt.Fprintf(os.Stderr, "acomm call: acknowledgement lost, waiting for the response, as the request may have arrived: %v\n",
+					printable(sendError(c.target, err).Error()))
+			default:
+				if !tracker.RemoveRequest(req) { // a response or the time-out came first
+					return <-responses, nil
+				}
+				return nil, &exitError{exitNotSent, errors.New(printable(sendError(c.target, err).Error()))}
+			}
 		case resp := <-responses:
 			if ack != nil && resp.Error == nil {
 				c.awaitAck(ack)
@@ -254,13 +271,15 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 	}
 }
 
-// sendError says why the request could not be sent, or may not have been.
-func (c *call) sendError(err error) error {
-	code := exitNotSent
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		code = exitTimeout
+// awaitLate waits a moment for a response that has come with the loss of the
+// acknowledgement, and returns it, or nil.
+func (c *call) awaitLate(responses <-chan *acomm.Response) *acomm.Response {
+	select {
+	case resp := <-responses:
+		return resp
+	case <-time.After(lostGrace):
+		return nil
 	}
-	return &exitError{code, errors.New(printable(err.Error()))}
 }
 
 // awaitAck waits a moment for an acknowledgement that the response has overtaken.
@@ -290,7 +309,7 @@ func (c *call) deliver(ctx context.Context, resp *acomm.Response, file *download
 		}
 		return nil
 	}
-	c.say("response: %d bytes of result, stream at %s", len(result), withoutQuery(resp.StreamURL))
+	c.say("response: %d bytes of result, stream at %s", len(result), place(resp.StreamURL))
 	to := os.Stderr
 	if file != nil {
 		to = os.Stdout
@@ -354,10 +373,12 @@ func (c *call) readStream(ctx context.Context, stream *url.URL, file *download) 
 	switch {
 	case counted.err != nil:
 		return outputError(counted.err)
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return &exitError{exitTimeout, err}
 	case err != nil:
-		return &exitError{exitTask, err}
+		code := exitTask
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			code = exitTimeout
+		}
+		return &exitError{code, fmt.Errorf("stream from %s, after %d bytes: %w", place(stream), counted.n, withoutURL(err))}
 	}
 	if file != nil {
 		if err := file.complete(); err != nil {
@@ -408,13 +429,6 @@ func outputError(err error) error {
 		return &exitError{code: 128 + int(syscall.SIGPIPE)}
 	}
 	return &exitError{exitTask, err}
-}
-
-// withoutQuery is the URL without what makes it a secret.
-func withoutQuery(u *url.URL) string {
-	short := *u
-	short.RawQuery, short.User = "", nil
-	return short.String()
 }
 
 // printable is the text of a peer without what a terminal would obey.

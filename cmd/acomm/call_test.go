@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -19,6 +20,7 @@ import (
 	"time"
 
 	"github.com/creack/pty"
+	"github.com/fsnotify/fsnotify"
 	"github.com/mistifyio/acomm"
 	"github.com/stretchr/testify/require"
 )
@@ -376,22 +378,14 @@ func TestCall_InterruptedDownloadLeavesNoFile(t *testing.T) {
 	p := startCallProvider(t, streamOf(t, nil, func() io.ReadCloser { return stalled("half of it") }))
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGKILL} {
 		dir := t.TempDir()
+		wait := watchDir(t, dir)
 		cmd := acommCmd(t, "call", "-v", "-o", filepath.Join(dir, "f"), p.path, "read")
 		if sig == syscall.SIGKILL { // nothing can be removed then
 			cmd.Env = append(cmd.Env, "TMPDIR="+t.TempDir())
 		}
 		r := startCmd(t, cmd)
 		r.waitLine("stream at")
-		var part string
-		require.Eventually(t, func() bool { // until a part of it is there
-			parts, _ := filepath.Glob(filepath.Join(dir, ".f.*.part"))
-			if len(parts) != 1 {
-				return false
-			}
-			part = parts[0]
-			data, _ := os.ReadFile(part)
-			return len(data) > 0
-		}, patience, time.Millisecond)
+		part := wait(fsnotify.Write, ".f.*.part") // a part of it is there
 		r.signal(sig)
 		code := r.wait()
 		if sig == syscall.SIGKILL {
@@ -481,4 +475,73 @@ func TestCall_TerminalIsShownBar(t *testing.T) {
 
 	shown = onTerminal(t, nil, "call", p.path, "read.it")
 	require.NotContains(t, shown, "read.it", "a bar in the middle of the data")
+}
+
+// Hazard: a call that was told nothing of its request, which may have arrived, ended
+// as one that could be sent again.
+func TestCall_LostAcknowledgementIsWaitedOut(t *testing.T) {
+	path := filepath.Join(shortDir(t), "p.sock")
+	l := acomm.NewUnixListener(path, 0)
+	require.NoError(t, l.Start())
+	defer l.Stop(0)
+	take := func() *acomm.Request { // without a word
+		conn := l.NextConn()
+		defer l.DoneConn(conn)
+		req := &acomm.Request{}
+		require.NoError(t, acomm.UnmarshalConnData(conn, req))
+		return req
+	}
+
+	call := startAcomm(t, "call", path, "echo")
+	req := take()
+	call.waitLine("acknowledgement lost")
+	resp, err := acomm.NewResponse(req, 42, nil, nil)
+	require.NoError(t, err)
+	require.NoError(t, req.Respond(resp))
+	require.Zero(t, call.wait(), call.said())
+	require.Contains(t, call.said(), "\n42")
+
+	call = startAcomm(t, "call", "--timeout", "700ms", path, "echo")
+	take()
+	require.Equal(t, exitTimeout, call.wait(), call.said())
+	require.Regexp(t, `^acomm call: acknowledgement lost, .*EOF\nacomm call: no response to echo within 700ms$`, call.said())
+}
+
+func TestCall_ExitCode3MeansThatTheRequestWasNotTaken(t *testing.T) {
+	answer := func(status int, text string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(status)
+			_, _ = io.WriteString(w, text)
+		}
+	}
+	for name, test := range map[string]struct {
+		handler http.HandlerFunc
+		code    int
+	}{
+		"refused":     {answer(200, `{"error":"no"}`), exitNotSent},
+		"redirected":  {answer(302, ""), exitNotSent},
+		"bad request": {answer(400, ""), exitNotSent},
+		"busy":        {answer(429, ""), exitNotSent},
+		"draining":    {answer(503, ""), exitNotSent},
+		"failed":      {answer(500, ""), exitTimeout},
+		"unclear":     {answer(502, `{"error":"unclear"}`), exitTimeout},
+		"no JSON":     {answer(200, "hello"), exitTimeout},
+		"cut off":     {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, exitTimeout},
+	} {
+		t.Run(name, func(t *testing.T) {
+			server := httptest.NewServer(test.handler)
+			defer server.Close()
+			got := runAcomm(t, "call", "--timeout", "500ms", server.URL, "echo")
+			require.Equal(t, test.code, got.code, got.stderr)
+			require.Equal(t, test.code == exitTimeout, strings.Contains(got.stderr, "acknowledgement lost"), got.stderr)
+		})
+	}
+	// There is a connection, and nothing could be sent on it.
+	server := httptest.NewUnstartedServer(answer(200, ""))
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.StartTLS()
+	defer server.Close()
+	got := runAcomm(t, "call", server.URL, "echo")
+	require.Equal(t, exitNotSent, got.code, got.stderr)
+	require.Contains(t, got.stderr, "certificate")
 }

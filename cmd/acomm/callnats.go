@@ -16,9 +16,19 @@ import (
 // parseNATSTarget looks for what makes no sense in a URL of a subject.
 func parseNATSTarget(u *url.URL) error {
 	if subject := strings.TrimPrefix(u.Path, "/"); subject == "" || u.RawQuery != "" || u.Fragment != "" {
-		return fmt.Errorf("URL: %s is not nats://[HOST[:PORT]]/SUBJECT", u.Redacted())
+		return errors.New("URL: one of NATS is nats://[HOST[:PORT]]/SUBJECT")
 	}
 	return nil
+}
+
+// connectError is an error of connecting to a NATS server, without the URL, which
+// may hold a password.
+func connectError(err error) error {
+	var parse *url.Error
+	if errors.As(err, &parse) {
+		err = parse.Err
+	}
+	return fmt.Errorf("connect to NATS: %w", err)
 }
 
 // openNATSHook connects to the server that the target names, has requests and
@@ -34,7 +44,7 @@ func (c *call) openNATSHook(tracker *acomm.Tracker) (*url.URL, func(), error) {
 	}
 	nc, err := nats.Connect(server, nats.Name("acomm call"), nats.Timeout(min(c.timeout, nats.DefaultTimeout)))
 	if err != nil {
-		return nil, nil, &exitError{exitNotSent, fmt.Errorf("connect to the NATS server: %w", err)}
+		return nil, nil, &exitError{exitNotSent, connectError(err)}
 	}
 	hook := natshook.URL("acomm.call." + rand.Text())
 	serving, err := natshook.Serve(nc, strings.TrimPrefix(hook.Path, "/"), "", responseHandler(tracker))

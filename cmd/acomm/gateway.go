@@ -107,7 +107,9 @@ SIGNALS
   SIGTERM, SIGINT   takes no more requests, waits for the responses that are
                     outstanding (--timeout at most, and the sending), then for
                     streams and other HTTP exchanges that are under way, and ends
-                    with status 0. A second one ends it at once, with status 1.
+                    with status 0. Streams that then do not move for 10 seconds, or
+                    have not, are cut off. A second signal ends it at once, with
+                    status 1.
 
 FILES
   DIR decides who may send requests from this machine and who may provide tasks:

@@ -69,6 +69,7 @@ type gateway struct {
 	metrics  *gatewayMetrics
 	pending  atomic.Int64  // requests that are tracked, or whose response is being sent to the hook
 	draining atomic.Bool   // no more requests are taken
+	ending   chan struct{} // closed when streams must move or are cut off
 	natsHook bool          // there is a connection for hooks with the scheme nats
 	lines    *rate.Limiter // of the log about what strangers can cause
 }
@@ -256,13 +257,13 @@ func (g *gateway) finish(req *acomm.Request, resp *acomm.Response, task string, 
 	if resp.StreamURL != nil {
 		published, err := g.tracker.ProxyStreamHTTPURL(resp.StreamURL)
 		if err != nil {
-			g.warn("forwarding a response without its stream", err, req.ID, task)
+			g.warn("forwarding a response without its stream", withoutURL(err), req.ID, task)
 		}
 		out.StreamURL = published
 	}
 	if err := sendResponse(req.ResponseHook, &out, taken.Add(g.opts.timeout)); err != nil {
 		g.metrics.forwardFailures.WithLabelValues(task).Inc()
-		g.warn("failed to forward a response", err, req.ID, task)
+		g.warn("failed to forward a response", sendError(req.ResponseHook, err), req.ID, task)
 	}
 }
 

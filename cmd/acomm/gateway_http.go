@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -28,7 +29,7 @@ const (
 func (g *gateway) newServer(front *limitedListener, errorLog io.Writer) *http.Server {
 	mux := http.NewServeMux()
 	mux.Handle("/{$}", bounded(http.HandlerFunc(g.handleRequest)))
-	mux.HandleFunc("/stream", acomm.ProxyStreamHandler)
+	mux.HandleFunc("/stream", g.handleStream)
 	mux.Handle("/healthz", bounded(http.HandlerFunc(g.handleHealth)))
 	mux.Handle("/metrics", bounded(g.metrics.handler()))
 	sameOrigin := http.NewCrossOriginProtection()
@@ -47,12 +48,14 @@ func (g *gateway) newServer(front *limitedListener, errorLog io.Writer) *http.Se
 	}
 }
 
-// bounded gives the client a time to take the answer in. The next request on the
-// connection sets its own; a stream has none.
+// bounded gives the client a time to send what it has announced, which net/http
+// reads even if the handler does not, and to take the answer in. The next request
+// on the connection sets its own; a stream has none.
 func bounded(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		control := http.NewResponseController(w)
-		_ = control.SetWriteDeadline(time.Now().Add(answerTimeout)) // only a test's recorder can't
+		_ = control.SetReadDeadline(time.Now().Add(bodyTimeout)) // only a test's recorder can't
+		_ = control.SetWriteDeadline(time.Now().Add(answerTimeout))
 		h.ServeHTTP(w, r)
 	})
 }
@@ -81,11 +84,12 @@ func readRequest(w http.ResponseWriter, r *http.Request, limit int64) (*acomm.Re
 		w.Header().Set("Allow", http.MethodPost)
 		return nil, refuse(http.StatusMethodNotAllowed, reasonInvalid, "a request is sent with POST")
 	}
-	// Not the server's ReadTimeout: that would end streams as well.
-	control := http.NewResponseController(w)
-	_ = control.SetReadDeadline(time.Now().Add(bodyTimeout)) // only a test's recorder can't
+	// Within bounded's deadline, not the server's ReadTimeout: that would end streams
+	// as well.
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
-	_ = control.SetReadDeadline(time.Time{})
+	if err == nil {
+		_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // or the client seems to leave
+	}
 	tooLarge := (*http.MaxBytesError)(nil)
 	switch {
 	case errors.As(err, &tooLarge):
@@ -115,6 +119,55 @@ func answer(w http.ResponseWriter, id string, r *refusal) {
 	w.WriteHeader(status)
 	_ = json.NewEncoder(w).Encode(resp) // a requester that has left can't be told
 }
+
+// handleStream serves a stream, which takes as long as it takes. Once the gateway is
+// ending it is cut off when it has stood still for too long, because its source is
+// silent or its client takes nothing.
+func (g *gateway) handleStream(w http.ResponseWriter, r *http.Request) {
+	control := http.NewResponseController(w)
+	if r.ContentLength != 0 { // refused, but net/http reads it
+		_ = control.SetReadDeadline(time.Now().Add(bodyTimeout))
+	}
+	ctx, cancel := context.WithCancel(r.Context())
+	moving := &movingWriter{w, newMovement()}
+	done := make(chan struct{})
+	var watching sync.WaitGroup
+	watching.Go(func() {
+		select {
+		case <-done:
+			return
+		case <-g.ending:
+		}
+		if !moving.moved.ends(done, nil) {
+			_ = control.SetWriteDeadline(time.Unix(1, 0)) // ends a Write
+			cancel()                                      // ends a Read
+		}
+	})
+	defer func() { // also when the client is told of an early end, which is a panic
+		close(done)
+		watching.Wait()
+		if ctx.Err() == nil {
+			_ = control.SetWriteDeadline(time.Now().Add(answerTimeout)) // for what is buffered
+		}
+		cancel()
+	}()
+	acomm.ProxyStreamHandler(moving, r.WithContext(ctx))
+}
+
+// movingWriter knows when something was last written.
+type movingWriter struct {
+	http.ResponseWriter
+	moved *movement
+}
+
+func (w *movingWriter) Write(p []byte) (int, error) {
+	n, err := w.ResponseWriter.Write(p)
+	w.moved.touch()
+	return n, err
+}
+
+// Unwrap is for http.ResponseController.
+func (w *movingWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 func (g *gateway) handleHealth(w http.ResponseWriter, _ *http.Request) {
 	if g.draining.Load() {

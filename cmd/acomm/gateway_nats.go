@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	neturl "net/url"
 	"os"
 	"strconv"
 	"strings"
@@ -72,11 +71,7 @@ func connectNATS(opts *gatewayOptions, front, connecting *http.Transport) (*nats
 	}
 	if err != nil {
 		f.disconnect()
-		var parse *neturl.Error
-		if errors.As(err, &parse) {
-			err = parse.Err // the URL may hold a password
-		}
-		return nil, fmt.Errorf("connect to NATS: %w", err)
+		return nil, connectError(err)
 	}
 	front.RegisterProtocol("nats", laterTransport{connecting})
 	return f, nil

@@ -68,6 +68,7 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 		gateway: &gateway{
 			opts: opts, rules: rules, tracker: tracker,
 			natsHook: overNATS != nil,
+			ending:   make(chan struct{}),
 			lines:    rate.NewLimiter(10, 10),
 		},
 		requests: requests,
@@ -106,6 +107,7 @@ func (s *gatewayServer) run(ctx context.Context, signals <-chan os.Signal, front
 		logrus.WithFields(logrus.Fields{"addr": front.Addr().String(), "socket": s.requests.Addr()}).Info("gateway: ready")
 		select {
 		case sig := <-signals:
+			s.draining.Store(true)
 			logrus.WithFields(logrus.Fields{"signal": sig.String(), "outstanding": s.pending.Load()}).Info("gateway: draining")
 		case <-ctx.Done():
 		case failed = <-served:
@@ -132,7 +134,8 @@ func (s *gatewayServer) run(ctx context.Context, signals <-chan os.Signal, front
 }
 
 // drain takes no more requests and waits for all that is under way. HTTP is served
-// to the end, so that clients learn of it and streams can be read.
+// to the end, so that clients learn of it and streams can be read. Its exchanges
+// have deadlines, and its streams must move from when all else is done.
 func (s *gatewayServer) drain() {
 	s.draining.Store(true)
 	if s.nats != nil {
@@ -140,5 +143,6 @@ func (s *gatewayServer) drain() {
 	}
 	s.requests.Stop(0) // its exchanges have deadlines
 	s.tracker.Stop()
+	close(s.ending)
 	_ = s.http.Shutdown(context.Background()) // can only fail to close the listener
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"errors"
@@ -182,15 +183,14 @@ func (g *gatewayRun) get(path string) (status int, body string) {
 	return answer.StatusCode, string(data)
 }
 
-// hasMetric waits until the metrics have the line: what is counted may come a
+// hasMetric asks until the metrics have the line: what is counted may come a
 // moment after what the test could see.
 func (g *gatewayRun) hasMetric(line string) {
 	g.t.Helper()
 	metrics := ""
-	require.Eventually(g.t, func() bool {
-		_, metrics = g.get("metrics")
-		return strings.Contains("\n"+metrics, "\n"+line+"\n")
-	}, patience, 5*time.Millisecond)
+	for began := time.Now(); !strings.Contains("\n"+metrics, "\n"+line+"\n"); _, metrics = g.get("metrics") {
+		require.Less(g.t, time.Since(began), patience, "%s is not in:\n%s", line, metrics)
+	}
 }
 
 func TestGateway_RequestOverHTTPIsAnsweredAtItsHook(t *testing.T) {
@@ -520,7 +520,8 @@ func TestGateway_SIGTERMWaitsForOutstandingRequests(t *testing.T) {
 	require.NoError(t, acomm.Send(g.url, req))
 	g.signal(syscall.SIGTERM)
 	g.waitLine("draining")
-	require.Eventually(t, func() bool { status, _ := g.get("healthz"); return status == 503 }, patience, time.Millisecond)
+	status, _ := g.get("healthz")
+	require.Equal(t, http.StatusServiceUnavailable, status)
 	status, resp := g.post("POST", "{}")
 	require.Equal(t, http.StatusServiceUnavailable, status)
 	require.ErrorContains(t, resp.Error, "ending")
@@ -660,4 +661,103 @@ func TestByteSize(t *testing.T) {
 	for _, text := range []string{"", "-1", "1k", "MiB", "9999999999GiB"} {
 		require.Error(t, new(byteSize).Set(text), text)
 	}
+}
+
+// provideStream runs a provider of the task whose response has the source as its
+// stream, and returns where the gateway has the stream.
+func (g *gatewayRun) provideStream(task string, source io.ReadCloser) *url.URL {
+	t := g.t
+	t.Helper()
+	tracker, err := acomm.NewTracker("", nil, 0)
+	require.NoError(t, err)
+	require.NoError(t, tracker.Start())
+	t.Cleanup(tracker.Stop)
+	g.provide(task, "a.sock", func(req *acomm.Request) (*acomm.Response, error) {
+		u, err := tracker.NewStreamUnix("", source)
+		return &acomm.Response{ID: req.ID, StreamURL: u}, err
+	})
+	hook, responses := gwHook(t)
+	require.NoError(t, acomm.Send(g.url, gwRequest(t, task, hook, nil)))
+	resp := gwWithin(t, responses)
+	require.NoError(t, resp.Error)
+	return resp.StreamURL
+}
+
+// endless gives zeros.
+type endless struct{}
+
+func (endless) Read(p []byte) (int, error) { clear(p); return len(p), nil }
+
+// Hazard: a stream that stands still holds the end of the gateway up until the
+// second signal. It takes the 10 s that a stream may stand still, so all are
+// signalled first.
+func TestGateway_StalledStreamDoesNotHoldTheEndUp(t *testing.T) {
+	t.Parallel()
+	var checks []func()
+	for _, test := range []struct {
+		source  io.ReadCloser
+		version string
+		reads   bool
+	}{
+		{stalled("data"), "1.0", true},
+		{stalled("data"), "1.1", true},
+		{io.NopCloser(endless{}), "1.0", false},
+		{io.NopCloser(endless{}), "1.1", false},
+	} {
+		g := startGateway(t)
+		stream := g.provideStream("read", test.source)
+		conn, err := net.Dial("tcp", stream.Host)
+		require.NoError(t, err)
+		defer conn.Close()
+		_, err = fmt.Fprintf(conn, "GET %s HTTP/%s\r\nHost: x\r\n\r\n", stream.RequestURI(), test.version)
+		require.NoError(t, err)
+		answer := bufio.NewReader(conn)
+		line, err := answer.ReadString('\n') // the stream is under way
+		require.NoError(t, err)
+		require.Contains(t, line, "200 OK")
+		g.signal(syscall.SIGTERM)
+		checks = append(checks, func() {
+			if test.reads {
+				got, err := io.ReadAll(answer)
+				require.Contains(t, string(got), "data")
+				require.NotContains(t, string(got), "\r\n0\r\n", "it is not complete")
+				if test.version == "1.0" {
+					require.ErrorIs(t, err, syscall.ECONNRESET)
+				}
+			}
+			require.Equal(t, 0, g.wait(), "%s %v: %s", test.version, test.reads, g.said())
+			require.Contains(t, g.said(), "drained")
+		})
+	}
+	for _, check := range checks {
+		check()
+	}
+}
+
+func TestGateway_StreamThatMovesGoesOnWhileDraining(t *testing.T) {
+	g := startGateway(t)
+	source, w := io.Pipe()
+	stream := g.provideStream("read", source)
+	dest, got := io.Pipe()
+	read := make(chan error, 1)
+	go func() {
+		err := acomm.Stream(got, stream)
+		_ = got.Close()
+		read <- err
+	}()
+	buf := make([]byte, 1)
+	for i := range 100 {
+		if i == 10 {
+			g.signal(syscall.SIGTERM)
+			g.waitLine("draining")
+		}
+		_, err := w.Write([]byte{byte(i)})
+		require.NoError(t, err)
+		_, err = io.ReadFull(dest, buf)
+		require.NoError(t, err)
+		require.Equal(t, byte(i), buf[0])
+	}
+	require.NoError(t, w.Close())
+	require.NoError(t, gwWithin(t, read))
+	require.Equal(t, 0, g.wait(), g.said())
 }

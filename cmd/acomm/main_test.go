@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/fsnotify/fsnotify"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 )
@@ -221,4 +222,30 @@ func (r *running) wait() int {
 		require.FailNow(r.t, "not ended in time", r.said())
 	}
 	return r.ProcessState.ExitCode()
+}
+
+// watchDir watches the directory. What it returns waits until something is done
+// there to a file with such a name, and returns its path.
+func watchDir(t *testing.T, dir string) (wait func(op fsnotify.Op, pattern string) string) {
+	t.Helper()
+	watcher, err := fsnotify.NewWatcher()
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = watcher.Close() })
+	require.NoError(t, watcher.Add(dir))
+	return func(op fsnotify.Op, pattern string) string {
+		t.Helper()
+		deadline := time.After(patience)
+		for {
+			select {
+			case event := <-watcher.Events:
+				if ok, _ := filepath.Match(pattern, filepath.Base(event.Name)); ok && event.Has(op) {
+					return event.Name
+				}
+			case err := <-watcher.Errors:
+				require.NoError(t, err)
+			case <-deadline:
+				require.FailNow(t, "not done in time", "%v of %s", op, pattern)
+			}
+		}
+	}
 }

@@ -190,7 +190,7 @@ func (s *service) startStream(req *acomm.Request) (*programStream, error) {
 			_ = r.SetReadDeadline(time.Now().Add(pipeGrace))
 		}
 	}()
-	src := &programStream{program: p, pipe: r, r: bufio.NewReaderSize(r, 64<<10),
+	src := &programStream{program: p, pipe: r, r: bufio.NewReaderSize(r, 64<<10), moved: newMovement(),
 		claimed: make(chan struct{}), closed: make(chan struct{})}
 	if _, err := src.r.Peek(1); err != nil {
 		if err := p.wait(); err != nil {
@@ -206,6 +206,7 @@ type programStream struct {
 	program *program
 	pipe    *os.File
 	r       *bufio.Reader
+	moved   *movement // touched before and after each Read: what one gave is taken by the next
 	claim   sync.Once
 	claimed chan struct{} // closed when it is read
 	end     sync.Once
@@ -213,6 +214,8 @@ type programStream struct {
 }
 
 func (s *programStream) Read(p []byte) (int, error) {
+	s.moved.touch()
+	defer s.moved.touch()
 	s.claim.Do(func() { close(s.claimed) })
 	n, err := s.r.Read(p)
 	if n == 0 && errors.Is(err, io.EOF) {
@@ -221,6 +224,16 @@ func (s *programStream) Read(p []byte) (int, error) {
 		}
 	}
 	return n, err
+}
+
+// isClaimed reports whether somebody has begun to read it.
+func (s *programStream) isClaimed() bool {
+	select {
+	case <-s.claimed:
+		return true
+	default:
+		return false
+	}
 }
 
 // Close ends the program too. It ends a Read that blocks.

@@ -3,10 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
-	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -53,20 +51,58 @@ func TestREADME_SessionRunsAsWritten(t *testing.T) {
 	require.NoError(t, err)
 }
 
-func TestREADME_ThreeTerminals(t *testing.T) {
-	dir := shortDir(t)
-	provider := startAcomm(t, "serve", filepath.Join(dir, "wc", "1.sock"), "--", "wc", "-c")
-	provider.waitLine("listening on unix:///")
-	gateway := startAcomm(t, "gateway", "--socket-dir", dir, "--listen", "127.0.0.1:0")
-	_, addr, ok := strings.Cut(gateway.waitLine("listening on "), "listening on ")
+// terminals is the block of the README with several terminals, its lines with the
+// number of their terminal. Those it shows without one belong to the last.
+func terminals(t *testing.T) (lines []struct{ terminal, text string }) {
+	t.Helper()
+	readme, err := os.ReadFile("README.md")
+	require.NoError(t, err)
+	_, block, ok := strings.Cut(string(readme), "```console\n1$ ")
 	require.True(t, ok)
-	_, _, err := net.SplitHostPort(addr)
-	require.NoError(t, err, addr)
-	require.Equal(t, result{stdout: "17\n"}, runAcomm(t, "call", "http://"+addr+"/", "wc", "text=hello"))
-	got := runAcomm(t, "call", "http://"+addr+"/", "none")
-	require.Equal(t, exitNotSent, got.code, got.stderr)
-	provider.stop()
-	gateway.stop()
+	block, _, _ = strings.Cut("1$ "+block, "```")
+	for line := range strings.Lines(block) {
+		line = strings.TrimSuffix(line, "\n")
+		terminal, text, ok := strings.Cut(line, "$ ")
+		if !ok {
+			terminal, text = "", line
+		}
+		lines = append(lines, struct{ terminal, text string }{terminal, text})
+	}
+	return lines
+}
+
+// What differs from what is written is the directory, the port, and where the
+// program is: those of a test must be its own.
+func TestREADME_ThreeTerminalsRunAsWritten(t *testing.T) {
+	own := strings.NewReplacer("/tmp/tasks", shortDir(t), "127.0.0.1:8080", closedPort(t))
+	running := map[string]*running{}
+	last, answered := "", 0
+	for _, line := range terminals(t) {
+		text := own.Replace(line.text)
+		switch {
+		case line.terminal == "": // what it shows
+			require.Equal(t, text, running[last].waitLine("listening on"))
+		case text == "^C":
+			running[line.terminal].signal(syscall.SIGINT)
+			require.Zero(t, running[line.terminal].wait(), running[line.terminal].said())
+		default:
+			args, ok := strings.CutPrefix(text, "acomm ")
+			require.True(t, ok, text)
+			if strings.HasPrefix(args, "call ") {
+				got := runAcomm(t, strings.Fields(args)...)
+				require.Equal(t, "17\n", got.stdout, got.stderr)
+				require.Regexp(t, `sending wc .*\n.*acknowledged\n.*response: 2 bytes of result\n$`, got.stderr)
+				got = runAcomm(t, strings.Fields(strings.Replace(args, "wc text=hello", "none", 1))...)
+				require.Equal(t, exitNotSent, got.code, got.stderr)
+				answered++
+				continue
+			}
+			running[line.terminal] = startAcomm(t, strings.Fields(args)...)
+			last = line.terminal
+		}
+	}
+	require.Equal(t, 1, answered)
+	require.Len(t, running, 2)
 }
 
 func TestREADME_HelpIsThere(t *testing.T) {
@@ -85,6 +121,7 @@ func TestREADME_HelpIsThere(t *testing.T) {
 		require.Zero(t, got.code)
 		require.Contains(t, got.stdout, "acomm")
 	}
+	require.Equal(t, runAcomm(t, "call", "--help"), runAcomm(t, "help", "call"))
 	require.Contains(t, runAcomm(t, "__complete", "").stdout, "serve\tServe a task with a program")
 	got := runAcomm(t, "nope")
 	require.Equal(t, exitUsage, got.code)

@@ -15,7 +15,7 @@ const (
 	exitDone    = 0 // the task has been done; a server has been told to stop
 	exitTask    = 1 // the task failed, or a server did
 	exitUsage   = 2 // the command line makes no sense
-	exitNotSent = 3 // the request could not be sent
+	exitNotSent = 3 // the request was not taken
 	exitTimeout = 4 // no response, or no end of the stream, in time
 )
 
@@ -56,8 +56,8 @@ EXIT STATUS
   0  done
   1  the task failed, or a server did; the error is on standard error
   2  usage: the command line, or what it names, makes no sense
-  3  the request could not be sent, or was refused
-  4  timed out
+  3  the request was not taken: it could not be sent, or was refused
+  4  timed out; the request may have been taken
   An interrupted call exits with 128 and the number of the signal, as a shell
   reports it: 130 for SIGINT (Ctrl-C), 143 for SIGTERM.`
 

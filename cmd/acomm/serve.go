@@ -21,7 +21,6 @@ import (
 
 const (
 	receiveTimeout = 10 * time.Second // for reading a request and acknowledging it
-	claimTimeout   = 10 * time.Second // for a stream to be claimed while the service stops
 	abortTimeout   = 2 * time.Second  // for the service to end when it must
 )
 
@@ -78,8 +77,9 @@ so its place, for an hour, or the time-out.
 SIGNALS
 On SIGTERM, SIGINT and SIGHUP the service stops listening, does what it has
 acknowledged, and exits. Streams that nobody has begun to read are given 10 seconds,
-those that are being read as long as they move. A second signal kills the programs,
-fails their tasks, and ends the service.
+those that are being read as long as they move: one that does not for 10 seconds,
+because its program is silent or its reader takes nothing, is cut off, and its program
+killed. A second signal kills the programs, fails their tasks, and ends the service.
 
 SECURITY
 Whoever may connect to PATH may run COMMAND, with arguments of his choice, and choose
@@ -268,7 +268,7 @@ func (s *service) answer(req *acomm.Request) error {
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("respond to request %s for %s: %w", req.ID, req.Task, err)
+		return fmt.Errorf("respond to request %s for %s: %w", req.ID, req.Task, sendError(req.ResponseHook, err))
 	}
 	s.say("request %s for %s: done after %v", req.ID, req.Task, time.Since(started).Round(time.Millisecond))
 	return nil
@@ -305,18 +305,16 @@ func (s *service) answerStream(req *acomm.Request, release func()) error {
 		return nil
 	case <-s.draining:
 	}
-	select {
-	case <-src.closed:
-	case <-src.claimed:
-	case <-s.programs.killed:
-	case <-time.After(claimTimeout):
+	if !src.isClaimed() {
+		src.moved.touch() // so much time for somebody to come
 	}
-	select {
-	case <-src.claimed:
-		<-src.closed
-	default:
+	if !src.moved.ends(src.closed, s.programs.killed) {
+		// Closed, it ends a program that is silent. A consumer that does not read
+		// is cut off when the tracker stops.
 		_ = src.Close()
-		dropStream(addr)
+		if !src.isClaimed() {
+			dropStream(addr)
+		}
 	}
 	return nil
 }

@@ -2,7 +2,9 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"net"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/fsnotify/fsnotify"
 	"github.com/mistifyio/acomm"
 	"github.com/stretchr/testify/require"
 )
@@ -140,10 +143,9 @@ func openGrandchild(t *testing.T, pipe string) *os.File {
 // requireDead waits until nobody has the named pipe open for writing any more.
 func requireDead(t *testing.T, f *os.File) {
 	t.Helper()
-	require.Eventually(t, func() bool {
-		n, err := f.Read(make([]byte, 100))
-		return n == 0 && err != nil && !os.IsTimeout(err)
-	}, patience, time.Millisecond, "a process has the pipe open")
+	require.NoError(t, f.SetReadDeadline(time.Now().Add(patience)))
+	_, err := io.Copy(io.Discard, f) // to the end, which is when the last of them has closed it
+	require.NoError(t, err, "a process has the pipe open")
 }
 
 func TestServe_TimeoutKillsGrandchildren(t *testing.T) {
@@ -193,12 +195,10 @@ func TestServe_SignalDrains(t *testing.T) {
 	r.waitLine("running")
 	waiting := startAcomm(t, "call", "-v", path, "work", "2")
 	waiting.waitLine("acknowledged")
+	wait := watchDir(t, filepath.Dir(path))
 	r.signal(syscall.SIGTERM)
 	r.waitLine("finishing what runs")
-	require.Eventually(t, func() bool { // the socket is removed
-		_, err := os.Stat(path)
-		return os.IsNotExist(err)
-	}, patience, time.Millisecond)
+	wait(fsnotify.Remove, filepath.Base(path))
 	require.Equal(t, exitNotSent, runAcomm(t, "call", path, "work").code)
 	openGate(t, gate, 1)
 	require.Zero(t, running.wait())
@@ -285,4 +285,73 @@ func TestServe_ResultOverTheLimitIsAnError(t *testing.T) {
 	require.Equal(t, exitTask, got.code)
 	require.Contains(t, got.stderr, "let it be a stream")
 	r.stop()
+}
+
+// Hazard: a stream that stands still holds the end of the service up: its program
+// is silent, or its reader takes nothing, also while a request waits for its place.
+// It takes the 10 s that a stream may stand still, so all are signalled first.
+func TestServe_StalledStreamDoesNotHoldTheEndUp(t *testing.T) {
+	t.Parallel()
+	var checks []func()
+	for _, test := range []struct {
+		script string
+		reads  bool
+		waits  bool // a second request waits for its turn
+	}{
+		{script: "echo data; sleep 1000", reads: true},
+		{script: "echo data; sleep 1000 & sleep 1000; wait", reads: true},
+		{script: "yes data"},
+		{script: `if [ "$(cat)" = 2 ]; then echo second; else echo data; sleep 1000; fi`, reads: true, waits: true},
+	} {
+		pipe := fifo(t)
+		f := openGrandchild(t, pipe)
+		r, path := startServe(t, []string{"--stream", "--concurrency", "1"}, sh(`exec 3>"`+pipe+`"; `+test.script)...)
+		conn, err := net.Dial("unix", streamAt(t, path, "1").Path)
+		require.NoError(t, err)
+		defer conn.Close()
+		_, err = conn.Write([]byte{0})
+		require.NoError(t, err)
+		_, err = io.ReadFull(conn, make([]byte, 5)) // it is claimed
+		require.NoError(t, err)
+		var waiting *running
+		if test.waits {
+			waiting = startAcomm(t, "call", "-v", path, "work", "2")
+			waiting.waitLine("acknowledged")
+		}
+		r.signal(syscall.SIGTERM)
+		checks = append(checks, func() {
+			if test.reads {
+				_, err := io.Copy(io.Discard, conn)
+				require.ErrorIs(t, err, syscall.ECONNRESET, "cut off, not complete")
+			}
+			if waiting != nil {
+				require.Zero(t, waiting.wait(), waiting.said())
+				require.Contains(t, waiting.said(), "second")
+			}
+			require.Zero(t, r.wait(), "%s: %s", test.script, r.said())
+			requireDead(t, f)
+		})
+	}
+	for _, check := range checks {
+		check()
+	}
+}
+
+// streamAt calls the task and returns the URL of the stream in its response.
+func streamAt(t *testing.T, path, args string) *url.URL {
+	t.Helper()
+	tracker, err := acomm.NewTracker("", nil, patience)
+	require.NoError(t, err)
+	require.NoError(t, tracker.Start())
+	defer tracker.Stop()
+	responses := make(chan *acomm.Response, 1)
+	handle := func(_ *acomm.Request, resp *acomm.Response) { responses <- resp }
+	req, err := acomm.NewRequest("work", tracker.URL().String(), raw(args), handle, handle)
+	require.NoError(t, err)
+	require.NoError(t, tracker.TrackRequest(req, patience))
+	require.NoError(t, acomm.Send(&url.URL{Scheme: "unix", Path: path}, req))
+	resp := <-responses
+	require.NoError(t, resp.Error)
+	require.NotNil(t, resp.StreamURL)
+	return resp.StreamURL
 }
