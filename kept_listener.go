@@ -187,7 +187,6 @@ func (f *firstConn) Read(p []byte) (int, error) {
 
 func (f *firstConn) Write(p []byte) (int, error) {
 	f.mu.Lock()
-	f.written = true
 	switch {
 	case f.closed:
 		defer f.mu.Unlock()
@@ -196,6 +195,7 @@ func (f *firstConn) Write(p []byte) (int, error) {
 		defer f.mu.Unlock()
 		return 0, opError("write", f.conn, syscall.EPIPE)
 	}
+	f.written = true // from here on it is the handler's alone
 	f.mu.Unlock()
 	return f.conn.Write(p)
 }
