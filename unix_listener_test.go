@@ -676,7 +676,7 @@ func TestUnixListener_LeaksNoDescriptors(t *testing.T) {
 		for range n {
 			require.NoError(t, ul.Start())
 			require.NoError(t, exchange(ul, ul.URL()))
-			conn := dial(t, ul) // nobody is done with it
+			conn := dial(t, ul)     // nobody is done with it
 			awaitAccepted(t, ul, 2) // that of the exchange is kept
 			ul.Stop(time.Nanosecond)
 			require.NoError(t, conn.Close())
