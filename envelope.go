@@ -7,6 +7,7 @@ import (
 	"errors"
 	"net/url"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"unicode/utf8"
@@ -19,7 +20,7 @@ import (
 
 const (
 	maxKnown   = 1000    // levels; encoding/json counts, and limits, those of the whole message
-	maxScratch = 1 << 20 // bytes kept between messages
+	maxScratch = 1 << 20 // bytes of an abridged text that are kept for the next
 )
 
 // urlKnown is false if url.URL has members that came after Go 1.26.
@@ -33,66 +34,79 @@ var inert = func() (set [256]bool) {
 	return set
 }()
 
+// message is a message that is about to be sent.
+type message struct {
+	text  []byte // all of it, behind the room that newMessage made, but for value
+	value []byte // large, and nobody's to change; nil if it is in the text
+	at    int    // where in the text it belongs
+}
+
 // newMessage makes room for a message with the URL and the raw value, and with
 // texts of usual length, behind so many bytes.
-func newMessage(front int, u *url.URL, raw *json.RawMessage) []byte {
+func newMessage(front int, u *url.URL, raw *json.RawMessage) *message {
 	size := front + 128
 	if u != nil {
 		size += 256
 	}
-	if raw != nil {
+	if raw != nil && !isApart(*raw) {
 		size += len(*raw)
 	}
-	if size > keptSmall {
-		if frame, ok := frames.Get().(*[]byte); ok && cap(*frame) >= size {
-			clear((*frame)[:front])
-			return (*frame)[:front]
-		}
-	}
-	return make([]byte, front, size)
+	text := takeBuffer(size)[:front]
+	clear(text)
+	return &message{text: text}
 }
 
-// frames holds the *[]byte of large frames that were sent.
-var frames sync.Pool
+// isApart reports whether a raw value is large enough not to be copied.
+func isApart(raw json.RawMessage) bool { return len(raw) > keptLimit }
 
-// releaseFrame keeps the memory of a large frame, which nobody looks at any more,
-// for another one.
-func releaseFrame(frame []byte) {
-	if cap(frame) > keptSmall && cap(frame) <= 4*maxScratch {
-		frames.Put(&frame)
+func (m *message) size() int { return len(m.text) + len(m.value) }
+
+// join returns the message in one slice.
+func (m *message) join() []byte {
+	if m.value == nil {
+		return m.text
 	}
+	return slices.Concat(m.text[:m.at], m.value, m.text[m.at:])
 }
 
-// appendRequest appends the request as json.Marshal writes it, or reports false
-// if that is not certain.
-func appendRequest(b []byte, req *Request) ([]byte, bool) {
+// addRequest adds the request as json.Marshal writes it, or reports false if that
+// is not certain.
+func (m *message) addRequest(req *Request) bool {
 	if !isPlainURL(req.ResponseHook) || req.Args != nil && !isMarshalled(*req.Args) {
-		return nil, false
+		return false
 	}
-	b = appendText(append(b, `{"id":`...), req.ID)
-	b = appendText(append(b, `,"task":`...), req.Task)
-	b = appendURL(append(b, `,"responsehook":`...), req.ResponseHook)
-	b = appendRaw(append(b, `,"args":`...), req.Args)
-	return append(b, '}'), true
+	m.text = appendText(append(m.text, `{"id":`...), req.ID)
+	m.text = appendText(append(m.text, `,"task":`...), req.Task)
+	m.text = appendURL(append(m.text, `,"responsehook":`...), req.ResponseHook)
+	m.addRaw(`,"args":`, req.Args)
+	m.text = append(m.text, '}')
+	return true
 }
 
-// appendResponse is appendRequest for a response.
-func appendResponse(b []byte, r *Response) ([]byte, bool) {
+// addResponse is addRequest for a response.
+func (m *message) addResponse(r *Response) bool {
 	if !isPlainURL(r.StreamURL) || r.Result != nil && !isMarshalled(*r.Result) {
-		return nil, false
+		return false
 	}
-	b = appendText(append(b, `{"error":`...), r.errorText())
-	b = appendText(append(b, `,"id":`...), r.ID)
-	b = appendRaw(append(b, `,"result":`...), r.Result)
-	b = appendURL(append(b, `,"stream_url":`...), r.StreamURL)
-	return append(b, '}'), true
+	m.text = appendText(append(m.text, `{"error":`...), r.errorText())
+	m.text = appendText(append(m.text, `,"id":`...), r.ID)
+	m.addRaw(`,"result":`, r.Result)
+	m.text = appendURL(append(m.text, `,"stream_url":`...), r.StreamURL)
+	m.text = append(m.text, '}')
+	return true
 }
 
-func appendRaw(b []byte, raw *json.RawMessage) []byte {
-	if raw == nil {
-		return append(b, "null"...)
+// addRaw adds a value behind its name.
+func (m *message) addRaw(name string, raw *json.RawMessage) {
+	m.text = append(m.text, name...)
+	switch {
+	case raw == nil:
+		m.text = append(m.text, "null"...)
+	case isApart(*raw):
+		m.value, m.at = *raw, len(m.text)
+	default:
+		m.text = append(m.text, *raw...)
 	}
-	return append(b, *raw...)
 }
 
 func appendText(b []byte, text string) []byte {
@@ -129,7 +143,7 @@ func appendURL(b []byte, u *url.URL) []byte {
 
 // decodeRequest sets the wire members of the request from data, parts of which
 // it keeps. It reports false, and leaves the request alone, if data is not what
-// appendRequest writes.
+// addRequest writes.
 func decodeRequest(data []byte, req *Request) bool {
 	e := envelope{rest: data}
 	id := e.text(`{"id":`)
@@ -361,27 +375,44 @@ func (a *abridgement) inString(text []byte, i, kept int) (int, int) {
 // inertWords returns for how many bytes, a multiple of 8, all are inert.
 func inertWords(text []byte) int {
 	rest := text
-	for ; len(rest) >= 16; rest = rest[16:] {
-		if others(binary.LittleEndian.Uint64(rest))|others(binary.LittleEndian.Uint64(rest[8:])) != 0 {
-			break
+	for len(rest) >= 8 {
+		switch {
+		case len(rest) >= 32 && areInert(rest):
+			rest = rest[32:]
+		case others(binary.LittleEndian.Uint64(rest)) == 0:
+			rest = rest[8:]
+		default:
+			return len(text) - len(rest)
 		}
-	}
-	if len(rest) >= 8 && others(binary.LittleEndian.Uint64(rest)) == 0 {
-		rest = rest[8:]
 	}
 	return len(text) - len(rest)
 }
 
+const (
+	ones = 0x0101010101010101
+	high = 0x80 * ones
+)
+
 // others is not zero if any of the 8 bytes is not inert.
 func others(w uint64) uint64 {
-	const (
-		ones = 0x0101010101010101
-		high = 0x80 * ones
-	)
 	// Each of these is zero in the bytes it looks for. As long as no byte has its
 	// high bit set, subtracting one sets that of the lowest zero.
 	quote := w | 0x04*ones ^ '&'*ones // or an ampersand
 	angle := w | 0x02*ones ^ '>'*ones // of either kind
 	slash := w ^ '\\'*ones
 	return (w | (w - ' '*ones) | (quote - ones) | (angle - ones) | (slash - ones)) & high
+}
+
+// areInert reports whether the first 32 bytes are inert, and none of them one of
+// the few that it takes along for the time this saves.
+func areInert(text []byte) bool {
+	a, b := binary.LittleEndian.Uint64(text), binary.LittleEndian.Uint64(text[8:])
+	c, d := binary.LittleEndian.Uint64(text[16:]), binary.LittleEndian.Uint64(text[24:])
+	found := a | b | c | d
+	found |= (a - ' '*ones) | (b - ' '*ones) | (c - ' '*ones) | (d - ' '*ones)
+	const x, quote = 0x04 * ones, '&' * ones // or an ampersand
+	found |= (a | x ^ quote - ones) | (b | x ^ quote - ones) | (c | x ^ quote - ones) | (d | x ^ quote - ones)
+	const y, angle = 0x62 * ones, '~' * ones // of either kind, or a backslash, or one of |^~
+	found |= (a | y ^ angle - ones) | (b | y ^ angle - ones) | (c | y ^ angle - ones) | (d | y ^ angle - ones)
+	return found&high == 0
 }

@@ -30,12 +30,16 @@ func TestEnvelope_OwnFormTakesTheShortWay(t *testing.T) {
 			var req Request
 			known = decodeRequest(data, &req)
 			require.NoError(t, json.Unmarshal(data, &req))
-			again, ok = appendRequest(nil, &req)
+			m := newMessage(0, nil, nil)
+			ok = m.addRequest(&req)
+			again = m.join()
 		} else {
 			var resp Response
 			known = decodeResponse(data, &resp) || known
 			require.NoError(t, json.Unmarshal(data, &resp))
-			again, ok = appendResponse(nil, &resp)
+			m := newMessage(0, nil, nil)
+			ok = m.addResponse(&resp)
+			again = m.join()
 		}
 		require.True(t, known, file)
 		require.True(t, ok, file)
@@ -91,18 +95,18 @@ func TestDecodeFrame_WritesIntoWhatIsThere(t *testing.T) {
 	require.Equal(t, 1, handled, "the handlers are not of the wire")
 }
 
-func TestEncodeFrameAfter_LeavesRoom(t *testing.T) {
+func TestEncodeFrame_LeavesRoom(t *testing.T) {
 	raw := json.RawMessage(`[1]`)
 	loose := json.RawMessage(`[ 1 ]`)
 	for _, payload := range []any{
 		&Request{ID: "1", Args: &raw}, &Request{ID: "1", Args: &loose},
 		&Response{ID: "1", Result: &raw}, Response{ID: "1", Result: &loose}, "x",
 	} {
-		want, err := encodeFrame(payload)
+		want, err := encodeFrame(0, payload)
 		require.NoError(t, err)
-		got, err := encodeFrameAfter(7, payload)
+		got, err := encodeFrame(7, payload)
 		require.NoError(t, err)
-		require.Equal(t, string(make([]byte, 7))+string(want), string(got))
+		require.Equal(t, string(make([]byte, 7))+string(want.join()), string(got.join()))
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"math/bits"
 	"net"
+	"sync"
 	"syscall"
 )
 
@@ -41,10 +42,11 @@ func SendConnData(conn net.Conn, payload interface{}) error {
 	if conn == nil {
 		return fmt.Errorf("send frame: connection is nil: %w", fs.ErrInvalid)
 	}
-	frame, err := encodeFrame(payload)
+	m, err := encodeFrame(0, payload)
 	if err != nil {
 		return fmt.Errorf("send frame: %w", err)
 	}
+	frame := m.join()
 	if first, ok := conn.(*firstConn); ok && isResponse(payload) {
 		err = first.acknowledge(frame)
 	} else {
@@ -112,15 +114,10 @@ func receiveFrame(conn net.Conn) ([]byte, error) {
 	return readFrame(conn)
 }
 
-// encodeFrame returns the header and the JSON of the payload in one slice.
-func encodeFrame(payload interface{}) ([]byte, error) {
-	return encodeFrameAfter(0, payload)
-}
-
-// encodeFrameAfter is encodeFrame with so many bytes, all zero, in front of the
-// header.
-func encodeFrameAfter(room int, payload interface{}) ([]byte, error) {
-	var frame []byte
+// encodeFrame returns the header and the JSON of the payload, behind so many
+// bytes that are zero.
+func encodeFrame(room int, payload interface{}) (*message, error) {
+	var m *message
 	ok := false
 	front := room + headerSize
 	switch p := payload.(type) {
@@ -130,14 +127,16 @@ func encodeFrameAfter(room int, payload interface{}) ([]byte, error) {
 		if p == nil {
 			return nil, fmt.Errorf("request is nil: %w", fs.ErrInvalid)
 		}
-		frame, ok = appendRequest(newMessage(front, p.ResponseHook, p.Args), p)
+		m = newMessage(front, p.ResponseHook, p.Args)
+		ok = m.addRequest(p)
 	case *Response:
 		if p == nil {
 			return nil, fmt.Errorf("response is nil: %w", fs.ErrInvalid)
 		}
-		frame, ok = appendResponse(newMessage(front, p.StreamURL, p.Result), p)
+		m = newMessage(front, p.StreamURL, p.Result)
+		ok = m.addResponse(p)
 	case Response:
-		return encodeFrameAfter(room, &p) // only the pointer has the methods that carry the error
+		return encodeFrame(room, &p) // only the pointer has the methods that carry the error
 	}
 	if !ok {
 		var buf bytes.Buffer
@@ -145,14 +144,14 @@ func encodeFrameAfter(room int, payload interface{}) ([]byte, error) {
 		if err := json.NewEncoder(&buf).Encode(payload); err != nil {
 			return nil, fmt.Errorf("marshal payload: %w", err)
 		}
-		frame = bytes.TrimSuffix(buf.Bytes(), []byte("\n")) // the encoder's
+		m = &message{text: bytes.TrimSuffix(buf.Bytes(), []byte("\n"))} // the encoder's
 	}
-	size := len(frame) - front
+	size := m.size() - front
 	if err := checkSize(uint64(size)); err != nil {
 		return nil, err
 	}
-	binary.BigEndian.PutUint32(frame[room:], uint32(size))
-	return frame, nil
+	binary.BigEndian.PutUint32(m.text[room:], uint32(size))
+	return m, nil
 }
 
 // decodeFrame unmarshals the payload of a frame into the destination object. It
@@ -176,7 +175,7 @@ func decodeFrame(data []byte, dest interface{}) error {
 }
 
 // readFrame reads one frame and returns its payload. What it allocates is
-// bounded by twice what has arrived, never by what the header announces.
+// bounded by what has arrived, never by what the header announces.
 func readFrame(r io.Reader) ([]byte, error) {
 	var header [headerSize]byte
 	if _, err := io.ReadFull(r, header[:]); err != nil {
@@ -197,14 +196,46 @@ func readPayload(r io.Reader, size int) ([]byte, error) {
 	var data []byte
 	for step := bits.Len(uint((size - 1) / firstChunk)); step >= 0; step-- {
 		have := len(data)
-		grown := make([]byte, size>>step)
+		var grown []byte
+		if step == 0 {
+			grown = make([]byte, size)
+		} else {
+			grown = takeBuffer(size >> step)
+		}
 		copy(grown, data)
+		releaseBuffer(data)
 		data = grown
 		if n, err := io.ReadFull(r, data[have:]); err != nil {
 			return nil, fmt.Errorf("payload, %d of %d bytes: %w", have+n, size, closedEarly(err))
 		}
 	}
 	return data, nil
+}
+
+// buffers holds the *[]byte of large messages that were sent, and of the first
+// halves of large ones that were received, by the power of two that is their size.
+var buffers [26]sync.Pool
+
+// takeBuffer returns so many bytes, whatever is in them.
+func takeBuffer(size int) []byte {
+	if size <= keptSmall {
+		return make([]byte, size)
+	}
+	power := bits.Len(uint(size - 1))
+	if power < len(buffers) {
+		if b, ok := buffers[power].Get().(*[]byte); ok {
+			return (*b)[:size]
+		}
+	}
+	return make([]byte, size, 1<<power)
+}
+
+// releaseBuffer keeps the memory of a large buffer, which nobody looks at any more,
+// for another one.
+func releaseBuffer(b []byte) {
+	if power := bits.Len(uint(cap(b))) - 1; cap(b) > keptSmall && power < len(buffers) {
+		buffers[power].Put(&b)
+	}
 }
 
 // parseFrame returns the payload of the frame at the start of data.

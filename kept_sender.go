@@ -287,7 +287,7 @@ func (c *keptSender) exchange(ctx context.Context, frame []byte) ([]byte, error)
 		w.timer.Stop()
 		waiters.Put(w)
 		if o.written {
-			releaseFrame(frame)
+			releaseBuffer(frame)
 		}
 		return o.answer, o.err
 	case <-w.timer.C:

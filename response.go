@@ -71,8 +71,8 @@ func (r *Response) MarshalJSON() ([]byte, error) {
 	if r == nil {
 		return []byte("null"), nil
 	}
-	if data, ok := appendResponse(newMessage(0, r.StreamURL, r.Result), r); ok {
-		return data, nil
+	if m := newMessage(0, r.StreamURL, r.Result); m.addResponse(r) {
+		return m.join(), nil
 	}
 	return json.Marshal(struct {
 		Error     string           `json:"error"`

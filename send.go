@@ -88,15 +88,15 @@ func send(ctx context.Context, addr *url.URL, payload interface{}) error {
 		return fmt.Errorf("send: URL is nil: %w", fs.ErrInvalid)
 	}
 	const room = keptHeaderSize - headerSize
-	frame, err := encodeFrameAfter(room, payload)
+	m, err := encodeFrame(room, payload)
 	if err != nil {
 		return fmt.Errorf("send to %s: %w", addr.Redacted(), err)
 	}
 	var ack *Response
 	if addr.Scheme == "unix" {
-		ack, err = sendUnix(ctx, addr.Path, frame)
+		ack, err = sendUnix(ctx, addr.Path, m)
 	} else {
-		ack, err = sendHTTP(ctx, addr, frame[keptHeaderSize:])
+		ack, err = sendHTTP(ctx, addr, m.join()[keptHeaderSize:])
 	}
 	if err != nil {
 		return fmt.Errorf("send to %s: %w", addr.Redacted(), timedOut(closedEarly(err)))
@@ -108,11 +108,12 @@ func send(ctx context.Context, addr *url.URL, payload interface{}) error {
 // connection that is kept to it or else on one of its own, and returns the
 // acknowledgement. In front of the frame there is room for the longer header of a
 // kept connection.
-func sendUnix(ctx context.Context, path string, frame []byte) (*Response, error) {
-	plain := frame[keptHeaderSize-headerSize:]
-	if len(plain) <= headerSize+keptLimit {
+func sendUnix(ctx context.Context, path string, m *message) (*Response, error) {
+	const room = keptHeaderSize - headerSize
+	plain := m.text[room:]
+	if m.size() <= keptHeaderSize+keptLimit {
 		if c := kept.find(path); c != nil {
-			answer, err := c.exchange(ctx, frame)
+			answer, err := c.exchange(ctx, m.text)
 			if err == nil {
 				return parseAck(answer)
 			}
@@ -123,13 +124,16 @@ func sendUnix(ctx context.Context, path string, frame []byte) (*Response, error)
 			binary.BigEndian.PutUint32(plain, uint32(len(plain)-headerSize))
 		}
 	}
-	defer releaseFrame(plain)
-	return sendAlone(ctx, path, plain)
+	defer releaseBuffer(plain)
+	if m.value == nil {
+		return sendAlone(ctx, path, net.Buffers{plain})
+	}
+	return sendAlone(ctx, path, net.Buffers{m.text[room:m.at], m.value, m.text[m.at:]})
 }
 
 // sendAlone carries out one exchange on a new connection, which is closed after
 // it, or kept if the listener offers that.
-func sendAlone(ctx context.Context, path string, frame []byte) (*Response, error) {
+func sendAlone(ctx context.Context, path string, frame net.Buffers) (*Response, error) {
 	ctx, cancel := timed(ctx)
 	defer cancel()
 	var file fileID
@@ -158,7 +162,7 @@ func sendAlone(ctx context.Context, path string, frame []byte) (*Response, error
 	}
 	// A peer may refuse a frame before it has read all of it. Its word says more
 	// than our broken pipe, so it is looked for even if the write failed.
-	_, writeErr := conn.Write(frame)
+	_, writeErr := frame.WriteTo(conn)
 	data, err := readFrame(conn)
 	ack := &Response{}
 	if err == nil {
