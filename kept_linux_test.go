@@ -484,9 +484,14 @@ func TestKept_FirstHandlersDoAsTheyLike(t *testing.T) {
 		t.Run(b.name, func(t *testing.T) {
 			found, others := make(chan error, 1), make(chan struct{})
 			var s *keptService
+			started := make(chan struct{})
 			s = startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{
-				"it": func(conn net.Conn, _ note) { conclude(found, b.do(s.UnixListener, conn, others)) },
+				"it": func(conn net.Conn, _ note) {
+					<-started
+					conclude(found, b.do(s.UnixListener, conn, others))
+				},
 			})
+			close(started)
 			if b.name == "writes byte by byte, and on" || b.name == "writes two frames at once" {
 				t.Skip("the socket takes it, as ever")
 			}
