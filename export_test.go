@@ -26,6 +26,9 @@ func SendContext(ctx context.Context, addr *url.URL, payload any) error {
 // Start, as the others.
 func (t *Tracker) SetExchangeTimeout(d time.Duration) { t.exchangeTimeout = d }
 
+// SetHashMask sets how much of the hashes of ids differs.
+func (t *Tracker) SetHashMask(mask uint64) { t.hashMask = mask }
+
 func (t *Tracker) SetStreamClaim(d time.Duration) { t.streamClaim = d }
 
 func (t *Tracker) SetStreamEnd(d time.Duration) { t.streamEnd = d }

@@ -2,6 +2,7 @@ package acomm
 
 import (
 	"fmt"
+	"hash/maphash"
 	"io/fs"
 	"net"
 	"net/url"
@@ -39,6 +40,7 @@ type Tracker struct {
 	streamClaim     time.Duration // for the consumer of a stream to come
 	streamStall     time.Duration // for a stream to move while the tracker stops
 	streamEnd       time.Duration // for a stream to end that has nothing left to move, then
+	hashMask        uint64        // of what the table goes by; all bits but in tests
 
 	unknown  logLimit       // responses nobody waits for
 	failures logLimit       // of forwards and streams
@@ -48,7 +50,8 @@ type Tracker struct {
 
 	mu       sync.Mutex // guards the fields below
 	state    trackerState
-	pending  map[string]*pendingRequest     // by id; whoever removes an entry completes it
+	pending  map[uint64]*pendingRequest     // by hash of the id; whoever removes an entry completes it
+	tracked  int                            // entries
 	timeouts map[time.Duration]*timeoutList // by length, of pending requests
 	drained  chan struct{}                  // made by Stop, closed when pending is empty
 	stopped  chan struct{}                  // made by Stop, closed when it is done
@@ -73,7 +76,15 @@ type pendingRequest struct {
 
 	timeout    *timeoutList // whose list this is an entry of, until it is removed
 	prev, next *pendingRequest
+	same       *pendingRequest // another one whose id has the same hash; next to none has
 }
+
+var idSeed = maphash.MakeSeed()
+
+// hash is what the table goes by. A table by id would be larger and slower to
+// grow: with a million requests most of the time goes into memory that is in no
+// cache.
+func (t *Tracker) hash(id string) uint64 { return maphash.String(idSeed, id) & t.hashMask }
 
 // timeoutList is the pending requests that have the same time-out, which ends in
 // the order in which they were tracked, with one timer for all: one for each would
@@ -107,7 +118,8 @@ func NewTracker(socketPath string, httpStreamURL *url.URL, defaultTimeout time.D
 		streamClaim:     streamClaim,
 		streamStall:     streamStall,
 		streamEnd:       streamEnd,
-		pending:         make(map[string]*pendingRequest),
+		hashMask:        ^uint64(0),
+		pending:         make(map[uint64]*pendingRequest),
 		timeouts:        make(map[time.Duration]*timeoutList),
 		streams:         make(map[*unixStream]struct{}),
 	}
@@ -173,7 +185,7 @@ func (t *Tracker) URL() *url.URL {
 func (t *Tracker) NumRequests() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return len(t.pending)
+	return t.tracked
 }
 
 // TrackRequest tracks a request until its response arrives, the timeout passes
@@ -211,13 +223,37 @@ func (t *Tracker) track(req *Request, timeout time.Duration, handle func(*pendin
 	if t.state != trackerRunning {
 		return fmt.Errorf("track request %s: tracker is not running: %w", req.ID, net.ErrClosed)
 	}
-	if _, ok := t.pending[req.ID]; ok {
+	hash := t.hash(req.ID)
+	same := t.pending[hash]
+	if find(same, req.ID) != nil {
 		return fmt.Errorf("track request %s: already tracked: %w", req.ID, fs.ErrExist)
 	}
-	p := &pendingRequest{id: req.ID, req: req, handle: handle, deadline: time.Now().Add(timeout)}
-	t.pending[p.id] = p
+	p := &pendingRequest{id: req.ID, req: req, handle: handle, deadline: time.Now().Add(timeout), same: same}
+	t.pending[hash] = p
+	t.tracked++
 	t.setTimeoutLocked(p, timeout)
 	return nil
+}
+
+// find returns the one with the id among entries with the same hash.
+func find(p *pendingRequest, id string) *pendingRequest {
+	for p != nil && p.id != id {
+		p = p.same
+	}
+	return p
+}
+
+// unlink returns what is left of entries with the same hash without one of them.
+func unlink(first, p *pendingRequest) *pendingRequest {
+	if first == p {
+		return p.same
+	}
+	before := first
+	for before.same != p {
+		before = before.same
+	}
+	before.same = p.same
+	return first
 }
 
 // RemoveRequest should be used to remove a tracked request. Use in cases such as
@@ -230,7 +266,7 @@ func (t *Tracker) RemoveRequest(req *Request) bool {
 		return false
 	}
 	t.mu.Lock()
-	p := t.pending[req.ID]
+	p := find(t.pending[t.hash(req.ID)], req.ID)
 	if p != nil {
 		t.removeLocked(p)
 	}
@@ -350,7 +386,7 @@ func (t *Tracker) receive(conn net.Conn) {
 func (t *Tracker) take(id string) *pendingRequest {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	p := t.pending[id]
+	p := find(t.pending[t.hash(id)], id)
 	if p != nil {
 		t.takeLocked(p)
 	}
@@ -365,7 +401,14 @@ func (t *Tracker) takeLocked(p *pendingRequest) {
 
 // removeLocked takes an entry out of the table. The caller holds mu.
 func (t *Tracker) removeLocked(p *pendingRequest) {
-	delete(t.pending, p.id)
+	hash := t.hash(p.id)
+	if left := unlink(t.pending[hash], p); left != nil {
+		t.pending[hash] = left
+	} else {
+		delete(t.pending, hash)
+	}
+	p.same = nil
+	t.tracked--
 	t.clearTimeoutLocked(p)
 	t.checkDrainedLocked()
 }
@@ -373,7 +416,7 @@ func (t *Tracker) removeLocked(p *pendingRequest) {
 // checkDrainedLocked tells Stop when the last request is gone. The caller holds
 // mu.
 func (t *Tracker) checkDrainedLocked() {
-	if t.state == trackerStopping && len(t.pending) == 0 {
+	if t.state == trackerStopping && t.tracked == 0 {
 		close(t.drained)
 	}
 }
