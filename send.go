@@ -52,8 +52,8 @@ const (
 // delivered: with an empty body, or with a Response that accepts or refuses it.
 // Any other answer is an error. Redirects are followed where they keep the
 // payload (307 and 308). At most 1 MiB of the answer is read. So that bursts don't
-// open connections just to throw them away, a Send to a host to which as many are
-// under way as that transport keeps idle connections (MaxIdleConnsPerHost, two by
+// open connections just to throw them away, a Send to a host to which more are
+// under way than that transport keeps idle connections (MaxIdleConnsPerHost, two by
 // default) waits for one of them to end, for 20 ms at most.
 //
 // The peer's refusal is returned with its text unchanged. The other errors match
@@ -249,7 +249,10 @@ func sendHTTP(ctx context.Context, addr *url.URL, payload []byte) (*Response, er
 		return nil, err
 	}
 	defer answer.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(answer.Body, maxAnswer+1))
+	var body []byte
+	if answer.Body != http.NoBody {
+		body, err = io.ReadAll(io.LimitReader(answer.Body, maxAnswer+1))
+	}
 	ack := &Response{}
 	if answer.StatusCode < 200 || answer.StatusCode > 299 {
 		return nil, newStatusError(answer, body)

@@ -13,7 +13,8 @@ const (
 )
 
 // gates let as many posts to a host pass at a time as the transport keeps
-// connections to it: two, unless the service has asked for more. A burst would
+// connections to it (two, unless the service has asked for more), and one more, so
+// that those are busy while one goes from a post to the next. A burst would
 // otherwise open a connection for each post, and throw all but two away. Where
 // posts are answered quickly the turn comes sooner than a connection would. Where
 // they are not, waiting ends soon, and the next ones do not even begin to.
@@ -43,7 +44,7 @@ func (g *postGates) enter(addr *url.URL) (leave func()) {
 	g.mu.Lock()
 	gate := g.byHost[host]
 	if gate == nil {
-		gate = &postGate{turns: make(chan struct{}, kept)}
+		gate = &postGate{turns: make(chan struct{}, kept+1)}
 		g.byHost[host] = gate
 	}
 	gate.posts++

