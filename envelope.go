@@ -185,6 +185,28 @@ func decodeResponse(data []byte, r *Response) bool {
 	return true
 }
 
+// isAcceptance reports whether data is what addResponse writes for an
+// acknowledgement without an error, or any other Response with no more than an id.
+func isAcceptance(data []byte) bool {
+	e := envelope{rest: data}
+	e.skip(`{"error":"","id":"`)
+	if e.failed {
+		return false
+	}
+	e.rest = e.rest[inertBytes(e.rest):]
+	e.skip(`","result":null,"stream_url":null}`)
+	return !e.failed && len(e.rest) == 0
+}
+
+// inertBytes returns how many bytes at the beginning are inert.
+func inertBytes(text []byte) int {
+	n := 0
+	for n < len(text) && inert[text[n]] {
+		n++
+	}
+	return n
+}
+
 // envelope is a message that is read from its beginning. Once something is not
 // as expected it has failed, and what it returns is of no meaning.
 type envelope struct {
@@ -212,10 +234,7 @@ func (e *envelope) text(name string) string {
 	if e.failed {
 		return ""
 	}
-	size := 0
-	for size < len(e.rest) && inert[e.rest[size]] {
-		size++
-	}
+	size := inertBytes(e.rest)
 	text := e.rest[:size]
 	e.rest = e.rest[size:]
 	e.skip(`"`)

@@ -17,9 +17,10 @@ const (
 	StreamEnd   = streamEnd
 )
 
-// SendContext is Send with another time than a minute.
+// SendContext is Send with another time than a minute: the context's.
 func SendContext(ctx context.Context, addr *url.URL, payload any) error {
-	return send(ctx, addr, payload)
+	deadline, _ := ctx.Deadline()
+	return send(deadline, addr, payload)
 }
 
 // SetExchangeTimeout sets what bounds the reading of a response. Call it before

@@ -284,7 +284,7 @@ func newKeptListener(ul *UnixListener, run *listenerRun, conn *net.UnixConn) (*k
 // serve agrees to keep the connection and hands its messages out, until nothing
 // more can come and all were answered.
 func (c *keptListener) serve() {
-	if n, _ := c.out.writeNow([]byte(keptHello)); n == len(keptHello) {
+	if writeHello(c.conn) {
 		c.out.mu.Lock()
 		c.rest = time.AfterFunc(2*keptRest, c.rested)
 		c.out.mu.Unlock()
@@ -326,7 +326,7 @@ func (c *keptListener) probe() {
 		c.out.mu.Unlock()
 		return
 	}
-	flush := c.out.addLocked(keptStop, c.last, make([]byte, keptHeaderSize))
+	flush := c.out.addCopyLocked(keptStop, c.last, nil)
 	c.rest.Reset(keptProbe)
 	c.out.mu.Unlock()
 	if flush {
@@ -403,7 +403,7 @@ func (c *keptListener) refuse() (before bool) {
 // messages nobody has seen. What was answered is still written, for a moment.
 func (c *keptListener) stop(handed uint32) {
 	c.out.mu.Lock()
-	flush := c.out.addLocked(keptStop, handed, make([]byte, keptHeaderSize))
+	flush := c.out.addCopyLocked(keptStop, handed, nil)
 	c.refusing, c.stopped = true, true
 	_ = c.conn.CloseRead()
 	c.out.idle.Broadcast()
@@ -542,8 +542,7 @@ func (e *exchange) answerLocked(answer []byte) (flush, company bool) {
 	if e.answered {
 		return false, false
 	}
-	frame := append(make([]byte, keptHeaderSize, keptHeaderSize+len(answer)), answer...)
-	flush = e.c.out.addLocked(keptAnswer, e.number, frame)
+	flush = e.c.out.addCopyLocked(keptAnswer, e.number, answer)
 	e.settleLocked()
 	return flush, len(e.c.pending) > 0
 }

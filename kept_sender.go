@@ -2,7 +2,6 @@ package acomm
 
 import (
 	"bufio"
-	"context"
 	"crypto/rand"
 	"encoding/binary"
 	"encoding/json"
@@ -81,13 +80,13 @@ func readKeptHeader(r *bufio.Reader) (kind keptKind, size int, number uint32, er
 // about the same moment in one system call.
 type batch struct {
 	conn   *net.UnixConn
-	raw    syscall.RawConn
-	failed func() // called once, when a write has failed
+	now    *attempt // of the goroutine that flushes
+	failed func()   // called once, when a write has failed
 
 	mu      sync.Mutex // guards the fields below, and more of the connection's owner
 	idle    sync.Cond  // tells that something was written, or writing has ended
 	queue   []piece    // nobody has begun to write these
-	spare   []byte     // for small frames
+	spare   [][]byte   // for small frames, two at most
 	queued  uint64     // bytes ever added
 	written uint64     // bytes the system has taken
 	writing bool       // a goroutine writes, and takes along what is added
@@ -101,11 +100,11 @@ type piece struct {
 }
 
 func newBatch(conn *net.UnixConn, failed func()) (*batch, error) {
-	raw, err := conn.SyscallConn()
+	now, err := newAttempt(conn)
 	if err != nil {
 		return nil, err
 	}
-	b := &batch{conn: conn, raw: raw, failed: failed}
+	b := &batch{conn: conn, now: now, failed: failed}
 	b.idle.L = &b.mu
 	return b, nil
 }
@@ -118,22 +117,53 @@ func (b *batch) addLocked(kind keptKind, number uint32, frame []byte) bool {
 		return false
 	}
 	putKeptHeader(frame, kind, len(frame)-keptHeaderSize, number)
-	b.queued += uint64(len(frame))
-	last := len(b.queue) - 1
-	switch {
-	case len(frame) > keptSmall:
+	if len(frame) <= keptSmall {
+		small := b.smallLocked()
+		small.data = append(small.data, frame...)
+	} else {
 		b.queue = append(b.queue, piece{data: frame})
-	case last >= 0 && b.queue[last].small && len(b.queue[last].data) < keptLimit:
-		b.queue[last].data = append(b.queue[last].data, frame...)
-	default:
-		b.queue = append(b.queue, piece{append(b.spare, frame...), true})
-		b.spare = nil
 	}
-	if b.writing {
+	return b.addedLocked(len(frame))
+}
+
+// addCopyLocked is addLocked for what goes into a frame, or nothing.
+func (b *batch) addCopyLocked(kind keptKind, number uint32, data []byte) bool {
+	size := keptHeaderSize + len(data)
+	if size > keptSmall {
+		return b.addLocked(kind, number, append(make([]byte, keptHeaderSize, size), data...))
+	}
+	if b.err != nil {
 		return false
 	}
+	var header [keptHeaderSize]byte
+	putKeptHeader(header[:], kind, len(data), number)
+	small := b.smallLocked()
+	small.data = append(append(small.data, header[:]...), data...)
+	return b.addedLocked(size)
+}
+
+// smallLocked returns the piece that takes the next small frame. The caller holds
+// mu.
+func (b *batch) smallLocked() *piece {
+	last := len(b.queue) - 1
+	if last >= 0 && b.queue[last].small && len(b.queue[last].data) < keptLimit {
+		return &b.queue[last]
+	}
+	p := piece{small: true}
+	if n := len(b.spare); n > 0 {
+		p.data, b.spare = b.spare[n-1], b.spare[:n-1]
+	}
+	b.queue = append(b.queue, p)
+	return &b.queue[last+1]
+}
+
+// addedLocked counts so many bytes, and reports whether the caller has to flush.
+// The caller holds mu.
+func (b *batch) addedLocked(size int) bool {
+	b.queued += uint64(size)
+	flush := !b.writing
 	b.writing = true
-	return true
+	return flush
 }
 
 // flush writes what was added, and what is added meanwhile. In company, that is
@@ -144,7 +174,7 @@ func (b *batch) flush(company bool) {
 		runtime.Gosched()
 	}
 	for p, ok := b.begin(); ok; p, ok = b.begin() {
-		n, err := b.writeNow(p.data)
+		n, err := b.now.write(p.data)
 		if err == nil && n < len(p.data) {
 			go b.writeRest(p, n)
 			return
@@ -175,14 +205,13 @@ func (b *batch) begin() (piece, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.err != nil || len(b.queue) == 0 {
-		b.queue = nil
+		b.queue = slices.Delete(b.queue, 0, len(b.queue))
 		b.writing = false
 		b.idle.Broadcast()
 		return piece{}, false
 	}
 	p := b.queue[0]
-	b.queue[0] = piece{}
-	b.queue = b.queue[1:]
+	b.queue = slices.Delete(b.queue, 0, 1)
 	return p, true
 }
 
@@ -191,8 +220,8 @@ func (b *batch) end(p piece, n int, err error) {
 	b.mu.Lock()
 	b.written += uint64(n)
 	b.idle.Broadcast()
-	if p.small {
-		b.spare = p.data[:0]
+	if p.small && len(b.spare) < 2 {
+		b.spare = append(b.spare, p.data[:0])
 	}
 	first := err != nil && b.err == nil
 	if first {
@@ -204,23 +233,58 @@ func (b *batch) end(p piece, n int, err error) {
 	}
 }
 
-// writeNow writes as much as the socket takes at once.
-func (b *batch) writeNow(data []byte) (n int, err error) {
-	rawErr := b.raw.Write(func(fd uintptr) bool {
-		for {
-			n, err = syscall.Write(int(fd), data)
-			if err != syscall.EINTR {
-				return true
-			}
-		}
-	})
+// attempt writes without waiting. It is made once for all writes of a goroutine at
+// a time, as each would otherwise need memory of its own.
+type attempt struct {
+	raw  syscall.RawConn
+	try  func(fd uintptr) bool
+	data []byte
+	n    int
+	err  error
+}
+
+func newAttempt(conn *net.UnixConn) (*attempt, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	a := &attempt{raw: raw}
+	a.try = a.tryOnce
+	return a, nil
+}
+
+// write writes as much as the socket takes at once.
+func (a *attempt) write(data []byte) (n int, err error) {
+	a.data = data
+	err = a.raw.Write(a.try)
+	a.data = nil
 	switch {
-	case rawErr != nil:
-		return 0, rawErr
-	case err == syscall.EAGAIN:
+	case err != nil:
+		return 0, err
+	case a.err == syscall.EAGAIN:
 		return 0, nil
 	}
-	return max(n, 0), err
+	return max(a.n, 0), a.err
+}
+
+func (a *attempt) tryOnce(fd uintptr) bool {
+	for {
+		a.n, a.err = syscall.Write(int(fd), a.data)
+		if a.err != syscall.EINTR {
+			return true
+		}
+	}
+}
+
+// writeHello writes what begins the life of a kept connection. It reports whether
+// the socket took it at once.
+func writeHello(conn *net.UnixConn) bool {
+	a, err := newAttempt(conn)
+	if err != nil {
+		return false
+	}
+	n, _ := a.write([]byte(keptHello))
+	return n == len(keptHello)
 }
 
 // keptSender is a connection to a listener that this process keeps.
@@ -255,20 +319,32 @@ var waiters = sync.Pool{New: func() any {
 }}
 
 type outcome struct {
-	answer  []byte
+	answer  []byte // nil: the message is accepted
 	err     error
 	written bool // the message; it is not looked at any more
 }
 
-// exchange sends a message, behind room for a header, and returns the plain frame
-// that answers it. The error is errUnsent where the message can't have been read.
-func (c *keptSender) exchange(ctx context.Context, frame []byte) ([]byte, error) {
+// exchange sends a message, behind room for a header, and returns its
+// acknowledgement. The error is errUnsent where the message can't have been read.
+func (c *keptSender) exchange(deadline time.Time, frame []byte) (*Response, error) {
+	o := c.await(deadline, frame)
+	switch {
+	case o.err != nil:
+		return nil, o.err
+	case o.answer == nil:
+		return accepted, nil
+	}
+	return parseAck(o.answer)
+}
+
+// await sends a message and returns what becomes of it.
+func (c *keptSender) await(deadline time.Time, frame []byte) outcome {
 	w := waiters.Get().(*waiter)
 	c.out.mu.Lock()
 	full := len(c.waiting) >= keptShare || c.out.queued-c.out.written > keptQueue
 	if !c.agreed || c.retired || c.out.err != nil || full {
 		c.out.mu.Unlock()
-		return nil, errUnsent
+		return outcome{err: errUnsent}
 	}
 	c.last++
 	number := c.last
@@ -280,7 +356,6 @@ func (c *keptSender) exchange(ctx context.Context, frame []byte) ([]byte, error)
 	if flush {
 		c.out.flush(company)
 	}
-	deadline, _ := ctx.Deadline()
 	w.timer.Reset(time.Until(deadline))
 	select {
 	case o := <-w.outcome:
@@ -289,22 +364,21 @@ func (c *keptSender) exchange(ctx context.Context, frame []byte) ([]byte, error)
 		if o.written {
 			releaseBuffer(frame)
 		}
-		return o.answer, o.err
+		return o
 	case <-w.timer.C:
 	}
 	c.out.mu.Lock()
 	if c.waiting[number] == nil { // the outcome came first
 		c.out.mu.Unlock()
-		o := <-w.outcome
-		return o.answer, o.err
+		return <-w.outcome
 	}
-	flush = c.out.addLocked(keptCancel, number, make([]byte, keptHeaderSize))
+	flush = c.out.addCopyLocked(keptCancel, number, nil)
 	c.settleLocked(number, outcome{})
 	c.out.mu.Unlock()
 	if flush {
 		c.out.flush(false)
 	}
-	return nil, fmt.Errorf("acknowledgement: %w", os.ErrDeadlineExceeded)
+	return outcome{err: fmt.Errorf("acknowledgement: %w", os.ErrDeadlineExceeded)}
 }
 
 // settleLocked ends an exchange. The caller holds out.mu.
@@ -432,7 +506,7 @@ func (c *keptSender) readFrame(r *bufio.Reader) error {
 	}
 	switch {
 	case kind == keptAnswer && size <= headerSize+maxPayload:
-		answer, err := readPayload(r, size)
+		answer, err := readAnswer(r, size)
 		if err != nil {
 			return err
 		}
@@ -445,6 +519,21 @@ func (c *keptSender) readFrame(r *bufio.Reader) error {
 		return nil
 	}
 	return errors.New("not a frame of a listener")
+}
+
+// readAnswer reads an answer of so many bytes; nil if it accepts the message.
+func readAnswer(r *bufio.Reader, size int) ([]byte, error) {
+	if size <= keptSmall {
+		answer, err := r.Peek(size)
+		if err != nil {
+			return nil, err
+		}
+		if whole, err := frameLength(answer); err == nil && whole > 0 && whole == size && isAcceptance(answer[headerSize:]) {
+			_, err := r.Discard(size)
+			return nil, err
+		}
+	}
+	return readPayload(r, size)
 }
 
 // stopAfter lets the messages go elsewhere that the listener will not read.
@@ -555,7 +644,7 @@ func (k *keeper) keep(path string, file fileID, conn *net.UnixConn) bool {
 	if !k.wantsLocked(path) {
 		return false
 	}
-	if n, _ := c.out.writeNow([]byte(keptHello)); n < len(keptHello) {
+	if !writeHello(conn) {
 		return false
 	}
 	k.conns[path], k.live[c] = c, struct{}{}

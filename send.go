@@ -64,26 +64,11 @@ const (
 // [io.ErrUnexpectedEOF] (the peer closed without acknowledging) and
 // [os.ErrDeadlineExceeded] (the minute has passed).
 func Send(addr *url.URL, payload interface{}) error {
-	return send(untilDeadline{context.Background(), time.Now().Add(sendTimeout)}, addr, payload)
+	return send(time.Now().Add(sendTimeout), addr, payload)
 }
 
-// untilDeadline is a context with a deadline and nothing that tells of it: a timer
-// is left to those who need one.
-type untilDeadline struct {
-	context.Context
-	deadline time.Time
-}
-
-func (c untilDeadline) Deadline() (time.Time, bool) { return c.deadline, true }
-
-// timed returns a context that tells of the deadline.
-func timed(ctx context.Context) (context.Context, context.CancelFunc) {
-	deadline, _ := ctx.Deadline()
-	return context.WithDeadline(ctx, deadline)
-}
-
-// send is Send with the deadline of its context.
-func send(ctx context.Context, addr *url.URL, payload interface{}) error {
+// send is Send with a deadline.
+func send(deadline time.Time, addr *url.URL, payload interface{}) error {
 	if addr == nil {
 		return fmt.Errorf("send: URL is nil: %w", fs.ErrInvalid)
 	}
@@ -94,9 +79,9 @@ func send(ctx context.Context, addr *url.URL, payload interface{}) error {
 	}
 	var ack *Response
 	if addr.Scheme == "unix" {
-		ack, err = sendUnix(ctx, addr.Path, m)
+		ack, err = sendUnix(deadline, addr.Path, m)
 	} else {
-		ack, err = sendHTTP(ctx, addr, m.join()[keptHeaderSize:])
+		ack, err = sendHTTP(deadline, addr, m.join()[keptHeaderSize:])
 	}
 	if err != nil {
 		return fmt.Errorf("send to %s: %w", addr.Redacted(), timedOut(closedEarly(err)))
@@ -108,17 +93,14 @@ func send(ctx context.Context, addr *url.URL, payload interface{}) error {
 // connection that is kept to it or else on one of its own, and returns the
 // acknowledgement. In front of the frame there is room for the longer header of a
 // kept connection.
-func sendUnix(ctx context.Context, path string, m *message) (*Response, error) {
+func sendUnix(deadline time.Time, path string, m *message) (*Response, error) {
 	const room = keptHeaderSize - headerSize
 	plain := m.text[room:]
 	if m.size() <= keptHeaderSize+keptLimit {
 		if c := kept.find(path); c != nil {
-			answer, err := c.exchange(ctx, m.text)
-			if err == nil {
-				return parseAck(answer)
-			}
+			ack, err := c.exchange(deadline, m.text)
 			if err != errUnsent {
-				return nil, err
+				return ack, err
 			}
 			plain = bytes.Clone(plain) // the other one may yet be looked at
 			binary.BigEndian.PutUint32(plain, uint32(len(plain)-headerSize))
@@ -126,15 +108,15 @@ func sendUnix(ctx context.Context, path string, m *message) (*Response, error) {
 	}
 	defer releaseBuffer(plain)
 	if m.value == nil {
-		return sendAlone(ctx, path, net.Buffers{plain})
+		return sendAlone(deadline, path, net.Buffers{plain})
 	}
-	return sendAlone(ctx, path, net.Buffers{m.text[room:m.at], m.value, m.text[m.at:]})
+	return sendAlone(deadline, path, net.Buffers{m.text[room:m.at], m.value, m.text[m.at:]})
 }
 
 // sendAlone carries out one exchange on a new connection, which is closed after
 // it, or kept if the listener offers that.
-func sendAlone(ctx context.Context, path string, frame net.Buffers) (*Response, error) {
-	ctx, cancel := timed(ctx)
+func sendAlone(deadline time.Time, path string, frame net.Buffers) (*Response, error) {
+	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
 	var file fileID
 	var statErr error
@@ -155,10 +137,8 @@ func sendAlone(ctx context.Context, path string, frame net.Buffers) (*Response, 
 			_ = conn.Close()
 		}
 	}()
-	if deadline, ok := ctx.Deadline(); ok {
-		if err := conn.SetDeadline(deadline); err != nil {
-			return nil, err
-		}
+	if err := conn.SetDeadline(deadline); err != nil {
+		return nil, err
 	}
 	// A peer may refuse a frame before it has read all of it. Its word says more
 	// than our broken pipe, so it is looked for even if the write failed.
@@ -181,6 +161,9 @@ func sendAlone(ctx context.Context, path string, frame net.Buffers) (*Response, 
 	}
 	return ack, nil
 }
+
+// accepted is the acknowledgement that nearly all are.
+var accepted = &Response{}
 
 // parseAck returns the acknowledgement in what a listener has written.
 func parseAck(answer []byte) (*Response, error) {
@@ -234,8 +217,8 @@ func keepPayload(req *http.Request, via []*http.Request) error {
 }
 
 // sendHTTP posts the payload and returns what the answer acknowledges.
-func sendHTTP(ctx context.Context, addr *url.URL, payload []byte) (*Response, error) {
-	ctx, cancel := timed(ctx)
+func sendHTTP(deadline time.Time, addr *url.URL, payload []byte) (*Response, error) {
+	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "", bytes.NewReader(payload))
 	if err != nil {

@@ -376,7 +376,7 @@ func (t *Tracker) receive(conn net.Conn) {
 		return
 	}
 	// The response is here, whether or not its sender stays to be told so.
-	_ = SendConnData(conn, &Response{})
+	_ = SendConnData(conn, accepted)
 	t.responses.DoneConn(conn)
 	t.HandleResponse(resp)
 }
