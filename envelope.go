@@ -51,9 +51,24 @@ func newMessage(front int, u *url.URL, raw *json.RawMessage) *message {
 	if raw != nil && !isApart(*raw) {
 		size += len(*raw)
 	}
-	text := takeBuffer(size)[:front]
-	clear(text)
-	return &message{text: text}
+	m := messages.Get().(*message)
+	if cap(m.text) < size {
+		m.text = make([]byte, 0, size)
+	}
+	m.text = m.text[:front]
+	clear(m.text)
+	return m
+}
+
+var messages = sync.Pool{New: func() any { return new(message) }}
+
+// release keeps the memory of a message, which nobody looks at any more, for
+// another one.
+func (m *message) release() {
+	m.value = nil
+	if cap(m.text) <= 2*keptLimit {
+		messages.Put(m)
+	}
 }
 
 // isApart reports whether a raw value is large enough not to be copied.

@@ -46,6 +46,7 @@ func SendConnData(conn net.Conn, payload interface{}) error {
 	if err != nil {
 		return fmt.Errorf("send frame: %w", err)
 	}
+	defer m.release()
 	frame := m.join()
 	if first, ok := conn.(*firstConn); ok && isResponse(payload) {
 		err = first.acknowledge(frame)
@@ -212,8 +213,8 @@ func readPayload(r io.Reader, size int) ([]byte, error) {
 	return data, nil
 }
 
-// buffers holds the *[]byte of large messages that were sent, and of the first
-// halves of large ones that were received, by the power of two that is their size.
+// buffers holds the *[]byte of the first halves of large payloads, by the power of
+// two that is their size.
 var buffers [26]sync.Pool
 
 // takeBuffer returns so many bytes, whatever is in them.
@@ -230,11 +231,12 @@ func takeBuffer(size int) []byte {
 	return make([]byte, size, 1<<power)
 }
 
-// releaseBuffer keeps the memory of a large buffer, which nobody looks at any more,
-// for another one.
+// releaseBuffer keeps the memory of a buffer, which nobody looks at any more, for
+// another one.
 func releaseBuffer(b []byte) {
 	if power := bits.Len(uint(cap(b))) - 1; cap(b) > keptSmall && power < len(buffers) {
-		buffers[power].Put(&b)
+		kept := b // so that b does not escape where it is not kept
+		buffers[power].Put(&kept)
 	}
 }
 

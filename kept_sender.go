@@ -325,9 +325,13 @@ type outcome struct {
 }
 
 // exchange sends a message, behind room for a header, and returns its
-// acknowledgement. The error is errUnsent where the message can't have been read.
-func (c *keptSender) exchange(deadline time.Time, frame []byte) (*Response, error) {
-	o := c.await(deadline, frame)
+// acknowledgement. The error is errUnsent where the message can't have been read;
+// in all other cases it is released.
+func (c *keptSender) exchange(deadline time.Time, m *message) (*Response, error) {
+	o := c.await(deadline, m.text)
+	if o.err != errUnsent && (o.written || len(m.text) <= keptSmall) {
+		m.release()
+	}
 	switch {
 	case o.err != nil:
 		return nil, o.err
@@ -361,9 +365,6 @@ func (c *keptSender) await(deadline time.Time, frame []byte) outcome {
 	case o := <-w.outcome:
 		w.timer.Stop()
 		waiters.Put(w)
-		if o.written {
-			releaseBuffer(frame)
-		}
 		return o
 	case <-w.timer.C:
 	}

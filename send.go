@@ -94,21 +94,20 @@ func send(deadline time.Time, addr *url.URL, payload interface{}) error {
 // acknowledgement. In front of the frame there is room for the longer header of a
 // kept connection.
 func sendUnix(deadline time.Time, path string, m *message) (*Response, error) {
-	const room = keptHeaderSize - headerSize
-	plain := m.text[room:]
 	if m.size() <= keptHeaderSize+keptLimit {
 		if c := kept.find(path); c != nil {
-			ack, err := c.exchange(deadline, m.text)
+			ack, err := c.exchange(deadline, m)
 			if err != errUnsent {
 				return ack, err
 			}
-			plain = bytes.Clone(plain) // the other one may yet be looked at
-			binary.BigEndian.PutUint32(plain, uint32(len(plain)-headerSize))
+			m = &message{text: bytes.Clone(m.text)} // the other one may yet be looked at
 		}
 	}
-	defer releaseBuffer(plain)
+	defer m.release()
+	const room = keptHeaderSize - headerSize
+	binary.BigEndian.PutUint32(m.text[room:], uint32(m.size()-keptHeaderSize))
 	if m.value == nil {
-		return sendAlone(deadline, path, net.Buffers{plain})
+		return sendAlone(deadline, path, net.Buffers{m.text[room:]})
 	}
 	return sendAlone(deadline, path, net.Buffers{m.text[room:m.at], m.value, m.text[m.at:]})
 }
