@@ -38,7 +38,7 @@ var inert = func() (set [256]bool) {
 type message struct {
 	text  []byte // all of it, behind the room that newMessage made, but for value
 	value []byte // large, and nobody's to change; nil if it is in the text
-	at    int    // where in the text it belongs
+	at    int    // where in the text it belongs; 0 without one
 }
 
 // newMessage makes room for a message with the URL and the raw value, and with
@@ -65,7 +65,7 @@ var messages = sync.Pool{New: func() any { return new(message) }}
 // release keeps the memory of a message, which nobody looks at any more, for
 // another one.
 func (m *message) release() {
-	m.value = nil
+	m.value, m.at = nil, 0
 	if cap(m.text) <= 2*keptLimit {
 		messages.Put(m)
 	}
@@ -76,11 +76,16 @@ func isApart(raw json.RawMessage) bool { return len(raw) > keptLimit }
 
 func (m *message) size() int { return len(m.text) + len(m.value) }
 
-// join returns the message in one slice.
+// join returns the message in one slice, which may be its own.
 func (m *message) join() []byte {
 	if m.value == nil {
 		return m.text
 	}
+	return m.copy()
+}
+
+// copy returns the message in a slice of its size.
+func (m *message) copy() []byte {
 	return slices.Concat(m.text[:m.at], m.value, m.text[m.at:])
 }
 

@@ -110,6 +110,31 @@ func TestEncodeFrame_LeavesRoom(t *testing.T) {
 	}
 }
 
+// Hazard: a small text that its caller keeps holds on to the memory of a large one.
+func TestResponse_MarshalledTextHasMemoryOfItsOwn(t *testing.T) {
+	raw := json.RawMessage(`"` + strings.Repeat("x", 60_000) + `"`)
+	for range 20 { // a pool may lose what it is given
+		m, err := encodeFrame(0, &Response{Result: &raw})
+		require.NoError(t, err)
+		m.release()
+		data, err := (&Response{ID: "1"}).MarshalJSON()
+		require.NoError(t, err)
+		require.Less(t, cap(data), 1000)
+	}
+}
+
+// Hazard: memory is taken for what was announced.
+func TestTakeBuffer_IsLessThanTwiceAsLarge(t *testing.T) {
+	for _, used := range []int{5000, 8192, 700_000, 1 << 20, 1<<22 - 1, 1 << 22, 1 << 26} {
+		for _, size := range []int{0, 1, 4096, 4097, 4999, 5000, 8191, 524_289, 700_001, 1 << 20, 1 << 22, 1<<25 + 1} {
+			releaseBuffer(make([]byte, used))
+			b := takeBuffer(size)
+			require.Len(t, b, size)
+			require.LessOrEqual(t, cap(b), 2*size)
+		}
+	}
+}
+
 func TestAbridge_LeavesOutTheInertBytes(t *testing.T) {
 	run := strings.Repeat("x", 100)
 	for _, want := range []struct {
@@ -131,6 +156,7 @@ func TestAbridge_LeavesOutTheInertBytes(t *testing.T) {
 		{text: `"` + run, left: `"xxxx`},
 		{text: `"` + run + `\`, left: `"xxxx\`},
 		{text: `"` + run + `\u12`, left: `"xxxx\u12`},
+		{text: `"` + run + `|^~` + run + `"`, left: `"xxx"`},
 		{text: `[` + ` "` + run + `"]`, left: `[ "xxxx"]`, changes: true},
 		{text: `[[],{"a":[]}]`, left: `[[],{"a":[]}]`},
 	} {

@@ -190,7 +190,7 @@ func readFrame(r io.Reader) ([]byte, error) {
 }
 
 // readPayload reads so many bytes. What it allocates is bounded by twice what has
-// arrived.
+// arrived; a buffer that was used before may be twice as large as that.
 func readPayload(r io.Reader, size int) ([]byte, error) {
 	// Half of it is there before the last step, and half of that before the one
 	// before: it is copied once, all in all.
@@ -213,30 +213,29 @@ func readPayload(r io.Reader, size int) ([]byte, error) {
 	return data, nil
 }
 
-// buffers holds the *[]byte of the first halves of large payloads, by the power of
-// two that is their size.
-var buffers [26]sync.Pool
+// buffers holds the *[]byte of the first halves of large payloads, up to 4 MiB, by
+// their sizes: those in 12 have from 4 KiB to less than 8.
+var buffers [22]sync.Pool
+
+// bufferClass is where in buffers one of this size is.
+func bufferClass(size int) int { return bits.Len(uint(size)) - 1 }
 
 // takeBuffer returns so many bytes, whatever is in them.
 func takeBuffer(size int) []byte {
-	if size <= keptSmall {
-		return make([]byte, size)
-	}
-	power := bits.Len(uint(size - 1))
-	if power < len(buffers) {
-		if b, ok := buffers[power].Get().(*[]byte); ok {
+	if class := bufferClass(size); size > keptSmall && class < len(buffers) {
+		if b, ok := buffers[class].Get().(*[]byte); ok && cap(*b) >= size {
 			return (*b)[:size]
 		}
 	}
-	return make([]byte, size, 1<<power)
+	return make([]byte, size)
 }
 
 // releaseBuffer keeps the memory of a buffer, which nobody looks at any more, for
 // another one.
 func releaseBuffer(b []byte) {
-	if power := bits.Len(uint(cap(b))) - 1; cap(b) > keptSmall && power < len(buffers) {
+	if class := bufferClass(cap(b)); cap(b) > keptSmall && class < len(buffers) {
 		kept := b // so that b does not escape where it is not kept
-		buffers[power].Put(&kept)
+		buffers[class].Put(&kept)
 	}
 }
 

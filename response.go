@@ -72,7 +72,8 @@ func (r *Response) MarshalJSON() ([]byte, error) {
 		return []byte("null"), nil
 	}
 	if m := newMessage(0, r.StreamURL, r.Result); m.addResponse(r) {
-		return m.join(), nil
+		defer m.release()
+		return m.copy(), nil
 	}
 	return json.Marshal(struct {
 		Error     string           `json:"error"`

@@ -1,6 +1,7 @@
 package acomm
 
 import (
+	"math"
 	"net/http"
 	"net/url"
 	"sync"
@@ -44,7 +45,7 @@ func (g *postGates) enter(addr *url.URL) (leave func()) {
 	g.mu.Lock()
 	gate := g.byHost[host]
 	if gate == nil {
-		gate = &postGate{turns: make(chan struct{}, kept+1)}
+		gate = &postGate{turns: make(chan struct{}, min(kept, math.MaxInt-1)+1)}
 		g.byHost[host] = gate
 	}
 	gate.posts++

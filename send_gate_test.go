@@ -1,6 +1,7 @@
 package acomm_test
 
 import (
+	"math"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -107,6 +108,7 @@ func TestSend_TurnsAreAsManyAsConnectionsAreKept(t *testing.T) {
 	waitForTurns(t)
 	for name, set := range map[string]func(*http.Transport){
 		"more":     func(transport *http.Transport) { transport.MaxIdleConnsPerHost = number },
+		"no limit": func(transport *http.Transport) { transport.MaxIdleConnsPerHost = math.MaxInt },
 		"none":     func(transport *http.Transport) { transport.MaxIdleConnsPerHost = -1 },
 		"disabled": func(transport *http.Transport) { transport.DisableKeepAlives = true },
 		"another transport": func(transport *http.Transport) {
