@@ -31,6 +31,9 @@ const ackGrace = time.Second
 // that has just come, before it says so.
 const lostGrace = 200 * time.Millisecond
 
+// shortTempDir is where the socket is if the path of os.TempDir is too long for one.
+const shortTempDir = "/tmp"
+
 // call is a request from the command line.
 type call struct {
 	target *url.URL
@@ -75,17 +78,23 @@ to a file; the result then goes to standard error, or with -o to standard output
 unless it is null. While a stream is read, a bar on standard error shows its progress
 if that is a terminal (and standard output is not one the stream goes to).
 
-With -o the data is written to a hidden file beside FILE, .FILE.*.part, and moved when
+With -o the data is written to a hidden file beside FILE, .acomm-*.part, and moved when
 the stream is complete. After an error or an interruption FILE is what it was before,
-or absent, and the part is removed. A response without a stream is an error then.
+or absent, and the part is removed. If FILE is a link, it is written where that leads.
+A response without a stream is an error then.
 
 HOOKS
 The response is sent to the hook. For a unix socket that is a socket of the call's own
-in a directory only its user can enter. For HTTP the call listens on --hook-listen, and
-the request names that address, or --hook-url if the other side has to use another one,
-because of a proxy or because it is on another machine. Any path is taken. Who can
-reach that address can't do more than try ids: they are random, 122 bits. For NATS it
-is a subject acomm.call.RANDOM, which the other side must be allowed to publish to.
+in a directory only its user can enter, below TMPDIR or, if that is too long for the
+path of a socket, /tmp. For HTTP the call listens on --hook-listen, and the request
+names that address, or --hook-url if the other side has to use another one, because of a
+proxy or because it is on another machine. Any path is taken. Who can reach that address
+can't do more than try ids: they are random, 122 bits. For NATS it is a subject
+acomm.call.RANDOM, which the other side must be allowed to publish to.
+
+PROXIES
+Requests and streams over HTTP go through the proxies that HTTP_PROXY, HTTPS_PROXY and
+NO_PROXY name, but to localhost and loopback addresses directly.
 
 TIME
 --timeout bounds the time from sending to the response; a stream then takes as long
@@ -208,10 +217,7 @@ func (c *call) run() error {
 // exchange sends the request and returns its response. An error in the response
 // is the tracker's if it matches os.ErrDeadlineExceeded.
 func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
-	tracker, err := acomm.NewTracker("", nil, c.timeout)
-	if err == nil {
-		err = tracker.Start()
-	}
+	tracker, err := c.startTracker()
 	if err != nil {
 		return nil, &exitError{exitNotSent, err}
 	}
@@ -252,7 +258,7 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 				if resp := c.awaitLate(responses); resp != nil {
 					return resp, nil
 				}
-				fmt.Fprintf(os.Stderr, "acomm call: acknowledgement lost, waiting for the response, as the request may have arrived: %v\n",
+				fmt.Fprintln(os.Stderr, errorLabel("acomm call:"), "acknowledgement lost, waiting for the response, as the request may have arrived:",
 					printable(sendError(c.target, err).Error()))
 			default:
 				if !tracker.RemoveRequest(req) { // a response or the time-out came first
@@ -269,6 +275,22 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 			return nil, context.Cause(ctx)
 		}
 	}
+}
+
+// startTracker starts a tracker with a socket for responses, which it has also where
+// they come over HTTP or NATS.
+func (c *call) startTracker() (*acomm.Tracker, error) {
+	tracker, err := acomm.NewTracker("", nil, c.timeout)
+	if err == nil {
+		err = tracker.Start()
+	}
+	if errors.Is(err, syscall.ENAMETOOLONG) && os.TempDir() != shortTempDir {
+		if err := os.Setenv("TMPDIR", shortTempDir); err != nil {
+			return nil, err
+		}
+		return c.startTracker()
+	}
+	return tracker, err
 }
 
 // awaitLate waits a moment for a response that has come with the loss of the
@@ -418,8 +440,8 @@ func (c *counter) Write(p []byte) (int, error) {
 // say tells what happens, with -v.
 func (c *call) say(format string, args ...any) {
 	if c.verbose {
-		fmt.Fprintf(os.Stderr, "%s +%.3fs %s\n", time.Now().Format("15:04:05.000"),
-			time.Since(c.start).Seconds(), printable(fmt.Sprintf(format, args...)))
+		label := fmt.Sprintf("%s +%.3fs", time.Now().Format("15:04:05.000"), time.Since(c.start).Seconds())
+		fmt.Fprintln(os.Stderr, sayLabel(label), printable(fmt.Sprintf(format, args...)))
 	}
 }
 
@@ -446,7 +468,7 @@ func printable(text string) string {
 func signalContext() (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	notifyEnd(signals)
 	// Writing to standard output then fails instead of ending the process, which
 	// would leave the socket behind.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)

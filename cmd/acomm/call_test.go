@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -352,6 +353,72 @@ func requireOnly(t *testing.T, dir string, names ...string) {
 	require.Equal(t, names, got)
 }
 
+func TestCall_FileMayBeALinkToNothingYet(t *testing.T) {
+	p := startCallProvider(t, streamOf(t, nil, func() io.ReadCloser { return io.NopCloser(strings.NewReader("data")) }))
+	dir := t.TempDir()
+	deep := filepath.Join(dir, "deep", "er")
+	require.NoError(t, os.MkdirAll(deep, 0o700))
+	require.NoError(t, os.Symlink(deep, filepath.Join(dir, "way")))
+	for link, target := range map[string]string{
+		"absolute": filepath.Join(dir, "a"),
+		"relative": "b",
+		"link":     "relative2",
+		"up":       "way/../c", // of the directory that the link way leads to
+	} {
+		require.NoError(t, os.Symlink(target, filepath.Join(dir, link)))
+	}
+	require.NoError(t, os.Symlink("deep/d", filepath.Join(dir, "relative2")))
+	for link, want := range map[string]string{"absolute": "a", "relative": "b", "link": "deep/d", "up": "deep/c"} {
+		file := filepath.Join(dir, link)
+		require.Equal(t, result{}, runAcomm(t, "call", "-o", file, p.path, "read"), link)
+		info, err := os.Lstat(file)
+		require.NoError(t, err)
+		require.Equal(t, os.ModeSymlink, info.Mode().Type(), "the link stays: %s", link)
+		written, err := os.ReadFile(filepath.Join(dir, want))
+		require.NoError(t, err)
+		require.Equal(t, "data", string(written))
+	}
+	require.NoError(t, os.Symlink("circle", filepath.Join(dir, "circle")))
+	got := runAcomm(t, "call", "-o", filepath.Join(dir, "circle"), p.path, "read")
+	require.Equal(t, exitUsage, got.code, got.stderr)
+	require.Equal(t, result{stdout: "data"}, runAcomm(t, "call", "-o", "/dev/stdout", p.path, "read"))
+}
+
+func TestCall_NameOfAFileMayBeAsLongAsNamesCanBe(t *testing.T) {
+	p := startCallProvider(t, streamOf(t, nil, func() io.ReadCloser { return io.NopCloser(strings.NewReader("data")) }))
+	dir, name := t.TempDir(), strings.Repeat("n", 255)
+	got := runAcomm(t, "call", "-o", filepath.Join(dir, name), p.path, "read")
+	require.Zero(t, got.code, got.stderr)
+	requireOnly(t, dir, name)
+}
+
+func TestCall_LongDirectoryForTemporaryFiles(t *testing.T) {
+	g := startGateway(t)
+	g.provide("echo", "a.sock", gwEcho)
+	p := startCallProvider(t, answerArgs)
+	for _, target := range []string{g.url.String(), p.path} {
+		cmd := acommCmd(t, "call", target, "echo", "1")
+		long := filepath.Join(t.TempDir(), strings.Repeat("t", 100))
+		require.NoError(t, os.Mkdir(long, 0o700))
+		cmd.Env = append(cmd.Env, "TMPDIR="+long)
+		require.Equal(t, result{stdout: "1\n"}, runCmd(t, cmd))
+	}
+	g.stop()
+}
+
+func TestCall_GoesThroughTheProxyOfTheEnvironment(t *testing.T) {
+	proxied := make(chan string, 1)
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		proxied <- r.Host
+		w.WriteHeader(http.StatusForbidden)
+	}))
+	defer proxy.Close()
+	cmd := acommCmd(t, "call", "http://service.invalid/", "echo")
+	cmd.Env = append(cmd.Env, "HTTP_PROXY="+proxy.URL)
+	require.Equal(t, exitNotSent, runCmd(t, cmd).code)
+	require.Equal(t, "service.invalid", gwWithin(t, proxied))
+}
+
 func TestCall_FileWithoutStreamIsAnError(t *testing.T) {
 	p := startCallProvider(t, answerArgs)
 	dir := t.TempDir()
@@ -381,11 +448,11 @@ func TestCall_InterruptedDownloadLeavesNoFile(t *testing.T) {
 		wait := watchDir(t, dir)
 		cmd := acommCmd(t, "call", "-v", "-o", filepath.Join(dir, "f"), p.path, "read")
 		if sig == syscall.SIGKILL { // nothing can be removed then
-			cmd.Env = append(cmd.Env, "TMPDIR="+t.TempDir())
+			cmd.Env = append(cmd.Env, "TMPDIR="+shortDir(t))
 		}
 		r := startCmd(t, cmd)
 		r.waitLine("stream at")
-		part := wait(fsnotify.Write, ".f.*.part") // a part of it is there
+		part := wait(fsnotify.Write, ".acomm-*.part") // a part of it is there
 		r.signal(sig)
 		code := r.wait()
 		if sig == syscall.SIGKILL {
@@ -436,11 +503,18 @@ func TestCall_FullDiskIsExitCode1(t *testing.T) {
 // or the latter alone, and returns what has appeared on it.
 func onTerminal(t *testing.T, stdout *bytes.Buffer, args ...string) string {
 	t.Helper()
+	cmd := acommCmd(t, args...)
+	shown := cmdOnTerminal(t, cmd, stdout)
+	require.Zero(t, cmd.ProcessState.ExitCode(), shown)
+	return shown
+}
+
+func cmdOnTerminal(t *testing.T, cmd *exec.Cmd, stdout *bytes.Buffer) string {
+	t.Helper()
 	master, slave, err := pty.Open()
 	require.NoError(t, err)
 	defer master.Close()
 	require.NoError(t, pty.Setsize(master, &pty.Winsize{Rows: 24, Cols: 80}))
-	cmd := acommCmd(t, args...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
 	if stdout != nil {
 		cmd.Stdout = stdout
@@ -449,8 +523,33 @@ func onTerminal(t *testing.T, stdout *bytes.Buffer, args ...string) string {
 	require.NoError(t, slave.Close())
 	var shown bytes.Buffer
 	_, _ = io.Copy(&shown, master) // ends with EIO when nobody has the terminal any more
-	require.NoError(t, cmd.Wait(), shown.String())
+	_ = cmd.Wait()
 	return shown.String()
+}
+
+func TestCall_TerminalIsShownColours(t *testing.T) {
+	p := startCallProvider(t, func(*callProvider, *acomm.Request) *acomm.Response {
+		return &acomm.Response{Error: errors.New("no such user")}
+	})
+	plain := regexp.MustCompile(`^\d\d:\d\d\S* \+\S+s sending [^\x1b]*acomm call: no such user\r?\n$`)
+	for _, set := range []string{"TERM=xterm", "TERM=dumb", "NO_COLOR=1"} {
+		cmd := acommCmd(t, "call", "-v", p.path, "find")
+		cmd.Env = append(cmd.Env, "TERM=xterm", "NO_COLOR=", set)
+		shown := cmdOnTerminal(t, cmd, nil)
+		if set != "TERM=xterm" {
+			require.Regexp(t, plain, shown, set)
+			continue
+		}
+		require.Regexp(t, `^\x1b\[36m\d\d:\d\d\S* \+\S+s\x1b\[0m sending `, shown)
+		require.Regexp(t, `\x1b\[31;1macomm call:\x1b\[\S*m no such user\r\n$`, shown)
+	}
+	cmd := acommCmd(t, "call", "-v", p.path, "find")
+	cmd.Env = append(cmd.Env, "TERM=xterm", "NO_COLOR=")
+	require.Regexp(t, plain, runCmd(t, cmd).stderr)
+	var stdout bytes.Buffer // is no terminal, and has no say in this
+	cmd = acommCmd(t, "call", "-v", p.path, "find")
+	cmd.Env = append(cmd.Env, "TERM=xterm", "NO_COLOR=")
+	require.Contains(t, cmdOnTerminal(t, cmd, &stdout), "\x1b[36m")
 }
 
 func TestCall_TerminalIsShownIndentedResult(t *testing.T) {

@@ -22,3 +22,16 @@ func TestCall_OverNATS(t *testing.T) {
 	provider.stop()
 	g.stop()
 }
+
+// Hazard: the requester waits for its time-out, as its result is too large for NATS.
+func TestCall_ResultTooLargeForNATSIsAnError(t *testing.T) {
+	g := startGateway(t, "--nats", "embedded", "--nats-listen", "127.0.0.1:0")
+	provider := startAcomm(t, append([]string{"serve", filepath.Join(g.dir, "work", "1.sock"), "--"}, sh(`head -c 2000000 /dev/zero | tr '\0' x`)...)...)
+	provider.waitLine("listening on")
+	g.waitLine("tasks.work")
+	got := runAcomm(t, "call", g.natsURL()+"/tasks.work", "work")
+	require.Equal(t, result{stderr: "acomm call: the result of 2000002 bytes is too large for the hook; use a stream\n", code: exitTask}, got)
+	g.hasMetric(`acomm_gateway_forward_failures_total{task="work"} 1`)
+	provider.stop()
+	g.stop()
+}

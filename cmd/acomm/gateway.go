@@ -58,15 +58,22 @@ HOOKS
   and its response does not come through the gateway. The response of all others
   does, or after --timeout an error that says "response timeout". It is sent to the
   hook at most once: again, until the time-out, only if nobody could be connected to,
-  or the answer was 429 or 503.
+  or the answer was 429 or 503. In place of one that is too large for the hook (over
+  NATS 1 MiB, if the server has no other limit) an error is sent that says so.
 
   Hooks are chosen by strangers, so the addresses they lead to are checked: when
   connecting, after the name was looked up, also after redirects. Refused are
-  link-local addresses and those of clouds' metadata services (169.254.0.0/16,
-  fe80::/10, fd00:ec2::254, fd20:ce::254, 100.100.100.200, 192.0.0.192), and
-  unspecified ones (0.0.0.0/8, ::). --hook-deny adds to these, --hook-allow makes
-  exceptions. The longest prefix that holds an address decides; of two equally long
-  ones a refusal, but --hook-allow over those above. To allow nothing but one network:
+    169.254.0.0/16, fe80::/10        link-local, and metadata services of clouds
+    fd00:ec2::254, fd20:ce::254, 100.100.100.200, 192.0.0.192
+                                     other metadata services
+    0.0.0.0/8, ::                    unspecified
+    64:ff9b:1::/48, 2002::/16, 2001::/32
+                                     IPv6 addresses with an IPv4 address inside (local
+                                     NAT64, 6to4, Teredo)
+  An address in 64:ff9b::/96 (NAT64) has to be allowed itself, and so does the IPv4
+  address inside. --hook-deny adds to these, --hook-allow makes exceptions. The longest
+  prefix that holds an address decides; of two equally long ones a refusal, but
+  --hook-allow over those above. To allow nothing but one network:
     --hook-deny 0.0.0.0/0,::/0 --hook-allow 10.1.0.0/16
   Streams that providers offer over HTTP are subject to the same rules. Proxies that
   the environment names (HTTP_PROXY) are not used, but with --hook-proxy, where the
@@ -104,12 +111,18 @@ METRICS
   responses that come after the time-out.
 
 SIGNALS
-  SIGTERM, SIGINT   takes no more requests, waits for the responses that are
-                    outstanding (--timeout at most, and the sending), then for
-                    streams and other HTTP exchanges that are under way, and ends
-                    with status 0. Streams that then do not move for 10 seconds, or
-                    have not, are cut off. A second signal ends it at once, with
-                    status 1.
+  SIGTERM, SIGINT, SIGHUP
+              takes no more requests, waits for the responses that are outstanding
+              (--timeout at most, and the sending), then for streams and other HTTP
+              exchanges that are under way, and ends with status 0. Streams that then
+              do not move for 10 seconds, or have not, are cut off. A second signal
+              ends it at once, with status 1. SIGHUP does nothing where it was ignored
+              from the start, as with nohup.
+
+EXIT STATUS
+  0  told to stop, and all that was taken has been done
+  1  could not listen or connect, failed, or stopped by a second signal
+  2  usage: flags, the environment or the file make no sense
 
 FILES
   DIR decides who may send requests from this machine and who may provide tasks:
@@ -165,7 +178,7 @@ func (o *gatewayOptions) addFlags(f *pflag.FlagSet) {
 	f.DurationVar(&o.timeout, "timeout", time.Minute, "for the response to a request")
 	f.Var(&o.maxBody, "max-body", "largest request over HTTP, in bytes, KiB, MiB or GiB")
 	f.Var(&o.maxHeader, "max-header", "largest header over HTTP")
-	f.IntVar(&o.maxConnections, "max-connections", 1024, "connections over HTTP at a time, and as many exchanges over the unix socket; more wait")
+	f.IntVar(&o.maxConnections, "max-connections", 1024, "connections over HTTP at a time, and exchanges over the unix socket; more wait")
 	f.IntVar(&o.maxOutstanding, "max-outstanding", 65536, "requests that may wait for responses; more are refused")
 	f.StringSliceVar(&o.hookAllow, "hook-allow", nil, "addresses, or networks as `CIDR`, that hooks may lead to")
 	f.StringSliceVar(&o.hookDeny, "hook-deny", nil, "addresses, or networks as `CIDR`, that they may not lead to")

@@ -65,6 +65,7 @@ func refuse(status int, reason, format string, args ...any) *refusal {
 type gateway struct {
 	opts     *gatewayOptions
 	rules    hookRules
+	timeouts httpTimeouts
 	tracker  *acomm.Tracker
 	metrics  *gatewayMetrics
 	pending  atomic.Int64  // requests that are tracked, or whose response is being sent to the hook
@@ -261,10 +262,29 @@ func (g *gateway) finish(req *acomm.Request, resp *acomm.Response, task string, 
 		}
 		out.StreamURL = published
 	}
-	if err := sendResponse(req.ResponseHook, &out, taken.Add(g.opts.timeout)); err != nil {
-		g.metrics.forwardFailures.WithLabelValues(task).Inc()
-		g.warn("failed to forward a response", sendError(req.ResponseHook, err), req.ID, task)
+	deadline := taken.Add(g.opts.timeout)
+	err := sendResponse(req.ResponseHook, &out, deadline)
+	if err == nil {
+		return
 	}
+	g.metrics.forwardFailures.WithLabelValues(task).Inc()
+	g.warn("failed to forward a response", sendError(req.ResponseHook, err), req.ID, task)
+	// NATS carries less than what a response came by, and the requester must not wait
+	// in vain. An HTTP hook may have taken the response: its answer was too large.
+	if errors.Is(err, syscall.EMSGSIZE) && req.ResponseHook.Scheme == "nats" {
+		if err := sendResponse(req.ResponseHook, tooLarge(&out), deadline); err != nil {
+			g.warn("failed to say that a response is too large", sendError(req.ResponseHook, err), req.ID, task)
+		}
+	}
+}
+
+// tooLarge takes the place of a response that its hook can't be sent.
+func tooLarge(resp *acomm.Response) *acomm.Response {
+	err := errors.New("the response is too large for the hook")
+	if resp.Result != nil {
+		err = fmt.Errorf("the result of %d bytes is too large for the hook; use a stream", len(*resp.Result))
+	}
+	return &acomm.Response{ID: resp.ID, Error: err}
 }
 
 // sendResponse sends the response, and again where it certainly did not arrive, the

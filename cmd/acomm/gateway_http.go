@@ -19,19 +19,25 @@ import (
 
 const (
 	headerTimeout = 10 * time.Second // for the header of an HTTP request
-	bodyTimeout   = time.Minute      // for its body
-	answerTimeout = 2 * time.Minute  // from its headers to the end of the answer
 	idleTimeout   = time.Minute      // for the next one on a connection
 )
+
+// httpTimeouts are for HTTP exchanges; only tests have others than these.
+type httpTimeouts struct {
+	body   time.Duration // for the body of a request
+	answer time.Duration // from its headers to the end of the answer
+}
+
+var defaultHTTPTimeouts = httpTimeouts{body: time.Minute, answer: 2 * time.Minute}
 
 // newServer returns the HTTP server, with a WriteTimeout of none: a stream takes
 // as long as it takes. ConnState belongs to the listener.
 func (g *gateway) newServer(front *limitedListener, errorLog io.Writer) *http.Server {
 	mux := http.NewServeMux()
-	mux.Handle("/{$}", bounded(http.HandlerFunc(g.handleRequest)))
+	mux.Handle("/{$}", g.bounded(http.HandlerFunc(g.handleRequest)))
 	mux.HandleFunc("/stream", g.handleStream)
-	mux.Handle("/healthz", bounded(http.HandlerFunc(g.handleHealth)))
-	mux.Handle("/metrics", bounded(g.metrics.handler()))
+	mux.Handle("/healthz", g.bounded(http.HandlerFunc(g.handleHealth)))
+	mux.Handle("/metrics", g.bounded(g.metrics.handler()))
 	sameOrigin := http.NewCrossOriginProtection()
 	sameOrigin.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		r := refuse(http.StatusForbidden, reasonInvalid, "requests from web pages of other sites are refused")
@@ -51,11 +57,11 @@ func (g *gateway) newServer(front *limitedListener, errorLog io.Writer) *http.Se
 // bounded gives the client a time to send what it has announced, which net/http
 // reads even if the handler does not, and to take the answer in. The next request
 // on the connection sets its own; a stream has none.
-func bounded(h http.Handler) http.Handler {
+func (g *gateway) bounded(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		control := http.NewResponseController(w)
-		_ = control.SetReadDeadline(time.Now().Add(bodyTimeout)) // only a test's recorder can't
-		_ = control.SetWriteDeadline(time.Now().Add(answerTimeout))
+		_ = control.SetReadDeadline(time.Now().Add(g.timeouts.body)) // only a test's recorder can't
+		_ = control.SetWriteDeadline(time.Now().Add(g.timeouts.answer))
 		h.ServeHTTP(w, r)
 	})
 }
@@ -69,7 +75,7 @@ func (g *gateway) handleRequest(w http.ResponseWriter, r *http.Request) {
 		answer(w, "", errDraining())
 		return
 	}
-	req, refused := readRequest(w, r, int64(g.opts.maxBody))
+	req, refused := g.readRequest(w, r)
 	if refused != nil {
 		g.refused("", "", refused)
 		answer(w, "", refused)
@@ -79,11 +85,12 @@ func (g *gateway) handleRequest(w http.ResponseWriter, r *http.Request) {
 }
 
 // readRequest reads the one request that is the body.
-func readRequest(w http.ResponseWriter, r *http.Request, limit int64) (*acomm.Request, *refusal) {
+func (g *gateway) readRequest(w http.ResponseWriter, r *http.Request) (*acomm.Request, *refusal) {
 	if r.Method != http.MethodPost {
 		w.Header().Set("Allow", http.MethodPost)
 		return nil, refuse(http.StatusMethodNotAllowed, reasonInvalid, "a request is sent with POST")
 	}
+	limit := int64(g.opts.maxBody)
 	// Within bounded's deadline, not the server's ReadTimeout: that would end streams
 	// as well.
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
@@ -95,7 +102,7 @@ func readRequest(w http.ResponseWriter, r *http.Request, limit int64) (*acomm.Re
 	case errors.As(err, &tooLarge):
 		return nil, refuse(http.StatusRequestEntityTooLarge, reasonInvalid, "the request is larger than %d bytes", limit)
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return nil, refuse(http.StatusRequestTimeout, reasonInvalid, "the request did not arrive within %v", bodyTimeout)
+		return nil, refuse(http.StatusRequestTimeout, reasonInvalid, "the request did not arrive within %v", g.timeouts.body)
 	case err != nil:
 		return nil, refuse(http.StatusBadRequest, reasonInvalid, "read the request: %w", err)
 	}
@@ -126,7 +133,7 @@ func answer(w http.ResponseWriter, id string, r *refusal) {
 func (g *gateway) handleStream(w http.ResponseWriter, r *http.Request) {
 	control := http.NewResponseController(w)
 	if r.ContentLength != 0 { // refused, but net/http reads it
-		_ = control.SetReadDeadline(time.Now().Add(bodyTimeout))
+		_ = control.SetReadDeadline(time.Now().Add(g.timeouts.body))
 	}
 	ctx, cancel := context.WithCancel(r.Context())
 	moving := &movingWriter{w, newMovement()}
@@ -147,7 +154,7 @@ func (g *gateway) handleStream(w http.ResponseWriter, r *http.Request) {
 		close(done)
 		watching.Wait()
 		if ctx.Err() == nil {
-			_ = control.SetWriteDeadline(time.Now().Add(answerTimeout)) // for what is buffered
+			_ = control.SetWriteDeadline(time.Now().Add(g.timeouts.answer)) // for what is buffered
 		}
 		cancel()
 	}()

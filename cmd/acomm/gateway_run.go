@@ -22,7 +22,7 @@ import (
 // ready.
 func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) error {
 	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
+	notifyEnd(signals)
 	defer signal.Stop(signals)
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // a log that nobody reads does not end it
 
@@ -66,7 +66,7 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 	defer errorLog.Close()
 	s := &gatewayServer{
 		gateway: &gateway{
-			opts: opts, rules: rules, tracker: tracker,
+			opts: opts, rules: rules, timeouts: defaultHTTPTimeouts, tracker: tracker,
 			natsHook: overNATS != nil,
 			ending:   make(chan struct{}),
 			lines:    rate.NewLimiter(10, 10),

@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -501,7 +502,16 @@ func TestGateway_LimitOfOutstandingRequests(t *testing.T) {
 	g.stop()
 }
 
-func TestGateway_SIGTERMWaitsForOutstandingRequests(t *testing.T) {
+func TestGateway_SignalWaitsForOutstandingRequests(t *testing.T) {
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP} {
+		t.Run(sig.String(), func(t *testing.T) { testSignalWaits(t, sig) })
+	}
+}
+
+func testSignalWaits(t *testing.T, sig syscall.Signal) {
+	if signal.Ignored(sig) {
+		t.Skip("ignored, as with nohup")
+	}
 	g := startGateway(t)
 	release := make(chan struct{})
 	defer func() {
@@ -518,7 +528,7 @@ func TestGateway_SIGTERMWaitsForOutstandingRequests(t *testing.T) {
 	hook, responses := gwHook(t)
 	req := gwRequest(t, "wait", hook, nil)
 	require.NoError(t, acomm.Send(g.url, req))
-	g.signal(syscall.SIGTERM)
+	g.signal(sig)
 	g.waitLine("draining")
 	status, _ := g.get("healthz")
 	require.Equal(t, http.StatusServiceUnavailable, status)
@@ -631,6 +641,10 @@ func TestHookRules(t *testing.T) {
 		{"", "", "2002:a9fe:a9fe::1", false},
 		{"", "", "fe80::1%eth0", false},
 		{"", "", "fd00:ec2::254", false},
+		{"", "", "fd20:ce::254", false},
+		{"", "", "100.100.100.200", false},
+		{"", "", "192.0.0.192", false},
+		{"", "", "2001::a9fe:a9fe", false},
 		{"", "", "0.0.0.0", false},
 		{"", "", "::", false},
 		{"169.254.0.0/16", "", "169.254.169.254", true},

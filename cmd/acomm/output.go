@@ -22,9 +22,7 @@ type download struct {
 
 // newDownload opens a file for what belongs at the path.
 func newDownload(path string) (*download, error) {
-	if real, err := filepath.EvalSymlinks(path); err == nil {
-		path = real // the link stays
-	}
+	path = followLinks(path)
 	d := &download{path: path}
 	info, err := os.Stat(path)
 	switch {
@@ -39,9 +37,41 @@ func newDownload(path string) (*download, error) {
 	case !errors.Is(err, os.ErrNotExist):
 		return nil, err
 	}
-	name := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+"."+rand.Text()[:8]+".part")
+	// Not with the file's name in it, which may be as long as a name can be.
+	name := filepath.Join(filepath.Dir(path), ".acomm-"+rand.Text()[:8]+".part")
 	d.File, err = os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
 	return d, err
+}
+
+// maxLinks is how many links to one another are followed, as by the system.
+const maxLinks = 40
+
+// followLinks returns where a file is, or would be if it is not there: a link to it
+// stays. What it can't make out it leaves to the system.
+func followLinks(path string) string {
+	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+		if real, err := filepath.EvalSymlinks(path); err == nil {
+			return real
+		}
+		return path // such as /dev/stdout, whose target is no path
+	}
+	for at, links := path, 0; links < maxLinks; links++ {
+		dir, name := filepath.Split(at) // not Dir, which cleans: before a .. there may be a link
+		dir, err := filepath.EvalSymlinks(dir + ".")
+		if err != nil {
+			break
+		}
+		at = filepath.Join(dir, name)
+		target, err := os.Readlink(at)
+		if err != nil {
+			return at
+		}
+		if !filepath.IsAbs(target) {
+			target = dir + string(filepath.Separator) + target
+		}
+		at = target
+	}
+	return path
 }
 
 // complete closes the file and moves it to its place. After an error nothing of

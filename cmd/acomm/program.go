@@ -21,6 +21,7 @@ import (
 const (
 	maxOutput = 64<<20 - 1024   // bytes of a result; the rest of a message is less than 1 KiB
 	maxLine   = 4096            // bytes of the line that is the error
+	maxPipe   = 1 << 20         // bytes that a pipe can hold
 	pipeGrace = 2 * time.Second // for pipes that a process outside the group holds open
 )
 
@@ -186,11 +187,15 @@ func (s *service) startStream(req *acomm.Request) (*programStream, error) {
 		return nil, err
 	}
 	go func() { // ends with the program
-		if p.wait() != nil { // a process outside its group must not hold the end up
-			_ = r.SetReadDeadline(time.Now().Add(pipeGrace))
+		// A process outside its group must not hold the end up.
+		until, bounded := p.ctx.Deadline()
+		if p.wait() != nil || !bounded {
+			until = time.Now().Add(pipeGrace)
 		}
+		_ = r.SetReadDeadline(until)
 	}()
-	src := &programStream{program: p, pipe: r, r: bufio.NewReaderSize(r, 64<<10), moved: newMovement(),
+	pipe := &programPipe{File: r, program: p, left: maxPipe}
+	src := &programStream{program: p, pipe: pipe, r: bufio.NewReaderSize(pipe, 64<<10), moved: newMovement(),
 		claimed: make(chan struct{}), closed: make(chan struct{})}
 	if _, err := src.r.Peek(1); err != nil {
 		if err := p.wait(); err != nil {
@@ -201,10 +206,58 @@ func (s *service) startStream(req *acomm.Request) (*programStream, error) {
 	return src, nil
 }
 
+// programPipe is the standard output of a program that writes a stream. Its
+// deadline is set when the program has ended, and bounds the waiting for processes
+// that the program has left behind.
+type programPipe struct {
+	*os.File
+	program *program
+	late    bool // the deadline has passed, and the program was successful; Read's
+	left    int  // bytes that may yet be read then
+}
+
+// Read returns what has been written also after the deadline: the reader may be
+// slow.
+func (p *programPipe) Read(b []byte) (int, error) {
+	if !p.late {
+		n, err := p.File.Read(b)
+		if !errors.Is(err, os.ErrDeadlineExceeded) || p.program.wait() != nil {
+			return n, err
+		}
+		p.late = true
+		_ = p.SetReadDeadline(time.Time{}) // past it, there is no reading at all
+	}
+	n, err := readPresent(p.File, b[:min(len(b), p.left)])
+	p.left -= n
+	return n, err
+}
+
+// readPresent reads without waiting; where there is nothing it is at the end.
+func readPresent(pipe *os.File, b []byte) (n int, err error) {
+	raw, err := pipe.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	rawErr := raw.Read(func(fd uintptr) bool {
+		n, err = syscall.Read(int(fd), b)
+		for errors.Is(err, syscall.EINTR) {
+			n, err = syscall.Read(int(fd), b)
+		}
+		return true // do not wait
+	})
+	switch {
+	case rawErr != nil: // closed
+		return 0, rawErr
+	case errors.Is(err, syscall.EAGAIN), err == nil && n <= 0:
+		return 0, io.EOF
+	}
+	return max(n, 0), err
+}
+
 // programStream is what a program writes. It ends well only if the program does.
 type programStream struct {
 	program *program
-	pipe    *os.File
+	pipe    *programPipe
 	r       *bufio.Reader
 	moved   *movement // touched before and after each Read: what one gave is taken by the next
 	claim   sync.Once

@@ -5,9 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
+	"syscall"
 
+	"github.com/fatih/color"
 	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 )
 
 // The exit codes of acomm, which its help documents.
@@ -59,7 +63,27 @@ EXIT STATUS
   3  the request was not taken: it could not be sent, or was refused
   4  timed out; the request may have been taken
   An interrupted call exits with 128 and the number of the signal, as a shell
-  reports it: 130 for SIGINT (Ctrl-C), 143 for SIGTERM.`
+  reports it: 130 for SIGINT (Ctrl-C), 143 for SIGTERM.
+
+What acomm says on standard error is coloured on a terminal, unless NO_COLOR is set.`
+
+// errorLabel and sayLabel colour what a line on standard error begins with, if
+// that is a terminal.
+var (
+	errorLabel = label(color.FgRed, color.Bold)
+	sayLabel   = label(color.FgCyan)
+)
+
+func label(attributes ...color.Attribute) func(...any) string {
+	c := color.New(attributes...)
+	// The package's own decision is about standard output.
+	if term.IsTerminal(int(os.Stderr.Fd())) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb" {
+		c.EnableColor()
+	} else {
+		c.DisableColor()
+	}
+	return c.SprintFunc()
+}
 
 // newRootCommand makes the whole command line.
 func newRootCommand() *cobra.Command {
@@ -77,6 +101,14 @@ func newRootCommand() *cobra.Command {
 	}
 	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand())
 	return root
+}
+
+// notifyEnd relays the signals that end a command.
+func notifyEnd(signals chan<- os.Signal) {
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) { // or nohup would be of no use
+		signal.Notify(signals, syscall.SIGHUP)
+	}
 }
 
 // run runs the command line and returns the exit code.
@@ -103,7 +135,7 @@ func run() int {
 			return code
 		}
 	}
-	fmt.Fprintf(os.Stderr, "%s: %v\n", cmd.CommandPath(), err)
+	fmt.Fprintln(os.Stderr, errorLabel(cmd.CommandPath()+":"), err)
 	if !started {
 		fmt.Fprintf(os.Stderr, "Try '%s --help'.\n", cmd.CommandPath())
 	}

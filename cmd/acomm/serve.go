@@ -66,7 +66,10 @@ reader that leaves ends the program.
 
 The task ends with COMMAND. What it has left behind in its process group is killed
 then, and all of it is when --timeout has passed. A process that has left the group,
-as daemons do (setsid), is not reached.
+as daemons do (setsid), is not reached. If it holds an output of COMMAND open, the task
+waits for that, for 2 s after the end of COMMAND at most; for the stream of a COMMAND
+that was successful it waits for the rest of --timeout, if there is one. The stream then
+ends with what has been written.
 
 CONCURRENCY
 --concurrency programs run at a time; further requests are acknowledged at once and
@@ -79,7 +82,10 @@ On SIGTERM, SIGINT and SIGHUP the service stops listening, does what it has
 acknowledged, and exits. Streams that nobody has begun to read are given 10 seconds,
 those that are being read as long as they move: one that does not for 10 seconds,
 because its program is silent or its reader takes nothing, is cut off, and its program
-killed. A second signal kills the programs, fails their tasks, and ends the service.
+killed. This begins with the first byte: a program that has not written any is waited
+for as without --stream, as long as it takes, or --timeout. A second signal kills the
+programs, fails their tasks, and ends the service. SIGHUP does nothing where it was
+ignored from the start, as with nohup.
 
 SECURITY
 Whoever may connect to PATH may run COMMAND, with arguments of his choice, and choose
@@ -148,7 +154,7 @@ func (s *service) check() error {
 func (s *service) run() (err error) {
 	// Before the socket is there: whoever sees it may send a signal.
 	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	notifyEnd(signals)
 	defer signal.Stop(signals)
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // a log that nobody reads does not end it
 
@@ -175,7 +181,7 @@ func (s *service) run() (err error) {
 		s.tracker.Stop()
 	}()
 	sig := <-signals
-	fmt.Fprintf(os.Stderr, "acomm serve: %v: finishing what runs; once more ends it\n", sig)
+	fmt.Fprintf(os.Stderr, "%s %v: finishing what runs; once more ends it\n", sayLabel("acomm serve:"), sig)
 	close(s.draining)
 	go listener.Stop(receiveTimeout) // serve ends with it
 	select {
@@ -349,6 +355,6 @@ func (s *service) context() (context.Context, context.CancelFunc) {
 // say tells what is done, with -v.
 func (s *service) say(format string, args ...any) {
 	if s.verbose {
-		fmt.Fprintf(os.Stderr, "%s acomm serve: %s\n", time.Now().Format("15:04:05.000"), printable(fmt.Sprintf(format, args...)))
+		fmt.Fprintln(os.Stderr, sayLabel(time.Now().Format("15:04:05.000")+" acomm serve:"), printable(fmt.Sprintf(format, args...)))
 	}
 }

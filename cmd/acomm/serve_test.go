@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -209,6 +210,23 @@ func TestServe_SignalDrains(t *testing.T) {
 	require.Equal(t, "1", running.said())
 }
 
+// Hazard: a service under nohup ends with its terminal.
+func TestServe_IgnoredSIGHUPStaysIgnored(t *testing.T) {
+	path := filepath.Join(shortDir(t), "s.sock")
+	serve := acommCmd(t, "serve", path, "--", "cat")
+	serve.Args = append([]string{"sh", "-c", `trap "" HUP; exec "$0" "$@"`}, serve.Args...)
+	var err error
+	serve.Path, err = exec.LookPath("sh")
+	require.NoError(t, err)
+	r := startCmd(t, serve)
+	r.waitLine("listening on")
+	r.signal(syscall.SIGHUP)
+	require.Equal(t, result{stdout: "1\n"}, runAcomm(t, "call", path, "work", "1"))
+	r.stop()
+	require.NotContains(t, r.said(), "hangup")
+	require.Contains(t, r.said(), "terminated: finishing")
+}
+
 // openGate lets programs that wait at the named pipe go on, n of them.
 func openGate(t *testing.T, gate string, n int) {
 	t.Helper()
@@ -256,6 +274,68 @@ func TestServe_StreamIsWhatTheProgramWrites(t *testing.T) {
 	r, path = startServe(t, []string{"--stream"}, "true")
 	require.Equal(t, result{}, runAcomm(t, "call", path, "work"))
 	r.stop()
+}
+
+// Hazard: a process that the program has left behind holds the stream open, and so
+// the call and the place.
+func TestServe_StreamEndsWithTheProgram(t *testing.T) {
+	for name, test := range map[string]struct {
+		timeout string
+		script  string
+		late    string // what the process does when the program has ended
+		want    string
+	}{
+		"no byte":       {"0s", "exit", "", ""},
+		"some":          {"0s", "echo data", "", "data\n"},
+		"with time-out": {"2s", "echo data", "", "data\n"},
+		"late":          {"2s", "exit", "echo late;", "late\n"},
+		"in the rest":   {"20s", "exit", "sleep 2.5; echo late; exit;", "late\n"}, // after pipeGrace
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ready, stop := fifo(t), fifo(t)
+			gate, err := os.OpenFile(stop, os.O_RDWR, 0)
+			require.NoError(t, err)
+			defer gate.Close() // ends what has escaped
+			escape := `setsid sh -c 'echo >"` + ready + `"; while kill -0 '$$'; do sleep .01; done; ` + test.late +
+				` read line <"` + stop + `"' 2>/dev/null & read line <"` + ready + `"; `
+			r, path := startServe(t, []string{"--stream", "--concurrency", "1", "--timeout", test.timeout}, sh(escape+test.script)...)
+			for range 2 {
+				require.Equal(t, result{stdout: test.want}, runAcomm(t, "call", path, "work"))
+			}
+			r.stop()
+			_, err = gate.WriteString("end\nend\n")
+			require.NoError(t, err)
+		})
+	}
+}
+
+// Hazard: what is in the pipe when the waiting for more is over is lost to a slow
+// reader, who takes the stream for complete.
+func TestServe_SlowReaderGetsAllOfAStreamThatIsHeldOpen(t *testing.T) {
+	r, w, err := os.Pipe()
+	require.NoError(t, err)
+	defer w.Close() // as an escaped process does
+	data := strings.Repeat("x", 60000)
+	_, err = w.WriteString(data)
+	require.NoError(t, err)
+	p := &program{ended: make(chan struct{})}
+	close(p.ended) // well
+	require.NoError(t, r.SetReadDeadline(time.Unix(1, 0)))
+	src := &programPipe{File: r, program: p, left: maxPipe}
+	got, err := io.ReadAll(src)
+	require.NoError(t, err)
+	require.True(t, string(got) == data)
+	src.left = 3 // of a process that goes on writing
+	_, err = w.WriteString("12345")
+	require.NoError(t, err)
+	got, err = io.ReadAll(src)
+	require.NoError(t, err)
+	require.Equal(t, "123", string(got))
+	require.NoError(t, src.Close())
+	_, err = src.Read(make([]byte, 1))
+	require.Error(t, err)
+	require.NotErrorIs(t, err, io.EOF)
 }
 
 func TestServe_StreamOfFailingProgramIsCutOff(t *testing.T) {
@@ -332,6 +412,18 @@ func TestServe_StalledStreamDoesNotHoldTheEndUp(t *testing.T) {
 			requireDead(t, f)
 		})
 	}
+	// One that has not written anything does not stand still: it is waited for.
+	gate := fifo(t)
+	r, path := startServe(t, []string{"--stream"}, sh(`echo running >&2; read line <"`+gate+`"; echo late`)...)
+	call := startAcomm(t, "call", path, "work")
+	r.waitLine("running")
+	r.signal(syscall.SIGTERM)
+	checks = append(checks, func() {
+		openGate(t, gate, 1)
+		require.Zero(t, call.wait(), call.said())
+		require.Equal(t, "late", call.said())
+		require.Zero(t, r.wait(), r.said())
+	})
 	for _, check := range checks {
 		check()
 	}
