@@ -7,7 +7,9 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -17,6 +19,7 @@ import (
 	"github.com/mistifyio/acomm"
 	"github.com/mistifyio/acomm/natshook"
 	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
 	"github.com/stretchr/testify/require"
 )
 
@@ -70,43 +73,136 @@ func (c *tally) most() int {
 	return n
 }
 
-// cluster starts three servers that know each other.
-func cluster(t *testing.T) [3]*server.Server {
+// outcome is what became of a request: its Send's error.
+type outcome struct {
+	id  string
+	err error
+}
+
+// requireNothingLostUnnoticed requires that what was acknowledged was handled once,
+// what was refused by nobody, and nothing twice, and that what failed says so in a
+// way that leaves it open. It returns how many requests failed by what their errors
+// match.
+func requireNothingLostUnnoticed(t *testing.T, outcomes []outcome, handled *tally) (acknowledged int, failed map[error]int) {
 	t.Helper()
-	var nodes [3]*server.Server
+	failed = make(map[error]int)
+	for _, o := range outcomes {
+		switch {
+		case o.err == nil:
+			acknowledged++
+			require.Equal(t, 1, handled.of(o.id), "acknowledged, so handled once")
+		case errors.Is(o.err, syscall.ECONNREFUSED):
+			failed[syscall.ECONNREFUSED]++
+			require.Zero(t, handled.of(o.id), "refused, so handled by nobody")
+		case errors.Is(o.err, io.ErrUnexpectedEOF):
+			failed[io.ErrUnexpectedEOF]++
+		default:
+			failed[os.ErrDeadlineExceeded]++
+			require.ErrorIs(t, o.err, os.ErrDeadlineExceeded)
+		}
+	}
+	require.LessOrEqual(t, handled.most(), 1)
+	return acknowledged, failed
+}
+
+// nodeVariable is set in the environment of a node, a process of this program, to
+// its name; routeVariable to the address of the cluster's first node.
+const (
+	nodeVariable  = "NATSHOOK_TEST_NODE"
+	routeVariable = "NATSHOOK_TEST_ROUTE"
+)
+
+// node is a server of a cluster, in a process of its own, so that it can be killed
+// as servers are: no goodbye to its clients, nothing of what it has taken sent on.
+type node struct {
+	URL, Route string
+	kill       func() // and waits for its end
+}
+
+// runNode is the process of a node. It ends when its standard input does, so that it
+// does not outlive the tests.
+func runNode(name string) error {
+	opts := &server.Options{
+		ServerName: name, Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true,
+		Cluster: server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: server.RANDOM_PORT},
+		Routes:  server.RoutesFromStr(os.Getenv(routeVariable)),
+	}
+	s, err := server.NewServer(opts)
+	if err != nil {
+		return err
+	}
+	s.Start()
+	if !s.ReadyForConnections(patience) {
+		return os.ErrDeadlineExceeded
+	}
+	if err := json.NewEncoder(os.Stdout).Encode(node{URL: s.ClientURL(), Route: "nats://" + s.ClusterAddr().String()}); err != nil {
+		return err
+	}
+	_, err = io.Copy(io.Discard, os.Stdin)
+	return err
+}
+
+func startNode(t *testing.T, name, route string) *node {
+	t.Helper()
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), nodeVariable+"="+name, routeVariable+"="+route)
+	cmd.Stderr = os.Stderr
+	_, err := cmd.StdinPipe()
+	require.NoError(t, err)
+	stdout, err := cmd.StdoutPipe()
+	require.NoError(t, err)
+	require.NoError(t, cmd.Start())
+	n := &node{kill: sync.OnceFunc(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})}
+	t.Cleanup(n.kill)
+	require.NoError(t, json.NewDecoder(stdout).Decode(n))
+	return n
+}
+
+// cluster starts three nodes that know each other.
+func cluster(t *testing.T) [3]*node {
+	t.Helper()
+	var nodes [3]*node
+	route := ""
 	for i := range nodes {
-		opts := server.Options{
-			ServerName: fmt.Sprint("node-", i),
-			Cluster:    server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: server.RANDOM_PORT},
-		}
-		if i > 0 {
-			opts.Routes = server.RoutesFromStr("nats://" + nodes[0].ClusterAddr().String())
-		}
-		nodes[i] = startServer(t, opts)
+		nodes[i] = startNode(t, fmt.Sprint("node-", i), route)
+		route = nodes[0].Route
 	}
 	return nodes
+}
+
+// connectToNodes connects to the nodes, the first one first.
+func connectToNodes(t *testing.T, nodes ...*node) *nats.Conn {
+	t.Helper()
+	var urls []string
+	for _, n := range nodes {
+		urls = append(urls, n.URL)
+	}
+	return connectTo(t, strings.Join(urls, ","))
 }
 
 // Under load something is killed. Every Send returns, what was acknowledged was
 // handled once, nothing was handled twice, and it goes on afterwards.
 func TestCluster_NothingIsLostUnnoticedNorHandledTwice(t *testing.T) {
 	type scene struct {
-		nodes     [3]*server.Server
+		nodes     [3]*node
 		providers [2]provider
 	}
 	for name, kill := range map[string]func(*scene){
-		"the requester's node":            func(s *scene) { s.nodes[0].Shutdown() },
-		"a provider's node":               func(s *scene) { s.nodes[1].Shutdown() },
+		"the requester's node":            func(s *scene) { s.nodes[0].kill() },
+		"a provider's node":               func(s *scene) { s.nodes[1].kill() },
 		"a provider is closed":            func(s *scene) { _ = s.providers[0].Close() },
 		"a provider's connection is gone": func(s *scene) { s.providers[0].cut() },
 	} {
 		t.Run(name, func(t *testing.T) {
 			defer natshook.SetMaxWait(2 * time.Second)() // for what is lost
 			s := &scene{nodes: cluster(t)}
-			register(t, connect(t, s.nodes[0], s.nodes[1], s.nodes[2]))
+			register(t, connectToNodes(t, s.nodes[0], s.nodes[1], s.nodes[2]))
 			handled := newTally()
 			for i, order := range [][]int{{1, 2, 0}, {2, 0, 1}} {
-				nc := connect(t, s.nodes[order[0]], s.nodes[order[1]], s.nodes[order[2]])
+				nc := connectToNodes(t, s.nodes[order[0]], s.nodes[order[1]], s.nodes[order[2]])
 				s.providers[i].cut = nc.Close
 				s.providers[i].Closer = serve(t, nc, "tasks", "workers", func(_ http.ResponseWriter, r *http.Request) {
 					s.providers[i].handled.Add(1)
@@ -123,10 +219,6 @@ func TestCluster_NothingIsLostUnnoticedNorHandledTwice(t *testing.T) {
 			const senders, before, after = 8, 40, 40
 			var load, wg sync.WaitGroup
 			killed := make(chan struct{})
-			type outcome struct {
-				id  string
-				err error
-			}
 			var outcomes [senders][]outcome
 			load.Add(senders)
 			for i := range senders {
@@ -160,23 +252,9 @@ func TestCluster_NothingIsLostUnnoticedNorHandledTwice(t *testing.T) {
 			kill(s)
 			close(killed)
 			wg.Wait()
-			acknowledged, failed := 0, 0
-			for _, o := range slices.Concat(outcomes[:]...) {
-				if o.err == nil {
-					acknowledged++
-					require.Equal(t, 1, handled.of(o.id), "acknowledged, so handled once")
-					continue
-				}
-				failed++
-				require.True(t, errors.Is(o.err, io.ErrUnexpectedEOF) || errors.Is(o.err, os.ErrDeadlineExceeded) ||
-					errors.Is(o.err, syscall.ECONNREFUSED), "%v", o.err)
-				if errors.Is(o.err, syscall.ECONNREFUSED) {
-					require.Zero(t, handled.of(o.id), "refused, so handled by nobody")
-				}
-			}
-			require.Equal(t, 1, handled.most())
+			acknowledged, failed := requireNothingLostUnnoticed(t, slices.Concat(outcomes[:]...), handled)
 			require.GreaterOrEqual(t, acknowledged, senders*after)
-			t.Logf("%d acknowledged, %d failed", acknowledged, failed)
+			t.Logf("%d acknowledged, failed: %v", acknowledged, failed)
 		})
 	}
 }

@@ -27,6 +27,13 @@ const patience = 20 * time.Second
 
 // TestMain fails on a goroutine left over by any test.
 func TestMain(m *testing.M) {
+	if name := os.Getenv(nodeVariable); name != "" {
+		if err := runNode(name); err != nil {
+			fmt.Fprintln(os.Stderr, name, err)
+			os.Exit(1)
+		}
+		return
+	}
 	logrus.SetOutput(io.Discard)
 	code := m.Run()
 	if err := goleak.Find(); err != nil {
@@ -72,7 +79,7 @@ func captureLog(t testing.TB) *logLines {
 	return lines
 }
 
-// startServer starts a NATS server; the options are a cluster's, or empty.
+// startServer starts a NATS server; the options may set limits.
 func startServer(t testing.TB, opts server.Options) *server.Server {
 	t.Helper()
 	opts.Host, opts.Port, opts.NoLog, opts.NoSigs = "127.0.0.1", server.RANDOM_PORT, true, true
