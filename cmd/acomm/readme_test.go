@@ -51,33 +51,59 @@ func TestREADME_SessionRunsAsWritten(t *testing.T) {
 	require.NoError(t, err)
 }
 
-// terminals is the block of the README with several terminals, its lines with the
-// number of their terminal. Those it shows without one belong to the last.
-func terminals(t *testing.T) (lines []struct{ terminal, text string }) {
+// The README of the library has the first block with several terminals, too.
+func TestREADME_OfTheLibraryShowsTheSame(t *testing.T) {
+	ours, err := os.ReadFile("README.md")
+	require.NoError(t, err)
+	theirs, err := os.ReadFile("../../README.md")
+	require.NoError(t, err)
+	_, block, found := strings.Cut(string(ours), "```console\n1$ ")
+	require.True(t, found)
+	block, _, _ = strings.Cut(block, "```")
+	require.Contains(t, string(theirs), "```console\n1$ "+block+"```")
+}
+
+// terminalLine is a line of a block of the README with several terminals.
+type terminalLine struct{ terminal, text string }
+
+// terminals are the blocks of the README with several terminals, their lines with
+// the number of their terminal. Those it shows without one belong to the last.
+func terminals(t *testing.T) (blocks [][]terminalLine) {
 	t.Helper()
 	readme, err := os.ReadFile("README.md")
 	require.NoError(t, err)
-	_, block, ok := strings.Cut(string(readme), "```console\n1$ ")
-	require.True(t, ok)
-	block, _, _ = strings.Cut("1$ "+block, "```")
-	for line := range strings.Lines(block) {
-		line = strings.TrimSuffix(line, "\n")
-		terminal, text, ok := strings.Cut(line, "$ ")
-		if !ok {
-			terminal, text = "", line
+	for _, block := range strings.Split(string(readme), "```console\n1$ ")[1:] {
+		block, _, _ = strings.Cut("1$ "+block, "```")
+		var lines []terminalLine
+		for line := range strings.Lines(block) {
+			line = strings.TrimSuffix(line, "\n")
+			terminal, text, ok := strings.Cut(line, "$ ")
+			if !ok {
+				terminal, text = "", line
+			}
+			lines = append(lines, terminalLine{terminal, text})
 		}
-		lines = append(lines, struct{ terminal, text string }{terminal, text})
+		blocks = append(blocks, lines)
 	}
-	return lines
+	return blocks
 }
 
-// What differs from what is written is the directory, the port, and where the
+func TestREADME_TerminalsRunAsWritten(t *testing.T) {
+	blocks := terminals(t)
+	require.Len(t, blocks, 2, "over HTTP, over NATS")
+	for _, lines := range blocks {
+		runTerminals(t, lines)
+	}
+}
+
+// What differs from what is written is the directory, the ports, and where the
 // program is: those of a test must be its own.
-func TestREADME_ThreeTerminalsRunAsWritten(t *testing.T) {
-	own := strings.NewReplacer("/tmp/tasks", shortDir(t), "127.0.0.1:8080", closedPort(t))
+func runTerminals(t *testing.T, lines []terminalLine) {
+	t.Helper()
+	own := strings.NewReplacer("/tmp/tasks", shortDir(t), "127.0.0.1:8080", closedPort(t), "127.0.0.1:4222", closedPort(t))
 	running := map[string]*running{}
 	last, answered := "", 0
-	for _, line := range terminals(t) {
+	for _, line := range lines {
 		text := own.Replace(line.text)
 		switch {
 		case line.terminal == "": // what it shows
@@ -106,7 +132,7 @@ func TestREADME_ThreeTerminalsRunAsWritten(t *testing.T) {
 }
 
 func TestREADME_HelpIsThere(t *testing.T) {
-	for _, command := range []string{"call", "serve"} {
+	for _, command := range []string{"call", "serve", "gateway"} {
 		got := runAcomm(t, command, "--help")
 		require.Zero(t, got.code)
 		for _, part := range []string{"EXIT STATUS", "Usage:\n  acomm " + command, "Examples:", "Flags:", "--timeout"} {
@@ -116,6 +142,12 @@ func TestREADME_HelpIsThere(t *testing.T) {
 			require.LessOrEqual(t, len(line), 130, line)
 		}
 	}
+	gateway := runAcomm(t, "gateway", "--help").stdout
+	for _, part := range append([]string{"EXIT STATUS\n  0  ", "\n  1  ", "\n  2  ", "SIGHUP", "64:ff9b::/96"}, deniedHooks...) {
+		require.Contains(t, gateway, part)
+	}
+	require.Contains(t, runAcomm(t, "call", "--help").stdout, "HTTP_PROXY")
+	require.Contains(t, runAcomm(t, "--help").stdout, "NO_COLOR")
 	for _, shell := range []string{"bash", "zsh", "fish", "powershell"} {
 		got := runAcomm(t, "completion", shell)
 		require.Zero(t, got.code)
