@@ -28,9 +28,11 @@ func init() {
 // keptCallers is how many goroutines of the requester send at a time.
 const keptCallers = 16
 
-// appendLine writes a line with one system call, so it is there or not.
+// appendLine writes a line with one system call, so it is there or not. All are of
+// 16 bytes: the write of a process that is killed can end where a page of the file
+// does, and what is written next would continue the line.
 func appendLine(f *os.File, id int) {
-	_, err := f.WriteString(strconv.Itoa(id) + "\n")
+	_, err := fmt.Fprintf(f, "%15d\n", id)
 	orExit(err)
 }
 
