@@ -1,7 +1,9 @@
 package acomm
 
 import (
+	"bufio"
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"io"
 	"net/url"
@@ -110,6 +112,41 @@ func TestEncodeFrame_LeavesRoom(t *testing.T) {
 	}
 }
 
+// Hazard: an answer that is no acceptance is taken for one.
+func TestReadAnswer_NilIsAnAcceptanceAndNothingElse(t *testing.T) {
+	const text = `{"error":"","id":"1","result":null,"stream_url":null}`
+	frame := func(size int, text string) string {
+		return string(binary.BigEndian.AppendUint32(nil, uint32(size))) + text
+	}
+	for _, answer := range []struct {
+		data     string
+		accepted bool
+	}{
+		{frame(len(text), text), true},
+		{"", false},
+		{frame(0, ""), false},
+		{frame(len(text)-1, text), false},
+		{frame(len(text)+1, text), false},
+		{frame(len(text)+1, text+"x"), false},
+		{frame(len(text)+1, text+" "), false},
+		{frame(len(text)-1, text[:len(text)-1]), false},
+		{frame(len(text), strings.Replace(text, `"1"`, `"<"`, 1)), false},
+		{frame(len(text)+1, strings.Replace(text, `""`, `"x"`, 1)), false},
+		{frame(len(text)-3, strings.Replace(text, "null", "1", 1)), false},
+	} {
+		r := bufio.NewReader(strings.NewReader(answer.data + "next"))
+		data, err := readAnswer(r, len(answer.data))
+		require.NoError(t, err)
+		require.Equal(t, answer.accepted, data == nil, answer.data)
+		if data != nil {
+			require.Equal(t, answer.data, string(data))
+		}
+		rest, err := io.ReadAll(r)
+		require.NoError(t, err)
+		require.Equal(t, "next", string(rest))
+	}
+}
+
 // Hazard: a small text that its caller keeps holds on to the memory of a large one.
 func TestResponse_MarshalledTextHasMemoryOfItsOwn(t *testing.T) {
 	raw := json.RawMessage(`"` + strings.Repeat("x", 60_000) + `"`)
@@ -125,11 +162,17 @@ func TestResponse_MarshalledTextHasMemoryOfItsOwn(t *testing.T) {
 
 // Hazard: memory is taken for what was announced.
 func TestTakeBuffer_IsLessThanTwiceAsLarge(t *testing.T) {
-	for _, used := range []int{5000, 8192, 700_000, 1 << 20, 1<<22 - 1, 1 << 22, 1 << 26} {
-		for _, size := range []int{0, 1, 4096, 4097, 4999, 5000, 8191, 524_289, 700_001, 1 << 20, 1 << 22, 1<<25 + 1} {
-			releaseBuffer(make([]byte, used))
+	for _, used := range []int{100, 5000, 8192, 700_000, 1 << 20, 1<<22 - 1, 1 << 22, 1 << 26} {
+		for _, size := range []int{0, 1, 90, 4096, 4097, 4999, 5000, 8191, 524_289, 700_001, 1 << 20, 1 << 22, 1<<25 + 1} {
+			mark := make([]byte, used)
+			mark[0] = 1
+			releaseBuffer(mark)
 			b := takeBuffer(size)
 			require.Len(t, b, size)
+			if used <= 4096 || used >= 4<<20 {
+				require.False(t, size > 0 && b[0] == 1, "%d bytes are kept", used)
+			}
+			clear(b)
 			require.LessOrEqual(t, cap(b), 2*size)
 		}
 	}

@@ -1,9 +1,11 @@
 package acomm_test
 
 import (
+	"encoding/json"
 	"errors"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -111,4 +113,43 @@ func TestKept_SenderThatReadsNothingIsReadNoFurther(t *testing.T) {
 	require.Less(t, s.handled(0)*len(refusal.Error()), 16<<20, "answers to a sender that does not read")
 	require.NoError(t, conn.Close())
 	within(t, writing, "the writer")
+}
+
+// Hazard: a message that is given up while it waits to be written lends its memory
+// to the next ones, and arrives as something else.
+func TestKept_MemoryOfAMessageThatWaitsIsNotUsedAgain(t *testing.T) {
+	l := newRawListener(t)
+	conn := l.keep()
+	const number = 12
+	response := func(letter byte) *acomm.Response {
+		raw := json.RawMessage(`"` + strings.Repeat(string(letter), 30<<10) + `"`)
+		return &acomm.Response{ID: string(letter), Result: &raw}
+	}
+	var sent []<-chan error
+	for i := range number {
+		sent = append(sent, sendWithin(l.addr, response('a'+byte(i)), time.Second))
+	}
+	await(t, "all", func() bool { return acomm.KeptWaiting(l.addr.Path) == number })
+	awaitBlocked(t, "acomm.(*batch).writeRest", 1) // what fits is in the socket
+	for _, result := range sent {
+		require.ErrorIs(t, within(t, result, "the time-out"), os.ErrDeadlineExceeded)
+	}
+
+	const others = 3 * number // that hold what memory they find
+	var holding sync.WaitGroup
+	defer holding.Wait()
+	for range others {
+		a, b := net.Pipe()
+		defer a.Close() // all of them before the Wait
+		holding.Go(func() { _ = acomm.SendConnData(b, response('!')) })
+	}
+	awaitBlocked(t, "net.(*pipe).write", others)
+
+	for range number {
+		_, payload := l.message(conn)
+		var resp acomm.Response
+		require.NoError(t, json.Unmarshal([]byte(payload), &resp))
+		require.NotContains(t, payload, "!")
+		require.Equal(t, string(*response(resp.ID[0]).Result), string(*resp.Result))
+	}
 }
