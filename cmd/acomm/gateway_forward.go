@@ -269,22 +269,11 @@ func (g *gateway) finish(req *acomm.Request, resp *acomm.Response, task string, 
 	}
 	g.metrics.forwardFailures.WithLabelValues(task).Inc()
 	g.warn("failed to forward a response", sendError(req.ResponseHook, err), req.ID, task)
-	// NATS carries less than what a response came by, and the requester must not wait
-	// in vain. An HTTP hook may have taken the response: its answer was too large.
-	if errors.Is(err, syscall.EMSGSIZE) && req.ResponseHook.Scheme == "nats" {
+	if isTooLarge(req.ResponseHook, &out, err) { // the requester must not wait in vain
 		if err := sendResponse(req.ResponseHook, tooLarge(&out), deadline); err != nil {
 			g.warn("failed to say that a response is too large", sendError(req.ResponseHook, err), req.ID, task)
 		}
 	}
-}
-
-// tooLarge takes the place of a response that its hook can't be sent.
-func tooLarge(resp *acomm.Response) *acomm.Response {
-	err := errors.New("the response is too large for the hook")
-	if resp.Result != nil {
-		err = fmt.Errorf("the result of %d bytes is too large for the hook; use a stream", len(*resp.Result))
-	}
-	return &acomm.Response{ID: resp.ID, Error: err}
 }
 
 // sendResponse sends the response, and again where it certainly did not arrive, the

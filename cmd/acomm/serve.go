@@ -328,8 +328,8 @@ func (s *service) answerStream(req *acomm.Request, release func()) error {
 // deliverResponse sends the response, or that it is too large.
 func deliverResponse(req *acomm.Request, resp *acomm.Response) error {
 	err := req.Respond(resp)
-	if errors.Is(err, syscall.EMSGSIZE) {
-		err = req.Respond(&acomm.Response{ID: req.ID, Error: err})
+	if isTooLarge(req.ResponseHook, resp, err) {
+		err = req.Respond(tooLarge(resp))
 	}
 	return err
 }
