@@ -2,7 +2,9 @@ package acomm
 
 import (
 	"context"
+	"maps"
 	"net/url"
+	"slices"
 	"time"
 )
 
@@ -83,6 +85,13 @@ func KeptTo(path string) bool {
 	return kept.conns[path] != nil
 }
 
+// KeptLinked reports whether messages to the path go by a connection that was made
+// by the process that listens there.
+func KeptLinked(path string) bool {
+	c := kept.to(path)
+	return c != nil && !c.made
+}
+
 // SetKeptPatience sets how long a peer may take nothing of what is written to it,
 // and returns the time that was. Nothing may be kept meanwhile.
 func SetKeptPatience(d time.Duration) (old time.Duration) {
@@ -110,8 +119,9 @@ func SetKeptNumber(path string, number uint32) {
 
 func (ul *UnixListener) SetKeptNumbers(number uint32) {
 	ul.mu.Lock()
-	defer ul.mu.Unlock()
-	for c := range ul.run.kept {
+	keeping := slices.Collect(maps.Keys(ul.run.kept))
+	ul.mu.Unlock()
+	for _, c := range keeping {
 		c.out.mu.Lock()
 		c.last = number
 		c.out.mu.Unlock()

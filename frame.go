@@ -95,7 +95,15 @@ func UnmarshalConnData(conn net.Conn, dest interface{}) error {
 	if err != nil {
 		return fmt.Errorf("read frame: %w", err)
 	}
-	return decodeFrame(data, dest)
+	if err := decodeFrame(data, dest); err != nil {
+		return err
+	}
+	if e, ok := conn.(*exchange); ok {
+		if req, ok := dest.(*Request); ok {
+			e.c.hookIs(req.ResponseHook)
+		}
+	}
+	return nil
 }
 
 // receiveFrame reads one frame from a connection of any kind.

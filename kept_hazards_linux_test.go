@@ -109,7 +109,7 @@ func TestKept_SenderThatReadsNothingIsReadNoFurther(t *testing.T) {
 			}
 		}
 	})
-	awaitBlocked(t, "acomm.(*keptListener).awaitReaderLocked", 1)
+	awaitBlocked(t, "acomm.(*batch).awaitReader", 1)
 	require.Less(t, s.handled(0)*len(refusal.Error()), 16<<20, "answers to a sender that does not read")
 	require.NoError(t, conn.Close())
 	within(t, writing, "the writer")

@@ -68,6 +68,9 @@ func TestKept_ListenerClosesWhatRests(t *testing.T) {
 			close(release)
 		}
 	}
+	kind, number, _, err := readKept(conn)
+	require.NoError(t, err)
+	require.Equal(t, []uint32{keptStop, 2}, []uint32{kind, number}, "what comes now is not read")
 	require.ErrorIs(t, readOne(conn), io.EOF)
 }
 

@@ -644,10 +644,10 @@ func TestKept_ADeadlineOfTheOfferDoesNotStay(t *testing.T) {
 		for _, conn := range peers {
 			require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
 			require.NoError(t, acomm.UnmarshalConnData(conn, &struct{}{}))
-			hello := make([]byte, len(acomm.KeptHello))
+			hello := make([]byte, len(acomm.KeptHello)+len(rawToken))
 			_, err := io.ReadFull(conn, hello)
 			require.NoError(t, err)
-			require.Equal(t, acomm.KeptHello, string(hello))
+			require.Equal(t, acomm.KeptHello, string(hello[:len(acomm.KeptHello)]))
 		}
 		later := time.Now().Add(250 * time.Millisecond)
 		for _, conn := range peers {
@@ -797,6 +797,10 @@ const (
 	keptCancel  = 9
 	keptAnswer  = 10
 	keptStop    = 11
+	keptLink    = 12
+	keptLinked  = 13
+
+	rawToken = "0123456789abcdef" // what a listener of these tests calls a connection
 )
 
 // readKept reads a frame.
@@ -853,7 +857,7 @@ func (l *rawListener) keep() net.Conn {
 	_, err = io.ReadFull(conn, hello)
 	require.NoError(l.t, err)
 	require.Equal(l.t, acomm.KeptHello, string(hello))
-	_, err = conn.Write(hello)
+	_, err = conn.Write(append(hello, rawToken...))
 	require.NoError(l.t, err)
 	await(l.t, "agreement", func() bool { return acomm.KeptAgreed(l.addr.Path) })
 	return conn
@@ -1080,6 +1084,8 @@ func TestKept_ListenersOfIllWillDoNoHarm(t *testing.T) {
 		"a message":           keptFrame(keptMessage, 2, 1, "{}"),
 		"a cancel":            keptFrame(keptCancel, 0, 1, ""),
 		"kind 15":             keptFrame(15, 0, 1, ""),
+		"a link":              keptFrame(keptLink, 32, 0, strings.Repeat("x", 32)),
+		"an answer to a link": keptFrame(keptLinked, 0, 1, ""),
 		"stop with a payload": keptFrame(keptStop, 1, 1, "x"),
 		"too long an answer":  keptFrame(keptAnswer, acomm.MaxPayload+5, 1, "x"),
 		"longest of all":      keptFrame(keptAnswer, 1<<28-1, 1, "x"),
@@ -1122,7 +1128,7 @@ func TestKept_ListenersOfIllWillDoNoHarm(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, []any{uint32(keptCancel), uint32(1), ""}, []any{kind, number, payload})
 	})
-	for name, hello := range map[string]string{"wrong": "\xffacomm\x00\x02", "silent": "", "closing": "-"} {
+	for name, hello := range map[string]string{"wrong": "\xffacomm\x00\x01" + rawToken, "silent": "", "closing": "-"} {
 		t.Run("hello "+name, func(t *testing.T) {
 			l := newRawListener(t)
 			sent := sendAsync(l.addr, note{ID: -1})
@@ -1160,10 +1166,10 @@ func keepRaw(t testing.TB, path string) *net.UnixConn {
 	require.Equal(t, 1, ack.Keep)
 	_, err = io.WriteString(conn, acomm.KeptHello)
 	require.NoError(t, err)
-	hello := make([]byte, len(acomm.KeptHello))
+	hello := make([]byte, len(acomm.KeptHello)+len(rawToken))
 	_, err = io.ReadFull(conn, hello)
 	require.NoError(t, err)
-	require.Equal(t, acomm.KeptHello, string(hello))
+	require.Equal(t, acomm.KeptHello, string(hello[:len(acomm.KeptHello)]))
 	return conn
 }
 
@@ -1188,7 +1194,9 @@ func TestKept_SendersOfIllWillDoNoHarm(t *testing.T) {
 		"a number left out":   slices.Concat(message(1, `{}`), message(3, `{}`)),
 		"kind 0":              keptFrame(0, 2, 1, "{}"),
 		"kind 7":              keptFrame(7, 2, 1, "{}"),
-		"kind 12":             keptFrame(12, 0, 1, ""),
+		"kind 14":             keptFrame(14, 0, 1, ""),
+		"a link too short":    keptFrame(keptLink, 31, 0, strings.Repeat("x", 31)),
+		"an answer to a link": keptFrame(keptLinked, 0, 1, ""),
 		"an answer":           keptFrame(keptAnswer, 2, 1, "{}"),
 		"a stop":              keptFrame(keptStop, 0, 1, ""),
 		"too long":            keptFrame(keptMessage, acomm.KeptLimit+1, 1, "{}"+strings.Repeat(" ", acomm.KeptLimit-1)),

@@ -6,13 +6,15 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/url"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
 
-// The listening side of kept connections. A connection begins as a firstConn,
+// The serving side of kept connections. A connection begins as a firstConn,
 // which carries one exchange as ever. If its handler acknowledges with
 // SendConnData, the acknowledgement offers to keep the connection. A sender that
 // wants to says so at once, and the connection becomes a keptListener, on which
@@ -21,9 +23,10 @@ import (
 const (
 	keptOffer = `,"keep":1}`           // the end of an acknowledgement that offers to keep the connection
 	keptGrace = 200 * time.Millisecond // for a sender to take the offer, once the handler is done
-	keptQueue = 1 << 20                // bytes of messages read and not yet handed out, or of answers not yet sent
-	keptProbe = time.Second            // between looks for a sender that is waited for, while the listener stops
+	keptQueue = 1 << 20                // bytes of answers not yet sent
+	keptAhead = 2 * keptWindow         // bytes of messages read and not yet handed out; the sender has given up on half of it
 	keptCost  = 512                    // bytes that an exchange counts for beside its message
+	keptTries = 16                     // hooks, to find the one whose listener's process is the sender
 )
 
 // firstConn is a connection with its first exchange. It passes everything through
@@ -113,7 +116,7 @@ func (f *firstConn) awaitSender() {
 	f.peeked = word
 	f.mu.Unlock()
 	if c := f.decide(string(word) == keptHello); c != nil {
-		c.serve()
+		c.read(c.agree)
 	}
 }
 
@@ -167,7 +170,7 @@ func (f *firstConn) Read(p []byte) (int, error) {
 	if f.closed || !alone {
 		defer f.mu.Unlock()
 		if f.closed {
-			return 0, opError("read", f.conn, net.ErrClosed)
+			return 0, opError("read", f, net.ErrClosed)
 		}
 		return 0, io.EOF // a sender that does not keep it would have closed it
 	}
@@ -190,10 +193,10 @@ func (f *firstConn) Write(p []byte) (int, error) {
 	switch {
 	case f.closed:
 		defer f.mu.Unlock()
-		return 0, opError("write", f.conn, net.ErrClosed)
+		return 0, opError("write", f, net.ErrClosed)
 	case f.state == firstKept:
 		defer f.mu.Unlock()
-		return 0, opError("write", f.conn, syscall.EPIPE)
+		return 0, opError("write", f, syscall.EPIPE)
 	}
 	f.written = true // from here on it is the handler's alone
 	f.mu.Unlock()
@@ -205,7 +208,7 @@ func (f *firstConn) Close() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.closed {
-		return opError("close", f.conn, net.ErrClosed)
+		return opError("close", f, net.ErrClosed)
 	}
 	f.closed = true
 	switch f.state {
@@ -225,7 +228,7 @@ func (f *firstConn) setDeadline(set func(time.Time) error, t time.Time) error {
 	defer f.mu.Unlock()
 	switch {
 	case f.closed:
-		return opError("set", f.conn, net.ErrClosed)
+		return opError("set", f, net.ErrClosed)
 	case f.state == firstKept:
 		return nil
 	}
@@ -250,182 +253,207 @@ func (f *firstConn) SetWriteDeadline(t time.Time) error {
 	return f.setDeadline(f.conn.SetWriteDeadline, t)
 }
 
-// keptListener is a connection that its sender keeps.
+// keptListener serves on a connection that is kept: one that it has accepted, or
+// one that this process has made, to a listener of a process that also sends to this
+// one.
 type keptListener struct {
-	ul   *UnixListener
-	run  *listenerRun
-	conn *net.UnixConn
-	out  *batch
+	*keptConn
+	ul     *UnixListener
+	run    *listenerRun
+	local  net.Addr // of the connection by which the sender has come
+	remote net.Addr
+	links  int // times the sender has asked for one; the reader's
 
 	// Guarded by the listener's mu.
 	handed uint32     // number of the last exchange that NextConn has returned
 	queued int        // bytes of those it has not
-	room   *sync.Cond // queued has become less, or the connection has ended
+	room   *sync.Cond // queued has become less, or the listener has stopped
 
 	// Guarded by out.mu.
 	last     uint32               // number of the last message
-	seen     uint32               // last, when rest looked
 	pending  map[uint32]*exchange // not answered, by number
-	refusing bool                 // nothing more can be sent to us; what was is served
-	stopped  bool                 // nor is that served any more
-	rest     *time.Timer          // until rested, then until probe
+	size     int                  // bytes of their messages
+	refusing bool                 // what is sent to us from now on is not served
+	stopped  bool                 // nor is what was sent before
+	ended    bool                 // the listener knows that
+	tried    map[string]struct{}  // hooks that the sender of the connection was looked for with
+	settled  atomic.Bool          // it is not looked for any more
 }
 
-func newKeptListener(ul *UnixListener, run *listenerRun, conn *net.UnixConn) (*keptListener, error) {
-	c := &keptListener{
-		ul: ul, run: run, conn: conn,
-		room: sync.NewCond(&ul.mu), pending: make(map[uint32]*exchange),
+func newKeptListener(on *keptConn, ul *UnixListener, run *listenerRun, local, remote net.Addr) *keptListener {
+	return &keptListener{
+		keptConn: on, ul: ul, run: run, local: local, remote: remote,
+		room: sync.NewCond(&ul.mu), pending: make(map[uint32]*exchange), tried: make(map[string]struct{}),
 	}
-	var err error
-	c.out, err = newBatch(conn, c.senderGone)
-	return c, err
 }
 
-// serve agrees to keep the connection and hands its messages out, until nothing
-// more can come and all were answered.
-func (c *keptListener) serve() {
-	if writeHello(c.conn) {
-		c.out.mu.Lock()
-		c.rest = time.AfterFunc(2*keptRest, c.rested)
-		c.out.mu.Unlock()
-		r := bufio.NewReaderSize(c.conn, 16<<10)
-		for c.readFrame(r) == nil {
-		}
+// agree tells the sender that the connection is kept, and what it is called.
+func (c *keptListener) agree(*bufio.Reader) error {
+	if !writeAtOnce(c.conn, append([]byte(keptHello), c.token[:]...)) {
+		return errors.New("no room for the agreement")
 	}
-	c.ul.readingEnded(c)
-	if !c.refuse() {
-		c.senderGone() // or it has broken the rules
-	}
-	c.out.mu.Lock()
-	c.rest = time.AfterFunc(keptProbe, c.probe)
-	for c.out.writing || !c.stopped && len(c.pending) > 0 {
-		c.out.idle.Wait()
-	}
-	c.stopped = true
-	c.rest.Stop()
-	c.out.mu.Unlock()
-	_ = c.conn.Close() // before Stop can learn that the connection is gone
-	c.ul.keptEnded(c)
+	return nil
 }
 
-// senderGone ends the connection: nobody waits for answers any more.
-func (c *keptListener) senderGone() {
-	_ = c.conn.Close()
+// readMessage reads a message of so many bytes and hands it to the listener.
+func (c *keptListener) readMessage(r *bufio.Reader, size int, number uint32) error {
+	frame := make([]byte, headerSize+size) // a plain frame, as the handler expects it
+	binary.BigEndian.PutUint32(frame, uint32(size))
+	if _, err := io.ReadFull(r, frame[headerSize:]); err != nil {
+		return err
+	}
+	c.out.awaitReader()
+	c.ul.awaitRoom(c)
 	c.out.mu.Lock()
 	defer c.out.mu.Unlock()
+	switch {
+	case c.refusing:
+		return nil // its sender is told so
+	case number != c.last+1 || len(c.pending) >= keptShare || c.size+size > keptWindow:
+		return errors.New("not the next number, or too much at a time")
+	}
+	c.out.held = true
+	e := &exchange{c: c, number: number, size: size, unread: frame}
+	if c.ul.handOver(e) {
+		c.last = number
+		c.pending[number] = e
+		c.size += size
+	}
+	return nil
+}
+
+// cancel ends an exchange whose sender has given up.
+func (c *keptListener) cancel(number uint32) {
+	c.out.mu.Lock()
+	defer c.out.mu.Unlock()
+	if e := c.pending[number]; e != nil {
+		e.senderGoneLocked()
+	}
+}
+
+// senderGoneLocked ends all exchanges: nobody waits for answers any more. The caller
+// holds out.mu.
+func (c *keptListener) senderGoneLocked() {
+	c.refuseLocked()
 	for _, e := range c.pending {
 		e.senderGoneLocked()
 	}
 }
 
-// probe writes to a sender that can't be heard any more, to learn whether it is
-// gone.
-func (c *keptListener) probe() {
+// refuse lets nothing more be sent, and tells the sender so. What was read is served.
+// What goes the other way on a connection that was accepted moves elsewhere: the next
+// connection of the other process will be a better one for it.
+func (c *keptListener) refuse() {
 	c.out.mu.Lock()
-	if c.stopped {
-		c.out.mu.Unlock()
-		return
-	}
-	flush := c.out.addCopyLocked(keptStop, c.last, nil)
-	c.rest.Reset(keptProbe)
+	flush := c.refuseLocked() && c.out.addCopyLocked(keptStop, c.last, nil)
+	c.checkDoneLocked()
+	back := c.sends
 	c.out.mu.Unlock()
 	if flush {
 		c.out.flush(false)
 	}
-}
-
-// readFrame reads a frame of the sender and does what it says. An error ends the
-// connection.
-func (c *keptListener) readFrame(r *bufio.Reader) error {
-	kind, size, number, err := readKeptHeader(r)
-	if err != nil {
-		return err
-	}
-	switch {
-	case kind == keptMessage && size <= keptLimit:
-		frame := make([]byte, headerSize+size) // a plain frame, as the handler expects it
-		binary.BigEndian.PutUint32(frame, uint32(size))
-		if _, err := io.ReadFull(r, frame[headerSize:]); err != nil {
-			return err
-		}
-		return c.message(number, frame)
-	case kind == keptCancel && size == 0:
-		c.out.mu.Lock()
-		defer c.out.mu.Unlock()
-		if e := c.pending[number]; e != nil {
-			e.senderGoneLocked()
-		}
-		return nil
-	}
-	return errors.New("not a frame of a sender")
-}
-
-// awaitReaderLocked waits while the sender leaves too much of its answers unread.
-// The caller holds out.mu.
-func (c *keptListener) awaitReaderLocked() {
-	for c.out.queued-c.out.written > keptQueue && c.out.err == nil && !c.stopped {
-		c.out.idle.Wait()
+	if back != nil && !back.made {
+		back.retire()
 	}
 }
 
-// message hands an exchange to the listener.
-func (c *keptListener) message(number uint32, frame []byte) error {
-	e := &exchange{c: c, number: number, size: len(frame) + keptCost, unread: frame}
-	c.out.mu.Lock()
-	c.awaitReaderLocked()
-	broken := number != c.last+1 || len(c.pending) >= keptShare
-	if !broken {
-		c.last = number
-		c.pending[number] = e
+// refuseLocked reports whether it was not so before. The caller holds out.mu.
+func (c *keptListener) refuseLocked() bool {
+	if c.refusing {
+		return false
 	}
-	c.out.mu.Unlock()
-	if broken {
-		return errors.New("not the next number, or too many exchanges")
-	}
-	return c.ul.handOver(e)
+	c.refusing = true
+	c.ul.readingEnded(c)
+	return true
 }
 
-// refuse lets nothing more be sent on the connection, and reports whether it did so
-// before. A message that was sent is served; the write of a later one fails, so its
-// sender knows.
-func (c *keptListener) refuse() (before bool) {
-	c.out.mu.Lock()
-	defer c.out.mu.Unlock()
-	before, c.refusing = c.refusing, true
-	_ = c.conn.CloseRead()
-	if c.rest != nil {
-		c.rest.Stop()
-	}
-	return before
-}
-
-// stop ends the connection, whatever is open on it, and tells the sender which
-// messages nobody has seen. What was answered is still written, for a moment.
+// stop ends the serving, whatever is open, and tells the sender which messages
+// nobody has seen. What was answered is still written, for a moment.
 func (c *keptListener) stop(handed uint32) {
 	c.out.mu.Lock()
+	c.refuseLocked()
 	flush := c.out.addCopyLocked(keptStop, handed, nil)
-	c.refusing, c.stopped = true, true
-	_ = c.conn.CloseRead()
-	c.out.idle.Broadcast()
 	c.out.mu.Unlock()
-	time.AfterFunc(keptGrace, func() { _ = c.conn.Close() })
+	time.AfterFunc(keptGrace, func() {
+		c.out.mu.Lock()
+		defer c.out.mu.Unlock()
+		c.stopped = true
+		c.checkDoneLocked()
+	})
 	if flush {
 		c.out.flush(false)
 	}
 }
 
-// rested closes the connection if it has not been used for the time of rest.
-func (c *keptListener) rested() {
+// doneLocked reports whether nothing is served any more, and the sender knows. The
+// caller holds out.mu.
+func (c *keptListener) doneLocked() bool {
+	told := c.out.err != nil || len(c.out.queue) == 0 && !c.out.writing
+	return c.stopped || c.refusing && len(c.pending) == 0 && told
+}
+
+// endLocked lets the listener forget the connection. The caller holds out.mu.
+func (c *keptListener) endLocked() {
+	c.senderGoneLocked()
+	if !c.ended {
+		c.ended = true
+		c.ul.keptEnded(c)
+	}
+}
+
+// hookIs looks for the sender of the connection: it may be the process that listens
+// at the response hook of one of its requests. Then responses can go by this
+// connection, together with the acknowledgements.
+func (c *keptListener) hookIs(hook *url.URL) {
+	if c.settled.Load() || hook == nil || hook.Scheme != "unix" {
+		return
+	}
+	to := kept.to(hook.Path)
+	if to == nil || !to.made || to.keptConn == c.keptConn {
+		return
+	}
 	c.out.mu.Lock()
-	used := c.seen != c.last || len(c.pending) > 0
-	c.seen = c.last
-	if used && !c.refusing {
-		c.rest.Reset(2 * keptRest)
+	_, before := c.tried[hook.Path]
+	ask := !before && c.sends == nil && len(c.tried) < keptTries
+	if ask {
+		c.tried[hook.Path] = struct{}{}
+		c.asked = true
 	}
+	c.settled.Store(c.sends != nil || len(c.tried) == keptTries)
 	c.out.mu.Unlock()
-	if !used {
-		c.refuse()
+	if ask && !to.link(c.keptConn, c.run.socket.id()) {
+		c.out.mu.Lock()
+		delete(c.tried, hook.Path) // next time
+		c.out.mu.Unlock()
 	}
+}
+
+// readLink reads the question whether the sender's messages may come by another
+// connection, too. They may by one that this process has made to a listener of the
+// same process: the sender names it, and nobody else can know that name but from the
+// other end of that very connection.
+func (c *keptListener) readLink(r *bufio.Reader) error {
+	question := make([]byte, linkSize)
+	if _, err := io.ReadFull(r, question); err != nil {
+		return err
+	}
+	if c.links++; c.links > keptConns {
+		return errors.New("too many links")
+	}
+	var answer uint32
+	const name = len(keptToken{})
+	file := fileID{binary.BigEndian.Uint64(question[name:]), binary.BigEndian.Uint64(question[name+8:])}
+	on := kept.called(keptToken(question[:name]))
+	if on != nil && on.file == file && samePeer(on.conn, c.conn) && c.ul.serveOn(on.keptConn, c) {
+		answer = 1
+	}
+	c.out.mu.Lock()
+	flush := c.out.addCopyLocked(keptLinked, answer, nil)
+	c.out.mu.Unlock()
+	if flush {
+		c.out.flush(false)
+	}
+	return nil
 }
 
 // exchange is a message on a kept connection, for its handler a connection of its
@@ -434,7 +462,7 @@ func (c *keptListener) rested() {
 type exchange struct {
 	c      *keptListener
 	number uint32
-	size   int // bytes it counts for while it is in the queue
+	size   int // bytes of the message
 
 	// Guarded by c.out.mu.
 	unread        []byte // of the message
@@ -489,9 +517,9 @@ func (e *exchange) Read(p []byte) (int, error) {
 func (e *exchange) readLocked(p []byte) (int, <-chan struct{}, error) {
 	switch {
 	case e.closed:
-		return 0, nil, opError("read", e.c.conn, net.ErrClosed)
+		return 0, nil, opError("read", e, net.ErrClosed)
 	case passed(e.readDeadline):
-		return 0, nil, opError("read", e.c.conn, os.ErrDeadlineExceeded)
+		return 0, nil, opError("read", e, os.ErrDeadlineExceeded)
 	case len(p) == 0:
 		return 0, nil, nil
 	case len(e.unread) > 0:
@@ -530,9 +558,10 @@ func (e *exchange) settleLocked() {
 	}
 	e.answered, e.answer = true, nil
 	delete(e.c.pending, e.number)
+	e.c.size -= e.size
 	e.wakeLocked()
-	if len(e.c.pending) == 0 {
-		e.c.out.idle.Broadcast()
+	if e.c.refusing {
+		e.c.checkDoneLocked()
 	}
 }
 
@@ -554,13 +583,13 @@ func (e *exchange) Write(p []byte) (int, error) {
 	switch {
 	case e.closed:
 		defer e.c.out.mu.Unlock()
-		return 0, opError("write", e.c.conn, net.ErrClosed)
+		return 0, opError("write", e, net.ErrClosed)
 	case passed(e.writeDeadline):
 		defer e.c.out.mu.Unlock()
-		return 0, opError("write", e.c.conn, os.ErrDeadlineExceeded)
+		return 0, opError("write", e, os.ErrDeadlineExceeded)
 	case e.answered || e.c.out.err != nil:
 		defer e.c.out.mu.Unlock()
-		return 0, opError("write", e.c.conn, syscall.EPIPE)
+		return 0, opError("write", e, syscall.EPIPE)
 	}
 	answer := p
 	if len(e.answer) > 0 {
@@ -589,7 +618,7 @@ func (e *exchange) Close() error {
 	e.c.out.mu.Lock()
 	if e.closed {
 		defer e.c.out.mu.Unlock()
-		return opError("close", e.c.conn, net.ErrClosed)
+		return opError("close", e, net.ErrClosed)
 	}
 	e.closed = true
 	flush, company := e.answerLocked(e.answer)
@@ -602,8 +631,8 @@ func (e *exchange) Close() error {
 	return nil
 }
 
-func (e *exchange) LocalAddr() net.Addr  { return e.c.conn.LocalAddr() }
-func (e *exchange) RemoteAddr() net.Addr { return e.c.conn.RemoteAddr() }
+func (e *exchange) LocalAddr() net.Addr  { return e.c.local }
+func (e *exchange) RemoteAddr() net.Addr { return e.c.remote }
 
 // SyscallConn gives access to the socket that the exchange shares with others, for
 // the peer's credentials.
@@ -617,7 +646,7 @@ func (e *exchange) setDeadlines(t time.Time, read, write bool) error {
 	e.c.out.mu.Lock()
 	defer e.c.out.mu.Unlock()
 	if e.closed {
-		return opError("set", e.c.conn, net.ErrClosed)
+		return opError("set", e, net.ErrClosed)
 	}
 	if read {
 		e.readDeadline = t
@@ -634,6 +663,6 @@ func passed(deadline time.Time) bool {
 	return !deadline.IsZero() && !time.Now().Before(deadline)
 }
 
-func opError(op string, conn *net.UnixConn, err error) error {
+func opError(op string, conn net.Conn, err error) error {
 	return &net.OpError{Op: op, Net: "unix", Source: conn.LocalAddr(), Addr: conn.RemoteAddr(), Err: err}
 }

@@ -150,6 +150,15 @@ func bind(path string, mode fs.FileMode) (*socket, error) {
 	return s, nil
 }
 
+// id returns what tells the socket's file from others.
+func (s *socket) id() fileID {
+	st, ok := s.file.Sys().(*syscall.Stat_t)
+	if !ok {
+		return fileID{}
+	}
+	return newFileID(st)
+}
+
 // close removes the socket's file and its private directory and ends Accept.
 // Once is enough, more does no harm.
 func (s *socket) close() {

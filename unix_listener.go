@@ -1,6 +1,7 @@
 package acomm
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -120,8 +121,6 @@ func (ul *UnixListener) Start() error {
 		return fmt.Errorf("start listener %s: %w", ul.addr, err)
 	}
 
-	ul.mu.Lock()
-	defer ul.mu.Unlock()
 	run := &listenerRun{
 		socket:    socket,
 		stopping:  make(chan struct{}),
@@ -134,8 +133,10 @@ func (ul *UnixListener) Start() error {
 		offered:   make(map[*firstConn]struct{}),
 		kept:      make(map[*keptListener]struct{}),
 	}
-	ul.run = run
 	kept.join()
+	ul.mu.Lock()
+	defer ul.mu.Unlock()
+	ul.run = run
 	go ul.accept(run) // ends with the socket; Stop waits for refused
 	return nil
 }
@@ -170,7 +171,7 @@ func (ul *UnixListener) checkStopped() error {
 // their connections, 256 to a listener: then what is returned stands for one
 // exchange, and others may use the same socket. It is used in the same way. Its
 // LocalAddr and RemoteAddr are those of the socket (such a sender has a random name
-// that begins with @acomm-keep-1/), its deadlines bound this exchange alone. What
+// that begins with @acomm-keep-2/), its deadlines bound this exchange alone. What
 // is written up to the end of a frame is the answer; Write hands it over without
 // blocking, and what is written after it gives an error that matches
 // [syscall.EPIPE]. Read gives the sender's frame, then blocks until the exchange
@@ -197,7 +198,7 @@ func (ul *UnixListener) NextConn() net.Conn {
 	run.waiting = run.waiting[1:]
 	if e, ok := conn.(*exchange); ok {
 		e.c.handed = e.number
-		e.c.queued -= e.size
+		e.c.queued -= e.size + keptCost
 		e.c.room.Broadcast()
 	}
 	return conn
@@ -411,7 +412,7 @@ func (run *listenerRun) waitToAccept(delay time.Duration) {
 func (ul *UnixListener) mayOffer(f *firstConn) bool {
 	ul.mu.Lock()
 	defer ul.mu.Unlock()
-	if f.run.isStopping() || len(f.run.offered)+len(f.run.kept) >= keptConns {
+	if f.run.isStopping() || !f.run.mayKeepLocked() {
 		return false
 	}
 	f.run.offered[f] = struct{}{}
@@ -420,15 +421,46 @@ func (ul *UnixListener) mayOffer(f *firstConn) bool {
 
 // promote makes a connection one that is kept, unless the listener stops.
 func (ul *UnixListener) promote(f *firstConn) *keptListener {
-	c, err := newKeptListener(ul, f.run, f.conn)
-	ul.mu.Lock()
-	defer ul.mu.Unlock()
-	if err != nil || f.run.isStopping() {
+	on, err := newKeptConn(f.conn, 2*keptRest)
+	if err != nil {
 		return nil
 	}
-	f.run.kept[c] = struct{}{}
-	f.run.reading++
+	_, _ = rand.Read(on.token[:]) // never fails
+	c := newKeptListener(on, ul, f.run, f.conn.LocalAddr(), f.conn.RemoteAddr())
+	on.serves = c
+	ul.mu.Lock()
+	defer ul.mu.Unlock()
+	if f.run.isStopping() {
+		return nil
+	}
+	f.run.addKeptLocked(c)
 	return c
+}
+
+// serveOn lets what a sender sends to the listener come by another connection, too.
+func (ul *UnixListener) serveOn(on *keptConn, like *keptListener) bool {
+	on.out.mu.Lock()
+	defer on.out.mu.Unlock()
+	ul.mu.Lock()
+	defer ul.mu.Unlock()
+	if on.finishing || on.serves != nil || like.run.isStopping() || !like.run.mayKeepLocked() {
+		return false
+	}
+	c := newKeptListener(on, ul, like.run, like.local, like.remote)
+	c.settled.Store(true) // it is the sender who has been found
+	on.serves = c
+	like.run.addKeptLocked(c)
+	return true
+}
+
+// mayKeepLocked reports whether another connection may be kept. The caller holds the
+// listener's mu.
+func (run *listenerRun) mayKeepLocked() bool { return len(run.offered)+len(run.kept) < keptConns }
+
+// addKeptLocked adds a connection that is kept. The caller holds the listener's mu.
+func (run *listenerRun) addKeptLocked(c *keptListener) {
+	run.kept[c] = struct{}{}
+	run.reading++
 }
 
 // offerEnded counts a connection as one that will not be kept, or is.
@@ -439,26 +471,41 @@ func (ul *UnixListener) offerEnded(f *firstConn) {
 	f.run.checkDrainedLocked()
 }
 
-// handOver puts an exchange in the queue for NextConn. It waits while there is
-// much in it of the same connection.
-func (ul *UnixListener) handOver(e *exchange) error {
+// awaitRoom waits while much of the connection is in the queue for NextConn. Its
+// sender has given up on some of that.
+func (ul *UnixListener) awaitRoom(c *keptListener) {
+	ul.mu.Lock()
+	full := c.queued >= keptAhead
+	ul.mu.Unlock()
+	if !full {
+		return
+	}
+	c.out.release()
+	ul.mu.Lock()
+	defer ul.mu.Unlock()
+	for c.queued >= keptAhead && c.run.open != nil {
+		c.room.Wait()
+	}
+}
+
+// handOver puts an exchange in the queue for NextConn, unless the listener has
+// stopped. The caller holds the out.mu of its connection.
+func (ul *UnixListener) handOver(e *exchange) bool {
 	ul.mu.Lock()
 	defer ul.mu.Unlock()
 	run := e.c.run
-	for e.c.queued >= keptQueue && run.open != nil {
-		e.c.room.Wait()
-	}
 	if run.open == nil {
-		return net.ErrClosed
+		return false
 	}
-	e.c.queued += e.size
+	e.c.queued += e.size + keptCost
 	run.open[e] = struct{}{}
 	run.waiting = append(run.waiting, e)
 	run.changed.Signal()
-	return nil
+	return true
 }
 
-// readingEnded notes that no more exchanges arrive on a connection.
+// readingEnded notes that no more exchanges arrive on a connection. The caller holds
+// its out.mu.
 func (ul *UnixListener) readingEnded(c *keptListener) {
 	ul.mu.Lock()
 	defer ul.mu.Unlock()
@@ -466,7 +513,7 @@ func (ul *UnixListener) readingEnded(c *keptListener) {
 	c.run.changed.Broadcast()
 }
 
-// keptEnded forgets a connection that was kept.
+// keptEnded forgets a connection that was kept. The caller holds its out.mu.
 func (ul *UnixListener) keptEnded(c *keptListener) {
 	ul.mu.Lock()
 	defer ul.mu.Unlock()
