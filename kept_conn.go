@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -80,13 +81,15 @@ type keptConn struct {
 	token keptToken     // what the end that has accepted the connection calls it; the other knows it once that has agreed
 	ended chan struct{} // closed when nothing of the connection is left
 
+	// Set under out.mu, once at the most.
+	sends  atomic.Pointer[keptSender]   // nil if nothing is sent from this end
+	serves atomic.Pointer[keptListener] // nil if nothing is served at this end
+	asked  atomic.Bool                  // the other end, whether it serves, too
+
 	// Guarded by out.mu.
-	sends     *keptSender   // nil if nothing is sent from this end
-	serves    *keptListener // nil if nothing is served at this end
-	asked     bool          // the other end, whether it serves, too; once
-	finishing bool          // nothing begins any more, in either direction
-	rest      *time.Timer   // until rested
-	seen      uint64        // messages, when rest looked
+	finishing bool        // nothing begins any more, in either direction
+	rest      *time.Timer // until rested
+	seen      uint64      // messages, when rest looked
 }
 
 func newKeptConn(conn *net.UnixConn, life time.Duration) (*keptConn, error) {
@@ -128,7 +131,7 @@ func (c *keptConn) end() {
 	for c.out.writing { // only then it is known what was written
 		c.out.idle.Wait()
 	}
-	sends, serves := c.sends, c.serves
+	sends, serves := c.sends.Load(), c.serves.Load()
 	if sends != nil {
 		sends.endLocked()
 	}
@@ -147,9 +150,7 @@ func (c *keptConn) readFrame(r *bufio.Reader) error {
 	if err != nil {
 		return err
 	}
-	c.out.mu.Lock()
-	sends, serves, asked := c.sends, c.serves, c.asked
-	c.out.mu.Unlock()
+	sends, serves := c.sends.Load(), c.serves.Load()
 	switch {
 	case kind == keptMessage && size <= keptLimit && serves != nil:
 		return serves.readMessage(r, size, number)
@@ -163,7 +164,7 @@ func (c *keptConn) readFrame(r *bufio.Reader) error {
 	case kind == keptStop && size == 0 && sends != nil:
 		sends.stopAfter(number)
 		return nil
-	case kind == keptStop && size == 0 && asked: // it served, and we did not send
+	case kind == keptStop && size == 0 && c.asked.Load(): // it served, and we did not send
 		return nil
 	case kind == keptLinked && size == 0 && sends != nil:
 		return sends.linked(number == 1)
@@ -176,13 +177,13 @@ func (c *keptConn) rested() {
 	c.out.mu.Lock()
 	var messages uint64
 	var waiting int
-	if c.sends != nil {
-		messages += uint64(c.sends.last)
-		waiting += len(c.sends.waiting)
+	if sends := c.sends.Load(); sends != nil {
+		messages += uint64(sends.last)
+		waiting += len(sends.waiting)
 	}
-	if c.serves != nil {
-		messages += uint64(c.serves.last)
-		waiting += len(c.serves.pending)
+	if serves := c.serves.Load(); serves != nil {
+		messages += uint64(serves.last)
+		waiting += len(serves.pending)
 	}
 	used := c.seen != messages || waiting > 0
 	c.seen = messages
@@ -200,7 +201,7 @@ func (c *keptConn) rested() {
 func (c *keptConn) finish() {
 	c.out.mu.Lock()
 	c.finishing = true
-	sends, serves := c.sends, c.serves
+	sends, serves := c.sends.Load(), c.serves.Load()
 	c.out.mu.Unlock()
 	if sends != nil {
 		sends.retire()
@@ -214,10 +215,11 @@ func (c *keptConn) finish() {
 // more to be sent. It reports whether the connection is closed. The caller holds
 // out.mu.
 func (c *keptConn) checkDoneLocked() bool {
-	served := c.serves == nil || c.serves.doneLocked()
-	sent := c.sends == nil || c.sends.doneLocked()
-	if served && !sent && c.serves != nil {
-		c.serves.endLocked()
+	sends, serves := c.sends.Load(), c.serves.Load()
+	served := serves == nil || serves.doneLocked()
+	sent := sends == nil || sends.doneLocked()
+	if served && !sent && serves != nil {
+		serves.endLocked()
 	}
 	if served && sent {
 		_ = c.conn.Close() // which ends read, and that the rest
@@ -230,12 +232,12 @@ func (c *keptConn) checkDoneLocked() bool {
 func (c *keptConn) writeFailed() {
 	c.out.mu.Lock()
 	c.finishing = true
-	sends := c.sends
+	sends, serves := c.sends.Load(), c.serves.Load()
 	if sends != nil {
 		sends.writeFailedLocked()
 	}
-	if c.serves != nil {
-		c.serves.senderGoneLocked()
+	if serves != nil {
+		serves.senderGoneLocked()
 	}
 	c.checkDoneLocked()
 	c.out.mu.Unlock()

@@ -327,7 +327,7 @@ func (c *keptListener) cancel(number uint32) {
 	c.out.mu.Lock()
 	defer c.out.mu.Unlock()
 	if e := c.pending[number]; e != nil {
-		e.senderGoneLocked()
+		e.settleLocked()
 	}
 }
 
@@ -336,7 +336,7 @@ func (c *keptListener) cancel(number uint32) {
 func (c *keptListener) senderGoneLocked() {
 	c.refuseLocked()
 	for _, e := range c.pending {
-		e.senderGoneLocked()
+		e.settleLocked()
 	}
 }
 
@@ -347,7 +347,7 @@ func (c *keptListener) refuse() {
 	c.out.mu.Lock()
 	flush := c.refuseLocked() && c.out.addCopyLocked(keptStop, c.last, nil)
 	c.checkDoneLocked()
-	back := c.sends
+	back := c.sends.Load()
 	c.out.mu.Unlock()
 	if flush {
 		c.out.flush(false)
@@ -414,12 +414,13 @@ func (c *keptListener) hookIs(hook *url.URL) {
 	}
 	c.out.mu.Lock()
 	_, before := c.tried[hook.Path]
-	ask := !before && c.sends == nil && len(c.tried) < keptTries
+	found := c.sends.Load() != nil
+	ask := !before && !found && len(c.tried) < keptTries
 	if ask {
 		c.tried[hook.Path] = struct{}{}
-		c.asked = true
+		c.asked.Store(true)
 	}
-	c.settled.Store(c.sends != nil || len(c.tried) == keptTries)
+	c.settled.Store(found || len(c.tried) == keptTries)
 	c.out.mu.Unlock()
 	if ask && !to.link(c.keptConn, c.run.socket.id()) {
 		c.out.mu.Lock()
@@ -462,14 +463,14 @@ func (c *keptListener) readLink(r *bufio.Reader) error {
 type exchange struct {
 	c      *keptListener
 	number uint32
-	size   int // bytes of the message
+	size   int         // bytes of the message
+	done   atomic.Bool // with the listener
+	over   atomic.Bool // nothing more goes to the sender; set under c.out.mu
 
-	// Guarded by c.out.mu.
-	unread        []byte // of the message
-	answer        []byte // written, not yet a frame
-	answered      bool   // nothing more goes to the sender
-	gone          bool   // the sender does not wait any more
-	closed        bool   // by the handler
+	mu            sync.Mutex // guards the fields below; taken after c.out.mu
+	unread        []byte     // of the message
+	answer        []byte     // written, not yet a frame
+	closed        bool       // by the handler
 	readDeadline  time.Time
 	writeDeadline time.Time
 	changed       chan struct{} // made by a Read that waits, closed to tell it to look again
@@ -478,8 +479,8 @@ type exchange struct {
 // takeFrame returns the payload of the message if nothing of it has been read;
 // else nil, and Read says why.
 func (e *exchange) takeFrame() []byte {
-	e.c.out.mu.Lock()
-	defer e.c.out.mu.Unlock()
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	whole, err := frameLength(e.unread)
 	if err != nil || whole == 0 || whole != len(e.unread) || e.closed || passed(e.readDeadline) {
 		return nil
@@ -492,10 +493,10 @@ func (e *exchange) takeFrame() []byte {
 // Read reads the message, then waits for the sender to be told or to give up.
 func (e *exchange) Read(p []byte) (int, error) {
 	for {
-		e.c.out.mu.Lock()
+		e.mu.Lock()
 		n, again, err := e.readLocked(p)
 		deadline := e.readDeadline
-		e.c.out.mu.Unlock()
+		e.mu.Unlock()
 		if again == nil {
 			return n, err
 		}
@@ -513,7 +514,7 @@ func (e *exchange) Read(p []byte) (int, error) {
 }
 
 // readLocked reads what is there. If it has to wait it returns a channel that is
-// closed when it should be called again. The caller holds c.out.mu.
+// closed when it should be called again. The caller holds mu.
 func (e *exchange) readLocked(p []byte) (int, <-chan struct{}, error) {
 	switch {
 	case e.closed:
@@ -526,7 +527,7 @@ func (e *exchange) readLocked(p []byte) (int, <-chan struct{}, error) {
 		n := copy(p, e.unread)
 		e.unread = e.unread[n:]
 		return n, nil, nil
-	case e.answered || e.gone:
+	case e.over.Load():
 		return 0, nil, io.EOF
 	}
 	if e.changed == nil {
@@ -535,7 +536,7 @@ func (e *exchange) readLocked(p []byte) (int, <-chan struct{}, error) {
 	return 0, e.changed, nil
 }
 
-// wakeLocked lets a Read that waits look again. The caller holds c.out.mu.
+// wakeLocked lets a Read that waits look again. The caller holds mu.
 func (e *exchange) wakeLocked() {
 	if e.changed != nil {
 		close(e.changed)
@@ -543,53 +544,63 @@ func (e *exchange) wakeLocked() {
 	}
 }
 
-// senderGoneLocked ends the exchange for its handler: nobody waits for the
-// answer. The caller holds c.out.mu.
-func (e *exchange) senderGoneLocked() {
-	e.gone = true
-	e.settleLocked()
-}
-
-// settleLocked notes that nothing more goes to the sender. The caller holds
-// c.out.mu.
+// settleLocked notes that nothing more goes to the sender, who has been answered or
+// waits no more. The caller holds c.out.mu.
 func (e *exchange) settleLocked() {
-	if e.answered {
+	if e.over.Swap(true) {
 		return
 	}
-	e.answered, e.answer = true, nil
 	delete(e.c.pending, e.number)
 	e.c.size -= e.size
+	e.mu.Lock()
 	e.wakeLocked()
+	e.mu.Unlock()
 	if e.c.refusing {
 		e.c.checkDoneLocked()
 	}
 }
 
-// answerLocked sends the answer, and reports whether the caller has to flush, and
-// whether in company. The caller holds c.out.mu.
-func (e *exchange) answerLocked(answer []byte) (flush, company bool) {
-	if e.answered {
-		return false, false
+// send sends the answer, and reports so, unless the sender has one or waits no more.
+func (e *exchange) send(answer []byte) bool {
+	e.c.out.mu.Lock()
+	if e.over.Load() {
+		e.c.out.mu.Unlock()
+		return false
 	}
-	flush = e.c.out.addCopyLocked(keptAnswer, e.number, answer)
+	flush := e.c.out.addCopyLocked(keptAnswer, e.number, answer)
 	e.settleLocked()
-	return flush, len(e.c.pending) > 0
+	company := len(e.c.pending) > 0
+	e.c.out.mu.Unlock()
+	if flush {
+		e.c.out.flush(company)
+	}
+	return true
 }
 
 // Write takes the answer. It goes to the sender with the end of its frame; there
 // is nobody for what comes after.
 func (e *exchange) Write(p []byte) (int, error) {
-	e.c.out.mu.Lock()
+	answer, err := e.take(p)
+	if err != nil {
+		return 0, err
+	}
+	if answer != nil && !e.send(answer) {
+		return 0, opError("write", e, syscall.EPIPE)
+	}
+	return len(p), nil
+}
+
+// take returns the answer if what is written makes it whole.
+func (e *exchange) take(p []byte) ([]byte, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	switch {
 	case e.closed:
-		defer e.c.out.mu.Unlock()
-		return 0, opError("write", e, net.ErrClosed)
+		return nil, opError("write", e, net.ErrClosed)
 	case passed(e.writeDeadline):
-		defer e.c.out.mu.Unlock()
-		return 0, opError("write", e, os.ErrDeadlineExceeded)
-	case e.answered || e.c.out.err != nil:
-		defer e.c.out.mu.Unlock()
-		return 0, opError("write", e, syscall.EPIPE)
+		return nil, opError("write", e, os.ErrDeadlineExceeded)
+	case e.over.Load():
+		return nil, opError("write", e, syscall.EPIPE)
 	}
 	answer := p
 	if len(e.answer) > 0 {
@@ -597,36 +608,31 @@ func (e *exchange) Write(p []byte) (int, error) {
 		answer = e.answer
 	}
 	whole, err := frameLength(answer)
-	var flush, company bool
 	switch {
 	case err != nil: // the sender will say what is wrong with it
-		flush, company = e.answerLocked(answer[:headerSize])
+		return answer[:headerSize], nil
 	case whole > 0 && whole <= len(answer):
-		flush, company = e.answerLocked(answer[:whole])
+		return answer[:whole], nil
 	case len(e.answer) == 0:
 		e.answer = append(e.answer, p...)
 	}
-	e.c.out.mu.Unlock()
-	if flush {
-		e.c.out.flush(company)
-	}
-	return len(p), nil
+	return nil, nil
 }
 
 // Close ends the exchange. A sender that was not answered is told so.
 func (e *exchange) Close() error {
-	e.c.out.mu.Lock()
+	e.mu.Lock()
 	if e.closed {
-		defer e.c.out.mu.Unlock()
+		defer e.mu.Unlock()
 		return opError("close", e, net.ErrClosed)
 	}
 	e.closed = true
-	flush, company := e.answerLocked(e.answer)
-	e.unread = nil
+	part := e.answer
+	e.unread, e.answer = nil, nil
 	e.wakeLocked()
-	e.c.out.mu.Unlock()
-	if flush {
-		e.c.out.flush(company)
+	e.mu.Unlock()
+	if !e.over.Load() {
+		e.send(part)
 	}
 	return nil
 }
@@ -643,8 +649,8 @@ func (e *exchange) SetReadDeadline(t time.Time) error  { return e.setDeadlines(t
 func (e *exchange) SetWriteDeadline(t time.Time) error { return e.setDeadlines(t, false, true) }
 
 func (e *exchange) setDeadlines(t time.Time, read, write bool) error {
-	e.c.out.mu.Lock()
-	defer e.c.out.mu.Unlock()
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	if e.closed {
 		return opError("set", e, net.ErrClosed)
 	}

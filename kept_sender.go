@@ -84,6 +84,14 @@ func (c *keptSender) exchange(deadline time.Time, m *message) (*Response, error)
 func (c *keptSender) await(deadline time.Time, frame []byte) outcome {
 	w := waiters.Get().(*waiter)
 	c.out.mu.Lock()
+	if !c.trustedLocked() {
+		c.out.mu.Unlock()
+		if file, err := statFile(c.path); err != nil || file != c.file {
+			c.retire()
+			return outcome{err: errUnsent}
+		}
+		c.out.mu.Lock()
+	}
 	full := len(c.waiting) >= keptShare || c.size+len(frame) > keptWindow
 	if !c.agreed || c.retired || c.out.err != nil || full {
 		c.out.mu.Unlock()
@@ -103,6 +111,18 @@ func (c *keptSender) await(deadline time.Time, frame []byte) outcome {
 	o := <-w.outcome
 	waiters.Put(w)
 	return o
+}
+
+// trustedLocked reports whether the path is trusted to lead to the listener's socket
+// still. Among messages sent at the same time one in keptLook is not, and looks. The
+// caller holds out.mu.
+func (c *keptSender) trustedLocked() bool {
+	now := time.Now()
+	if len(c.waiting) > 0 && now.Sub(c.looked) < keptLook {
+		return true
+	}
+	c.looked = now
+	return false
 }
 
 // expireLocked sees to it that what has passed its deadline is given up then. One
@@ -141,13 +161,17 @@ func (c *keptSender) giveUp() {
 
 // settleLocked ends an exchange. The caller holds out.mu.
 func (c *keptSender) settleLocked(number uint32, o outcome) {
-	w := c.waiting[number]
-	if w == nil {
-		return
+	if w := c.waiting[number]; w != nil {
+		w.outcome <- o
+		c.takeLocked(number, w)
 	}
+}
+
+// takeLocked takes a message out of those that are waiting. The caller holds out.mu,
+// and tells the outcome.
+func (c *keptSender) takeLocked(number uint32, w *waiter) {
 	delete(c.waiting, number)
 	c.size -= w.size
-	w.outcome <- o
 	if c.retired {
 		c.checkDoneLocked()
 	}
@@ -156,15 +180,6 @@ func (c *keptSender) settleLocked(number uint32, o outcome) {
 // doneLocked reports whether nothing is sent any more, nor waited for. The caller
 // holds out.mu.
 func (c *keptSender) doneLocked() bool { return c.retired && len(c.waiting) == 0 }
-
-// answeredLocked ends an exchange with its answer, which need not have waited for
-// all of the message. The caller holds out.mu.
-func (c *keptSender) answeredLocked(number uint32, answer []byte) {
-	if w := c.waiting[number]; w != nil {
-		c.out.held = true
-		c.settleLocked(number, outcome{answer: answer, written: w.end <= c.out.written})
-	}
-}
 
 // retire lets nothing further be sent. It reports whether the connection is closed
 // thereby.
@@ -224,8 +239,16 @@ func (c *keptSender) readAnswer(r *bufio.Reader, size int, number uint32) error 
 		return err
 	}
 	c.out.mu.Lock()
-	c.answeredLocked(number, answer)
+	w := c.waiting[number]
+	if w == nil {
+		c.out.mu.Unlock()
+		return nil
+	}
+	o := outcome{answer: answer, written: w.end <= c.out.written} // it need not have waited for all of the message
+	c.takeLocked(number, w)
+	c.out.held = true
 	c.out.mu.Unlock()
+	w.outcome <- o // not under the lock: whoever gets it wants that
 	return nil
 }
 
@@ -337,41 +360,11 @@ func (k *keeper) leave() {
 	}
 }
 
-// find returns what sends to the socket at the path, if there is one and the path
-// still leads to that socket.
-func (k *keeper) find(path string) *keptSender {
-	c := k.to(path)
-	if c == nil {
-		return nil
-	}
-	if !c.isThere() {
-		c.retire()
-		return nil
-	}
-	return c
-}
-
+// to returns what sends to the socket at the path, if there is something.
 func (k *keeper) to(path string) *keptSender {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.conns[path]
-}
-
-// isThere reports whether the path still leads to the listener's socket. Among
-// messages sent at the same time one in keptLook looks.
-func (c *keptSender) isThere() bool {
-	now := time.Now()
-	c.out.mu.Lock()
-	trust := len(c.waiting) > 0 && now.Sub(c.looked) < keptLook
-	if !trust {
-		c.looked = now
-	}
-	c.out.mu.Unlock()
-	if trust {
-		return true
-	}
-	file, err := statFile(c.path)
-	return err == nil && file == c.file
 }
 
 // wants reports whether a connection to the path would be kept.
@@ -392,7 +385,7 @@ func (k *keeper) keep(path string, file fileID, conn *net.UnixConn) bool {
 		return false
 	}
 	c := &keptSender{keptConn: on, path: path, file: file, made: true, waiting: make(map[uint32]*waiter)}
-	on.sends = c
+	on.sends.Store(c)
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		return false
 	}
@@ -432,13 +425,13 @@ func (k *keeper) sendOn(on *keptConn, instead *keptSender) {
 	defer k.mu.Unlock()
 	on.out.mu.Lock()
 	defer on.out.mu.Unlock()
-	if k.users == 0 || k.conns[instead.path] != instead || on.finishing || on.sends != nil {
+	if k.users == 0 || k.conns[instead.path] != instead || on.finishing || on.sends.Load() != nil {
 		return
 	}
 	c := &keptSender{
 		keptConn: on, path: instead.path, file: instead.file, agreed: true, waiting: make(map[uint32]*waiter),
 	}
-	on.sends = c
+	on.sends.Store(c)
 	k.conns[c.path], k.live[c] = c, struct{}{}
 }
 

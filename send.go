@@ -95,7 +95,7 @@ func send(deadline time.Time, addr *url.URL, payload interface{}) error {
 // kept connection.
 func sendUnix(deadline time.Time, path string, m *message) (*Response, error) {
 	if m.size() <= keptHeaderSize+keptLimit {
-		if c := kept.find(path); c != nil {
+		if c := kept.to(path); c != nil {
 			ack, err := c.exchange(deadline, m)
 			if err != errUnsent {
 				return ack, err

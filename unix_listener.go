@@ -213,8 +213,11 @@ func (ul *UnixListener) NextConn() net.Conn {
 // offered to its sender, with the acknowledgement, is closed 200 ms later if the
 // sender does not take it. The connection is of no use to the caller in each case.
 func (ul *UnixListener) DoneConn(conn net.Conn) {
-	switch conn.(type) {
-	case *exchange, *firstConn, *net.UnixConn: // what NextConn returns
+	switch c := conn.(type) { // what NextConn returns
+	case *exchange:
+		ul.doneExchange(c)
+		return
+	case *firstConn, *net.UnixConn:
 	default:
 		return
 	}
@@ -233,6 +236,18 @@ func (ul *UnixListener) DoneConn(conn net.Conn) {
 	delete(run.open, conn)
 	run.checkDrainedLocked()
 	ul.mu.Unlock()
+}
+
+// doneExchange is DoneConn for what came on a connection that is kept.
+func (ul *UnixListener) doneExchange(e *exchange) {
+	if e == nil || e.c.ul != ul || e.done.Swap(true) {
+		return
+	}
+	_ = e.Close()
+	ul.mu.Lock()
+	defer ul.mu.Unlock()
+	delete(e.c.run.open, e)
+	e.c.run.checkDrainedLocked()
 }
 
 // Stop stops listening for new connections, removes the socket file if it is
@@ -427,7 +442,7 @@ func (ul *UnixListener) promote(f *firstConn) *keptListener {
 	}
 	_, _ = rand.Read(on.token[:]) // never fails
 	c := newKeptListener(on, ul, f.run, f.conn.LocalAddr(), f.conn.RemoteAddr())
-	on.serves = c
+	on.serves.Store(c)
 	ul.mu.Lock()
 	defer ul.mu.Unlock()
 	if f.run.isStopping() {
@@ -443,12 +458,12 @@ func (ul *UnixListener) serveOn(on *keptConn, like *keptListener) bool {
 	defer on.out.mu.Unlock()
 	ul.mu.Lock()
 	defer ul.mu.Unlock()
-	if on.finishing || on.serves != nil || like.run.isStopping() || !like.run.mayKeepLocked() {
+	if on.finishing || on.serves.Load() != nil || like.run.isStopping() || !like.run.mayKeepLocked() {
 		return false
 	}
 	c := newKeptListener(on, ul, like.run, like.local, like.remote)
 	c.settled.Store(true) // it is the sender who has been found
-	on.serves = c
+	on.serves.Store(c)
 	like.run.addKeptLocked(c)
 	return true
 }
