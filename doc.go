@@ -39,11 +39,12 @@
 // While a [Tracker] or [UnixListener] of the process is started, [Send] and what
 // builds on it keep one connection to each unix socket whose process has this
 // library too (on Linux, and to 256 of them), and share it among all goroutines,
-// for up to 1,024 exchanges at a time. Each exchange on it is still a connection of
-// its own to the callers of [UnixListener.NextConn] and [UnixListener.DoneConn]. A
-// kept connection is closed after 5 to 10 seconds without an exchange and with the
-// process's last tracker or listener, and a message that the other side may have
-// read before its end is never sent again.
+// for up to 1,024 exchanges at a time; where that process sends here as well, as a
+// provider does with its responses, in both directions. Each exchange on it is still
+// a connection of its own to the callers of [UnixListener.NextConn] and
+// [UnixListener.DoneConn]. A kept connection is closed after 5 to 10 seconds without
+// an exchange and with the process's last tracker or listener, and a message that the
+// other side may have read before its end is never sent again.
 //
 // # Concurrency
 //

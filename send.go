@@ -39,7 +39,9 @@ const (
 // [Tracker] or [UnixListener] of this process is started, the connection to a
 // socket whose process has this library too is kept, and shared by all goroutines:
 // one for each path, 256 of them, each with up to 1,024 exchanges at a time of up
-// to 64 KiB of JSON. What is over that goes on a connection of its own. A kept
+// to 64 KiB of JSON, together 2 MiB. What is over that goes on a connection of its
+// own. Where that process keeps a connection to this one, and requests have come by it
+// whose hook is the path, messages to the path take that one. A kept
 // connection is closed after 5 to 10 s without an exchange, and when the last
 // tracker and listener have stopped. When it ends, a message that can't have been
 // read is sent again, on a new connection and within the same minute; one that may

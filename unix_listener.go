@@ -176,8 +176,8 @@ func (ul *UnixListener) checkStopped() error {
 // blocking, and what is written after it gives an error that matches
 // [syscall.EPIPE]. Read gives the sender's frame, then blocks until the exchange
 // is answered or the sender has given up, and returns [io.EOF]. A listener reads at
-// most 1 MiB of messages ahead of NextConn from each kept connection, and the last
-// one.
+// most 2 MiB of messages ahead of NextConn from each kept connection, and 2 MiB that
+// the sender has given up on.
 //
 // Any number of goroutines may call it; each connection goes to one of them.
 func (ul *UnixListener) NextConn() net.Conn {
@@ -258,11 +258,11 @@ func (ul *UnixListener) doneExchange(e *exchange) {
 // before Start, and from several goroutines: each call returns when the listener
 // is down, and the timeout is that of the first.
 //
-// On connections that senders keep, nothing more can be sent from now on. Messages
-// that were sent before count as accepted connections do: NextConn returns them.
-// When the timeout has passed, senders are told which of them no handler has got, so
-// that they may send them elsewhere; a sender that does not read then holds Stop up
-// for 200 ms at most. Connections at rest don't delay it. With the last listener
+// On connections that senders keep, nothing more is read from now on, and the senders
+// are told: what has been read counts as accepted connections do, NextConn returns
+// it; the rest they may send elsewhere. When the timeout has passed they are told
+// which of the messages no handler has got; a sender that does not read then holds
+// Stop up for 200 ms at most. Connections at rest don't delay it. With the last listener
 // and tracker of the process those that this process keeps as a sender are closed
 // too: at once if they are at rest, else after their last exchange, for which Stop
 // does not wait.
