@@ -78,6 +78,7 @@ type keptConn struct {
 	conn  *net.UnixConn
 	out   *batch
 	life  time.Duration // of rest
+	peer  peerID        // the process at the other end
 	token keptToken     // what the end that has accepted the connection calls it; the other knows it once that has agreed
 	ended chan struct{} // closed when nothing of the connection is left
 
@@ -88,12 +89,13 @@ type keptConn struct {
 
 	// Guarded by out.mu.
 	finishing bool        // nothing begins any more, in either direction
+	stopped   bool        // the other end has served, and does not any more, before anything was sent to it
 	rest      *time.Timer // until rested
 	seen      uint64      // messages, when rest looked
 }
 
 func newKeptConn(conn *net.UnixConn, life time.Duration) (*keptConn, error) {
-	c := &keptConn{conn: conn, life: life, ended: make(chan struct{})}
+	c := &keptConn{conn: conn, life: life, peer: peerOf(conn), ended: make(chan struct{})}
 	now, err := newAttempt(conn)
 	if err != nil {
 		return nil, err
@@ -164,7 +166,10 @@ func (c *keptConn) readFrame(r *bufio.Reader) error {
 	case kind == keptStop && size == 0 && sends != nil:
 		sends.stopAfter(number)
 		return nil
-	case kind == keptStop && size == 0 && c.asked.Load(): // it served, and we did not send
+	case kind == keptStop && size == 0 && c.asked.Load():
+		c.out.mu.Lock()
+		defer c.out.mu.Unlock()
+		c.stopped = true
 		return nil
 	case kind == keptLinked && size == 0 && sends != nil:
 		return sends.linked(number == 1)
@@ -228,8 +233,8 @@ func (c *keptConn) checkDoneLocked() bool {
 }
 
 // writeFailed lets the messages that were not written go elsewhere, and ends the
-// serving. What was written may yet be answered.
-func (c *keptConn) writeFailed() {
+// serving. What was written may yet be answered, or was before the other end closed.
+func (c *keptConn) writeFailed(err error) {
 	c.out.mu.Lock()
 	c.finishing = true
 	sends, serves := c.sends.Load(), c.serves.Load()
@@ -238,6 +243,9 @@ func (c *keptConn) writeFailed() {
 	}
 	if serves != nil {
 		serves.senderGoneLocked()
+		if !errors.Is(err, syscall.EPIPE) {
+			_ = c.conn.Close() // the other end is there, and could not be told
+		}
 	}
 	c.checkDoneLocked()
 	c.out.mu.Unlock()
@@ -365,23 +373,6 @@ func (b *batch) release() {
 	}
 }
 
-// awaitReader waits while the other end leaves too many answers unread. Only the
-// reader calls it.
-func (b *batch) awaitReader() {
-	b.mu.Lock()
-	full := b.answers > keptQueue
-	b.mu.Unlock()
-	if !full {
-		return
-	}
-	b.release()
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for b.answers > keptQueue && b.err == nil {
-		b.idle.Wait()
-	}
-}
-
 // flush writes what was added, and what is added meanwhile. In company, that is
 // where other goroutines are likely to add frames at this moment, it lets them go
 // first. It does not block: what the socket does not take is left to a goroutine.
@@ -447,7 +438,7 @@ func (b *batch) end(p piece, n int, err error) {
 	}
 	b.mu.Unlock()
 	if first {
-		b.owner.writeFailed()
+		b.owner.writeFailed(err)
 	}
 }
 

@@ -95,24 +95,38 @@ func TestKept_NoRoomForTheSendersWordBlocksNobody(t *testing.T) {
 	}
 }
 
-// Hazard: answers that the sender does not read were kept without bound.
-func TestKept_SenderThatReadsNothingIsReadNoFurther(t *testing.T) {
+// Hazard: answers that the sender does not read were kept without bound. Hazard:
+// where their number was bounded by reading no further, two ends that did so waited
+// for each other.
+func TestKept_SenderThatReadsNothingIsServedNoFurther(t *testing.T) {
 	refusal := errors.New(strings.Repeat("y", 32<<10))
 	large := func(conn net.Conn, _ note) { _ = acomm.SendConnData(conn, &acomm.Response{Error: refusal}) }
 	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{"large": large})
 	conn := keepRaw(t, s.Addr())
-	message := `{"how":"large","data":"` + strings.Repeat("x", 8<<10) + `"}` // few fit the queue
-	writing := async(func() {
-		for n := uint32(1); ; n++ {
-			if _, err := conn.Write(keptFrame(keptMessage, uint32(len(message)), n, message)); err != nil {
-				return
-			}
+	const number = 2000
+	message := `{"how":"large","data":"` + strings.Repeat("x", 8<<10) + `"}`
+	for n := range uint32(number) { // all of it is taken from the socket
+		_, err := conn.Write(keptFrame(keptMessage, uint32(len(message)), n+1, message))
+		require.NoError(t, err)
+	}
+	answers, stopped := 0, -1
+	for {
+		kind, n, payload, err := readKept(conn)
+		if err != nil {
+			require.ErrorIs(t, err, io.EOF, "closed when all was said")
+			break
 		}
-	})
-	awaitBlocked(t, "acomm.(*batch).awaitReader", 1)
-	require.Less(t, s.handled(0)*len(refusal.Error()), 16<<20, "answers to a sender that does not read")
-	require.NoError(t, conn.Close())
-	within(t, writing, "the writer")
+		if kind == keptStop {
+			stopped = int(n)
+			continue
+		}
+		require.Greater(t, len(payload), len(refusal.Error()))
+		answers++
+	}
+	require.Equal(t, stopped, answers, "what was read was answered, and the sender knows what was not")
+	require.Equal(t, stopped, s.handled(0))
+	require.Less(t, stopped*len(refusal.Error()), 16<<20, "answers to a sender that does not read")
+	require.NoError(t, acomm.Send(s.URL(), note{}))
 }
 
 // Hazard: a message that is given up while it waits to be written lends its memory

@@ -23,8 +23,8 @@ import (
 const (
 	keptOffer = `,"keep":1}`           // the end of an acknowledgement that offers to keep the connection
 	keptGrace = 200 * time.Millisecond // for a sender to take the offer, once the handler is done
-	keptQueue = 1 << 20                // bytes of answers not yet sent
-	keptAhead = 2 * keptWindow         // bytes of messages read and not yet handed out; the sender has given up on half of it
+	keptQueue = 4 << 20                // bytes of answers not yet sent; with more the listener reads no further
+	keptAhead = 2 * keptWindow         // bytes of messages not yet handed out; the same. The sender has given up on half of them
 	keptCost  = 512                    // bytes that an exchange counts for beside its message
 	keptTries = 16                     // hooks, to find the one whose listener's process is the sender
 )
@@ -265,9 +265,8 @@ type keptListener struct {
 	links  int // times the sender has asked for one; the reader's
 
 	// Guarded by the listener's mu.
-	handed uint32     // number of the last exchange that NextConn has returned
-	queued int        // bytes of those it has not
-	room   *sync.Cond // queued has become less, or the listener has stopped
+	handed uint32 // number of the last exchange that NextConn has returned
+	queued int    // bytes of those it has not
 
 	// Guarded by out.mu.
 	last     uint32               // number of the last message
@@ -283,7 +282,7 @@ type keptListener struct {
 func newKeptListener(on *keptConn, ul *UnixListener, run *listenerRun, local, remote net.Addr) *keptListener {
 	return &keptListener{
 		keptConn: on, ul: ul, run: run, local: local, remote: remote,
-		room: sync.NewCond(&ul.mu), pending: make(map[uint32]*exchange), tried: make(map[string]struct{}),
+		pending: make(map[uint32]*exchange), tried: make(map[string]struct{}),
 	}
 }
 
@@ -302,13 +301,18 @@ func (c *keptListener) readMessage(r *bufio.Reader, size int, number uint32) err
 	if _, err := io.ReadFull(r, frame[headerSize:]); err != nil {
 		return err
 	}
-	c.out.awaitReader()
-	c.ul.awaitRoom(c)
 	c.out.mu.Lock()
+	if c.out.answers > keptQueue || c.ul.queuedOf(c) > keptAhead {
+		// To wait would hold up what comes for us in the other direction, which may be
+		// what the handlers wait for. The sender will go on elsewhere.
+		c.out.mu.Unlock()
+		c.refuse()
+		return nil
+	}
 	defer c.out.mu.Unlock()
 	switch {
 	case c.refusing:
-		return nil // its sender is told so
+		return nil // its sender is told so, or gone
 	case number != c.last+1 || len(c.pending) >= keptShare || c.size+size > keptWindow:
 		return errors.New("not the next number, or too much at a time")
 	}
@@ -409,7 +413,7 @@ func (c *keptListener) hookIs(hook *url.URL) {
 		return
 	}
 	to := kept.to(hook.Path)
-	if to == nil || !to.made || to.keptConn == c.keptConn {
+	if to == nil || !to.made || to.keptConn == c.keptConn || to.peer != c.peer || to.peer == (peerID{}) {
 		return
 	}
 	c.out.mu.Lock()
@@ -445,7 +449,7 @@ func (c *keptListener) readLink(r *bufio.Reader) error {
 	const name = len(keptToken{})
 	file := fileID{binary.BigEndian.Uint64(question[name:]), binary.BigEndian.Uint64(question[name+8:])}
 	on := kept.called(keptToken(question[:name]))
-	if on != nil && on.file == file && samePeer(on.conn, c.conn) && c.ul.serveOn(on.keptConn, c) {
+	if on != nil && on.file == file && on.peer == c.peer && on.peer != (peerID{}) && c.ul.serveOn(on.keptConn, c) {
 		answer = 1
 	}
 	c.out.mu.Lock()
@@ -610,8 +614,10 @@ func (e *exchange) take(p []byte) ([]byte, error) {
 	whole, err := frameLength(answer)
 	switch {
 	case err != nil: // the sender will say what is wrong with it
+		e.answer = nil
 		return answer[:headerSize], nil
 	case whole > 0 && whole <= len(answer):
+		e.answer = nil
 		return answer[:whole], nil
 	case len(e.answer) == 0:
 		e.answer = append(e.answer, p...)

@@ -5,27 +5,19 @@ import (
 	"syscall"
 )
 
-// samePeer reports whether the system says that the same process is at the other
-// end of both connections, with the same rights: where it connected, then, and where
-// it began to listen.
-func samePeer(a, b *net.UnixConn) bool {
-	one, ok := peerOf(a)
-	other, ok2 := peerOf(b)
-	return ok && ok2 && one == other
-}
-
-func peerOf(conn *net.UnixConn) (syscall.Ucred, bool) {
+// peerOf returns the process at the other end of a connection, as it was when it
+// connected or began to listen; the zero value if the system does not say.
+func peerOf(conn *net.UnixConn) peerID {
 	raw, err := conn.SyscallConn()
 	if err != nil {
-		return syscall.Ucred{}, false
+		return peerID{}
 	}
-	var peer *syscall.Ucred
-	var peerErr error
-	err = raw.Control(func(fd uintptr) {
-		peer, peerErr = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
+	var peer peerID
+	_ = raw.Control(func(fd uintptr) {
+		cred, err := syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
+		if err == nil && cred.Pid != 0 { // 0: a process we can't see
+			peer = peerID{cred.Pid, cred.Uid, cred.Gid}
+		}
 	})
-	if err != nil || peerErr != nil || peer.Pid == 0 { // 0: a process we can't see
-		return syscall.Ucred{}, false
-	}
-	return *peer, true
+	return peer
 }

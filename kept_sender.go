@@ -92,7 +92,7 @@ func (c *keptSender) await(deadline time.Time, frame []byte) outcome {
 		}
 		c.out.mu.Lock()
 	}
-	full := len(c.waiting) >= keptShare || c.size+len(frame) > keptWindow
+	full := len(c.waiting) >= keptShare || c.size+len(frame) > keptWindow || c.out.queued-c.out.written > keptWindow
 	if !c.agreed || c.retired || c.out.err != nil || full {
 		c.out.mu.Unlock()
 		return outcome{err: errUnsent}
@@ -162,8 +162,8 @@ func (c *keptSender) giveUp() {
 // settleLocked ends an exchange. The caller holds out.mu.
 func (c *keptSender) settleLocked(number uint32, o outcome) {
 	if w := c.waiting[number]; w != nil {
+		c.takeLocked(number, w) // first: with the outcome, w is another one's
 		w.outcome <- o
-		c.takeLocked(number, w)
 	}
 }
 
@@ -425,7 +425,9 @@ func (k *keeper) sendOn(on *keptConn, instead *keptSender) {
 	defer k.mu.Unlock()
 	on.out.mu.Lock()
 	defer on.out.mu.Unlock()
-	if k.users == 0 || k.conns[instead.path] != instead || on.finishing || on.sends.Load() != nil {
+	serves := on.serves.Load()
+	over := on.finishing || on.stopped || serves == nil || serves.refusing
+	if k.users == 0 || k.conns[instead.path] != instead || over || on.sends.Load() != nil {
 		return
 	}
 	c := &keptSender{
@@ -458,9 +460,8 @@ func (k *keeper) gone(c *keptSender) {
 	}
 }
 
-// keepsConns says whether the system has what keeping connections needs: a
-// listener that shuts down its reading side must let later writes fail with
-// nothing written, and earlier ones be read.
+// keepsConns says whether the system has what keeping connections needs: names for
+// sockets without a file.
 const keepsConns = runtime.GOOS == "linux"
 
 // nameKeeper names a socket that is about to connect, so that the listener knows
@@ -490,6 +491,12 @@ func statFile(path string) (fileID, error) {
 }
 
 func newFileID(st *syscall.Stat_t) fileID { return fileID{uint64(st.Dev), uint64(st.Ino)} }
+
+// peerID is a process and its rights.
+type peerID struct {
+	pid      int32
+	uid, gid uint32
+}
 
 // keptToken is what a listener calls a kept connection, and tells nobody but who
 // has made it. Its sender, when it is asked by the listener's process on a connection

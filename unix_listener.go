@@ -170,14 +170,15 @@ func (ul *UnixListener) checkStopped() error {
 // On Linux, and without an accept limit, senders that have this library too keep
 // their connections, 256 to a listener: then what is returned stands for one
 // exchange, and others may use the same socket. It is used in the same way. Its
-// LocalAddr and RemoteAddr are those of the socket (such a sender has a random name
-// that begins with @acomm-keep-2/), its deadlines bound this exchange alone. What
+// LocalAddr and RemoteAddr are those of the connection by which its sender came (it
+// has a random name that begins with @acomm-keep-2/), its deadlines bound this exchange
+// alone. What
 // is written up to the end of a frame is the answer; Write hands it over without
 // blocking, and what is written after it gives an error that matches
 // [syscall.EPIPE]. Read gives the sender's frame, then blocks until the exchange
-// is answered or the sender has given up, and returns [io.EOF]. A listener reads at
-// most 2 MiB of messages ahead of NextConn from each kept connection, and 2 MiB that
-// the sender has given up on.
+// is answered or the sender has given up, and returns [io.EOF]. A listener has at
+// most 4 MiB of messages of each kept connection ahead of NextConn, half of which the
+// sender has given up on; it serves no others on that connection.
 //
 // Any number of goroutines may call it; each connection goes to one of them.
 func (ul *UnixListener) NextConn() net.Conn {
@@ -199,7 +200,6 @@ func (ul *UnixListener) NextConn() net.Conn {
 	if e, ok := conn.(*exchange); ok {
 		e.c.handed = e.number
 		e.c.queued -= e.size + keptCost
-		e.c.room.Broadcast()
 	}
 	return conn
 }
@@ -319,7 +319,6 @@ func (ul *UnixListener) closeOpen(run *listenerRun) {
 	handed := make(map[*keptListener]uint32)
 	for c := range run.kept {
 		handed[c] = c.handed
-		c.room.Broadcast()
 	}
 	run.checkDrainedLocked()
 	ul.mu.Unlock()
@@ -486,21 +485,11 @@ func (ul *UnixListener) offerEnded(f *firstConn) {
 	f.run.checkDrainedLocked()
 }
 
-// awaitRoom waits while much of the connection is in the queue for NextConn. Its
-// sender has given up on some of that.
-func (ul *UnixListener) awaitRoom(c *keptListener) {
-	ul.mu.Lock()
-	full := c.queued >= keptAhead
-	ul.mu.Unlock()
-	if !full {
-		return
-	}
-	c.out.release()
+// queuedOf returns how many bytes of the connection are in the queue for NextConn.
+func (ul *UnixListener) queuedOf(c *keptListener) int {
 	ul.mu.Lock()
 	defer ul.mu.Unlock()
-	for c.queued >= keptAhead && c.run.open != nil {
-		c.room.Wait()
-	}
+	return c.queued
 }
 
 // handOver puts an exchange in the queue for NextConn, unless the listener has
