@@ -61,6 +61,8 @@ const (
 	KeptLimit = keptLimit
 	KeptShare = keptShare
 	KeptMost  = keptConns
+
+	KeptWindow = keptWindow
 )
 
 // KeptAgreed reports whether the process keeps a connection to the path that its
@@ -90,6 +92,14 @@ func KeptTo(path string) bool {
 func KeptLinked(path string) bool {
 	c := kept.to(path)
 	return c != nil && !c.made
+}
+
+// KeptUnwritten returns how many bytes wait to be written to the path.
+func KeptUnwritten(path string) uint64 {
+	c := kept.to(path)
+	c.out.mu.Lock()
+	defer c.out.mu.Unlock()
+	return c.out.queued - c.out.written
 }
 
 // SetKeptPatience sets how long a peer may take nothing of what is written to it,

@@ -620,6 +620,106 @@ func TestKeptBoth_AnswersToNoLinkBreakTheConnection(t *testing.T) {
 	}
 }
 
+func init() { roles["hook requester"] = hookRequester }
+
+// hookRequester sends requests whose hook is another process's.
+func hookRequester() {
+	name := fmt.Sprintf("%srequester-%d", acomm.KeptName, os.Getpid())
+	conn, err := net.DialUnix("unix", &net.UnixAddr{Name: name, Net: "unix"}, &net.UnixAddr{Name: os.Getenv("SERVICE"), Net: "unix"})
+	orExit(err)
+	_, err = keepDialled(conn)
+	orExit(err)
+	text, err := json.Marshal(requestTo(unixURL(os.Getenv("HOOK")), "task", ""))
+	orExit(err)
+	for number := range uint32(3) {
+		_, err := conn.Write(keptFrame(keptMessage, uint32(len(text)), number+1, string(text)))
+		orExit(err)
+		_, _, _, err = readKept(conn)
+		orExit(err)
+	}
+	fmt.Println("done")
+}
+
+// Hazard: whoever named a hook of another process had that one told what its own
+// connection is called, and could have the messages for it sent there.
+func TestKeptBoth_OtherProcessesAreNotAsked(t *testing.T) {
+	l := newRawListener(t)
+	r := startResponder(t, respond, nil)
+	y := l.keep()
+	other := startProcess(t, "hook requester", "SERVICE="+r.Addr(), "HOOK="+l.addr.Path)
+	for number := range uint32(3) {
+		requireKept(t, y, keptMessage, number+1) // and no link before it
+		acceptMessage(t, y, number+1)
+		require.NoError(t, within(t, r.replied, "the responder"))
+	}
+	require.Equal(t, "done", other.ReadLine())
+	require.NoError(t, other.Wait())
+}
+
+// Hazard: a stop that was read before the answer to the link was forgotten, and
+// messages went where nobody served them.
+func TestKeptBoth_StoppedBeforeItIsLinkedIsNotUsed(t *testing.T) {
+	a := newRawA(t)
+	a.request(t)
+	requireKept(t, a.y, keptLink, 0)
+	a.requireResponse(t, a.y, 1)
+	a.l.write(a.x, keptFrame(keptStop, 0, 0, ""))
+	a.request(t) // its acknowledgement shows that the stop was read
+	a.requireResponse(t, a.y, 2)
+	a.l.write(a.y, keptFrame(keptLinked, 0, 1, ""))
+	for number := uint32(3); number <= 5; number++ {
+		a.request(t)
+		a.requireResponse(t, a.y, number)
+	}
+}
+
+// Hazard: a handler that sends waited for an acknowledgement behind messages that
+// nobody took as long as it waited: each cost it a minute.
+func TestKeptBoth_GivenUpMessagesDelayNoAcknowledgement(t *testing.T) {
+	h := startKept(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
+	held, release := make(chan struct{}, 1), make(chan struct{})
+	replied := make(chan error, 1<<10)
+	ul := serveEach(t, true, func(ul *acomm.UnixListener, conn net.Conn) {
+		req := &acomm.Request{}
+		err := acomm.UnmarshalConnData(conn, req)
+		if err == nil {
+			_ = acomm.SendConnData(conn, &acomm.Response{})
+		}
+		ul.DoneConn(conn)
+		switch {
+		case err != nil:
+		case req.Task == "hold":
+			held <- struct{}{}
+			<-release
+		default:
+			replied <- <-sendWithin(req.ResponseHook, note{}, patience/2)
+		}
+	})
+	await(t, "the connection to carry both directions", func() bool {
+		require.NoError(t, acomm.Send(ul.URL(), requestTo(h.URL(), "link", "")))
+		require.NoError(t, within(t, replied, "the reply"))
+		return acomm.KeptLinked(h.URL().Path)
+	})
+	require.NoError(t, acomm.Send(ul.URL(), requestTo(nil, "hold", "")))
+	within(t, held, "the handler")
+	const windows = 3 // one more than the listener takes
+	data := strings.Repeat("x", 60<<10)
+	for range windows {
+		var sent []<-chan error
+		for range keptWindow / (60 << 10) {
+			sent = append(sent, sendWithin(ul.URL(), requestTo(h.URL(), "task", data), 100*time.Millisecond))
+		}
+		for _, result := range sent {
+			require.ErrorIs(t, within(t, result, "the time-out"), os.ErrDeadlineExceeded)
+		}
+	}
+	close(release)
+	for range 2 * keptWindow / (60 << 10) / 2 {
+		require.NoError(t, within(t, replied, "a reply"))
+	}
+	within(t, async(func() { ul.Stop(time.Nanosecond) }), "Stop") // hazard: it waited for the reader
+}
+
 // Where the responses are for nobody who is connected, nothing is asked.
 func TestKeptBoth_HooksElsewhereAreNotAsked(t *testing.T) {
 	a := newRawA(t)
@@ -936,6 +1036,20 @@ func TestKeptBoth_AfterTheRestBothConnectAnew(t *testing.T) {
 	}
 	require.False(t, acomm.KeptTo(h.URL().Path) || acomm.KeptTo(r.URL().Path))
 	require.Equal(t, 2, h.handled(1))
+}
+
+// Hazard: the responses stayed on the connection of a listener that had stopped, and
+// kept it, while the requests came by the next one.
+func TestKeptBoth_AfterAStopTheNextConnectionCarriesBoth(t *testing.T) {
+	h := startKept(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
+	for range 3 {
+		r := startResponder(t, replyNote, nil)
+		linkUp(t, r, h.URL())
+		r.Stop(0)
+		require.False(t, acomm.KeptLinked(h.URL().Path))
+		require.NoError(t, acomm.Send(h.URL(), note{ID: 1}), "another way")
+	}
+	require.Equal(t, 3, h.handled(1))
 }
 
 const keptWindow = 2 << 20 // bytes of JSON that may be unanswered

@@ -7,8 +7,10 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -127,6 +129,53 @@ func TestKept_SenderThatReadsNothingIsServedNoFurther(t *testing.T) {
 	require.Equal(t, stopped, s.handled(0))
 	require.Less(t, stopped*len(refusal.Error()), 16<<20, "answers to a sender that does not read")
 	require.NoError(t, acomm.Send(s.URL(), note{}))
+}
+
+// Hazard: what its sender had given up on was kept without bound while no handler took
+// it.
+func TestKept_CancelledMessagesAheadOfHandlersAreBounded(t *testing.T) {
+	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 0)
+	require.NoError(t, ul.Start())
+	t.Cleanup(func() { ul.Stop(time.Nanosecond) })
+	go func() { // the first exchange, and no other
+		conn := ul.NextConn()
+		_ = acomm.UnmarshalConnData(conn, &note{})
+		_ = acomm.SendConnData(conn, &acomm.Response{})
+		ul.DoneConn(conn)
+	}()
+	conn := keepRaw(t, ul.Addr())
+	message := strings.Repeat("x", 60<<10)
+	const number = 3 * acomm.KeptWindow / (60 << 10)
+	for n := range uint32(number) { // until the listener has closed: nothing waits for an answer
+		frames := slices.Concat(keptFrame(keptMessage, uint32(len(message)), n+1, message), keptFrame(keptCancel, 0, n+1, ""))
+		if _, err := conn.Write(frames); err != nil {
+			require.ErrorIs(t, err, syscall.EPIPE)
+			break
+		}
+	}
+	kind, last, _, err := readKept(conn)
+	require.NoError(t, err)
+	require.EqualValues(t, keptStop, kind)
+	require.Greater(t, int(last)*len(message), acomm.KeptWindow)
+	require.Less(t, int(last)*len(message), 2*acomm.KeptWindow+2*acomm.KeptLimit)
+}
+
+// Hazard: what was given up stayed in the queue of a listener that reads nothing, and
+// further messages joined it.
+func TestKept_QueueToAListenerThatReadsNothingIsBounded(t *testing.T) {
+	l := newRawListener(t)
+	l.keep()
+	data := strings.Repeat("x", 60<<10)
+	for range 4 {
+		var sent []<-chan error
+		for range 40 {
+			sent = append(sent, sendWithin(l.addr, note{Data: data}, 50*time.Millisecond))
+		}
+		for _, result := range sent {
+			require.ErrorIs(t, within(t, result, "the time-out"), os.ErrDeadlineExceeded)
+		}
+	}
+	require.Less(t, acomm.KeptUnwritten(l.addr.Path), uint64(acomm.KeptWindow+acomm.KeptLimit+1<<10))
 }
 
 // Hazard: a message that is given up while it waits to be written lends its memory
