@@ -243,7 +243,7 @@ func (c *keptConn) writeFailed(err error) {
 	}
 	if serves != nil {
 		serves.senderGoneLocked()
-		if !errors.Is(err, syscall.EPIPE) {
+		if !errors.Is(err, syscall.EPIPE) && !errors.Is(err, syscall.ECONNRESET) {
 			_ = c.conn.Close() // the other end is there, and could not be told
 		}
 	}
