@@ -127,7 +127,7 @@ func TestKept_SenderThatReadsNothingIsServedNoFurther(t *testing.T) {
 	}
 	require.Equal(t, stopped, answers, "what was read was answered, and the sender knows what was not")
 	require.Equal(t, stopped, s.handled(0))
-	require.Less(t, stopped*len(refusal.Error()), 16<<20, "answers to a sender that does not read")
+	require.Less(t, stopped*len(refusal.Error()), 24<<20, "answers to a sender that does not read")
 	require.NoError(t, acomm.Send(s.URL(), note{}))
 }
 

@@ -23,7 +23,7 @@ import (
 const (
 	keptOffer = `,"keep":1}`           // the end of an acknowledgement that offers to keep the connection
 	keptGrace = 200 * time.Millisecond // for a sender to take the offer, once the handler is done
-	keptQueue = 4 << 20                // bytes of answers not yet sent; with more the listener reads no further
+	keptQueue = 20 << 20               // bytes of answers not yet sent; with more the listener serves nothing further
 	keptAhead = 2 * keptWindow         // bytes of messages not yet handed out; the same. The sender has given up on half of them
 	keptCost  = 512                    // bytes that an exchange counts for beside its message
 	keptTries = 16                     // hooks, to find the one whose listener's process is the sender
