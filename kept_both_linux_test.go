@@ -1052,6 +1052,21 @@ func TestKeptBoth_AfterAStopTheNextConnectionCarriesBoth(t *testing.T) {
 	require.Equal(t, 3, h.handled(1))
 }
 
+// What was written before a write failed may yet be answered, on a connection that
+// carries both directions as on any other.
+func TestKeptBoth_AfterAFailedWriteAnswersAreRead(t *testing.T) {
+	b := newRawB(t, nil)
+	require.EqualValues(t, 1, b.link(t))
+	first := sendAsync(b.l.addr, note{ID: 1})
+	number, _ := b.l.message(b.x)
+	require.NoError(t, b.x.(*net.UnixConn).CloseRead())
+	second := sendAsync(b.l.addr, note{ID: 2})
+	require.Equal(t, 2, b.l.serveAlone().ID, "it goes elsewhere")
+	require.NoError(t, within(t, second, "the second"))
+	b.l.write(b.x, keptFrame(keptAnswer, uint32(len(accepted)), number, accepted))
+	require.NoError(t, within(t, first, "the first"))
+}
+
 const keptWindow = 2 << 20 // bytes of JSON that may be unanswered
 
 // dataUpTo is what makes a note have so many bytes of JSON.
