@@ -121,6 +121,7 @@ func cameBy(conn net.Conn) (path string, err error) {
 }
 
 func TestKeptBoth_ResponsesTakeTheConnectionOfTheirRequests(t *testing.T) {
+	startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, nil).Stop(0) // the runtime opens what it needs
 	before := openFiles(t)
 	tracker, err := acomm.NewTracker(filepath.Join(shortDir(t), "t.sock"), nil, patience)
 	require.NoError(t, err)
