@@ -63,6 +63,7 @@ const (
 	KeptMost  = keptConns
 
 	KeptWindow = keptWindow
+	KeptQueue  = keptQueue
 )
 
 // KeptAgreed reports whether the process keeps a connection to the path that its
@@ -136,6 +137,20 @@ func (ul *UnixListener) SetKeptNumbers(number uint32) {
 		c.last = number
 		c.out.mu.Unlock()
 	}
+}
+
+// KeptAnswers returns how many bytes of answers wait to be written on the
+// connections the listener keeps.
+func (ul *UnixListener) KeptAnswers() (waiting uint64) {
+	ul.mu.Lock()
+	keeping := slices.Collect(maps.Keys(ul.run.kept))
+	ul.mu.Unlock()
+	for _, c := range keeping {
+		c.out.mu.Lock()
+		waiting += c.out.answers
+		c.out.mu.Unlock()
+	}
+	return waiting
 }
 
 // KeptConns counts the connections that the process keeps.

@@ -148,12 +148,11 @@ func encodeFrame(room int, payload interface{}) (*message, error) {
 		return encodeFrame(room, &p) // only the pointer has the methods that carry the error
 	}
 	if !ok {
-		var buf bytes.Buffer
-		buf.Write(make([]byte, front))
-		if err := json.NewEncoder(&buf).Encode(payload); err != nil {
+		text := &limitedText{front: front, data: make([]byte, front)}
+		if err := json.NewEncoder(text).Encode(payload); err != nil {
 			return nil, fmt.Errorf("marshal payload: %w", err)
 		}
-		m = &message{text: bytes.TrimSuffix(buf.Bytes(), []byte("\n"))} // the encoder's
+		m = &message{text: bytes.TrimSuffix(text.data, []byte("\n"))} // the encoder's
 	}
 	size := m.size() - front
 	if err := checkSize(uint64(size)); err != nil {
@@ -161,6 +160,22 @@ func encodeFrame(room int, payload interface{}) (*message, error) {
 	}
 	binary.BigEndian.PutUint32(m.text[room:], uint32(size))
 	return m, nil
+}
+
+// limitedText takes what an encoder writes, and refuses what is over the limit
+// before it is copied.
+type limitedText struct {
+	front int // bytes before the payload
+	data  []byte
+}
+
+func (t *limitedText) Write(p []byte) (int, error) {
+	payload := len(t.data) - t.front + len(bytes.TrimSuffix(p, []byte("\n")))
+	if err := checkSize(uint64(payload)); err != nil {
+		return 0, err
+	}
+	t.data = append(t.data, p...)
+	return len(p), nil
 }
 
 // decodeFrame unmarshals the payload of a frame into the destination object. It
