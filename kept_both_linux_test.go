@@ -1068,6 +1068,32 @@ func TestKeptBoth_AfterAFailedWriteAnswersAreRead(t *testing.T) {
 	require.NoError(t, within(t, first, "the first"))
 }
 
+// Hazard: a process that takes nothing, and goes on living, kept a connection open
+// that nothing could be written to, and those who waited for answers on it.
+func TestKeptBoth_TakingNothingEndsTheConnection(t *testing.T) {
+	const limit = 200 * time.Millisecond
+	defer acomm.SetKeptPatience(acomm.SetKeptPatience(limit))
+	refusal := strings.Repeat("y", 1<<20) // more than a socket holds
+	b := newRawB(t, map[string]keptHandling{"large": func(conn net.Conn, _ note) {
+		_ = acomm.SendConnData(conn, &acomm.Response{Error: errors.New(refusal)})
+	}})
+	defer b.s.Stop(0) // before the limit is what it was
+	require.EqualValues(t, 1, b.link(t))
+	first := sendAsync(b.l.addr, note{ID: 1})
+	b.l.message(b.x)
+	writeMessage(t, b.x, 1, `{"how":"large"}`)
+	require.ErrorIs(t, within(t, first, "the message that was read"), io.ErrUnexpectedEOF)
+	await(t, "the connection to be gone", func() bool { return !acomm.KeptTo(b.l.addr.Path) })
+	written, err := io.Copy(io.Discard, b.x)
+	require.Less(t, written, int64(len(refusal)))
+	if err != nil {
+		require.ErrorIs(t, err, syscall.ECONNRESET)
+	}
+	second := sendAsync(b.l.addr, note{ID: 2})
+	require.Equal(t, 2, b.l.serveAlone().ID, "it goes on elsewhere")
+	require.NoError(t, within(t, second, "the second"))
+}
+
 const keptWindow = 2 << 20 // bytes of JSON that may be unanswered
 
 // dataUpTo is what makes a note have so many bytes of JSON.
