@@ -32,11 +32,17 @@ func runGrowth(o options) error {
 		c.start = startAcomm(n)
 		bySockets.add(fmt.Sprintf("%d sockets", n), c, column{growthSize, growthUsers})
 	}
+	byPeers := growthSeries{title: fmt.Sprintf("growth with providers' sockets (%s, a caller for each)", formatSize(growthSize))}
+	for _, n := range o.growth.sockets {
+		c := acomm
+		c.start = startAcomm(n)
+		byPeers.add(fmt.Sprintf("%d sockets", n), c, column{growthSize, n})
+	}
 	bySize := growthSeries{title: "growth with size (1 caller, 1 socket)"}
 	for _, n := range o.growth.sizes {
 		bySize.add(formatSize(n), acomm, column{n, 1})
 	}
-	for _, series := range []growthSeries{byCallers, bySockets, bySize} {
+	for _, series := range []growthSeries{byCallers, bySockets, byPeers, bySize} {
 		results, err := o.measure(series.cells)
 		if err != nil {
 			return err

@@ -40,16 +40,16 @@ func runStreams(o options) error {
 	defer s.close()
 	t := &table{
 		title: "streams from a unix connection (goal: ratio 0.95)",
-		head:  []string{"", "acomm", "io.Copy", "ratio", "CPU per GiB", "io.Copy", "allocated, each", "io.Copy"},
+		head:  []string{"", "acomm", "io.Copy", "ratio in a round", "CPU per GiB", "io.Copy", "allocated, each", "io.Copy"},
 	}
 	for _, streams := range []int{1, maxStreams} {
 		for _, pair := range s.pairs() {
-			ours, base, err := o.measureStreams(s, pair, streams)
+			ours, base, ratio, err := o.measureStreams(s, pair, streams)
 			if err != nil {
 				return err
 			}
 			title := fmt.Sprintf("%s, %d at once", pair[0].title, streams)
-			t.add(title, formatBytes(ours.rate)+"/s", formatBytes(base.rate)+"/s", formatRatio(ours.rate/base.rate),
+			t.add(title, formatBytes(ours.rate)+"/s", formatBytes(base.rate)+"/s", formatRatio(ratio),
 				formatTime(ours.cpu), formatTime(base.cpu), formatBytes(ours.bytes), formatBytes(base.bytes))
 		}
 	}
@@ -63,21 +63,26 @@ type streamResult struct {
 	bytes float64 // allocated for each stream
 }
 
-// measureStreams gives the library's path and its counterpart their turns.
-func (o options) measureStreams(s *streamBench, pair [2]streamPath, streams int) (ours, base streamResult, err error) {
+// measureStreams gives the library's path and its counterpart their turns, each of
+// them the first in every other round. The ratio is that of a round: the machine's
+// speed may change from one to the next.
+func (o options) measureStreams(s *streamBench, pair [2]streamPath, streams int) (ours, base streamResult, ratio float64, err error) {
 	size := max(minStreamSize, int(o.benchtime.Seconds()*streamRate)/streams)
 	var turns [2][]streamResult
+	var ratios []float64
 	for round := range o.rounds {
-		for i, path := range pair {
-			o.report("round %d of %d: %s, %d at once", round+1, o.rounds, path.title, streams)
-			turn, err := s.turn(path, streams, size)
+		for turn := range pair {
+			i := (round + turn) % len(pair)
+			o.report("round %d of %d: %s, %d at once", round+1, o.rounds, pair[i].title, streams)
+			result, err := s.turn(pair[i], streams, size)
 			if err != nil {
-				return ours, base, fmt.Errorf("%s, %d at once: %w", path.title, streams, err)
+				return ours, base, 0, fmt.Errorf("%s, %d at once: %w", pair[i].title, streams, err)
 			}
-			turns[i] = append(turns[i], turn)
+			turns[i] = append(turns[i], result)
 		}
+		ratios = append(ratios, turns[0][round].rate/turns[1][round].rate)
 	}
-	return medianStreams(turns[0]), medianStreams(turns[1]), nil
+	return medianStreams(turns[0]), medianStreams(turns[1]), median(ratios), nil
 }
 
 func medianStreams(turns []streamResult) streamResult {
