@@ -28,6 +28,8 @@ const (
 	streamEnd    = time.Second      // for a source to let go, or a consumer of all of it, while Stop waits
 	streamLinger = time.Minute      // for the consumer to take the end of a whole stream
 
+	streamLook = 10 * time.Millisecond // between looks whether a consumer is there while it takes data
+
 	// streamSuffix ends the socket names of streams that can't be cut off
 	// unnoticed. A consumer that knows it writes one byte after connecting, which
 	// the provider reads only once the whole source is sent: whatever ends a
@@ -144,13 +146,15 @@ func (t *Tracker) serveStream(s *unixStream) {
 // ends first.
 func (s *unixStream) transfer(conn *net.UnixConn) {
 	s.touch()
+	over := make(chan struct{})
 	var watching sync.WaitGroup
 	watching.Go(func() {
 		// Whether the consumer left or the transfer is over: nobody reads on.
-		waitPeerGone(conn)
+		waitPeerGone(conn, over)
 		s.closeSource()
 	})
 	err := s.copyTo(conn)
+	close(over)
 	if err == nil {
 		s.touch() // gives the end its time, however long the source was silent before
 		close(s.whole)
@@ -372,13 +376,30 @@ func openStreamHTTP(ctx context.Context, client *http.Client, addr *url.URL) (io
 }
 
 // waitPeerGone blocks until the other side of the connection is closed, or this
-// one is.
-func waitPeerGone(conn *net.UnixConn) {
+// one is, or what it waits for is over.
+func waitPeerGone(conn *net.UnixConn, over <-chan struct{}) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return
 	}
-	_ = raw.Read(func(fd uintptr) bool { return sendsNothing(fd) })
+	// The consumer's unread byte makes the socket readable all the time, so the wait
+	// also ends when a consumer that is there has made room for more data.
+	for {
+		looks, gone := 0, false
+		err := raw.Read(func(fd uintptr) bool {
+			looks++
+			gone = sendsNothing(fd)
+			return gone || looks > 1
+		})
+		if err != nil || gone {
+			return
+		}
+		select {
+		case <-over:
+			return
+		case <-time.After(streamLook):
+		}
+	}
 }
 
 // peerGone reports whether either side of the connection is closed.
