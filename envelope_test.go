@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -175,6 +176,25 @@ func TestTakeBuffer_IsLessThanTwiceAsLarge(t *testing.T) {
 			clear(b)
 			require.LessOrEqual(t, cap(b), 2*size)
 		}
+	}
+}
+
+// Hazard: what is over the limit was copied first.
+func TestLimitedText_TakesWhatFitsAFrame(t *testing.T) {
+	text := make([]byte, maxPayload+2)
+	text[maxPayload] = '\n' // the encoder's
+	for size, want := range map[int]error{maxPayload: nil, maxPayload + 1: nil, maxPayload + 2: syscall.EMSGSIZE} {
+		limited := &limitedText{front: 4, data: make([]byte, 4)}
+		n, err := limited.Write(text[:size])
+		require.ErrorIs(t, err, want)
+		if want == nil {
+			require.Equal(t, size, n)
+			require.Len(t, limited.data, 4+size)
+			_, err := limited.Write([]byte("x\n"))
+			require.ErrorIs(t, err, syscall.EMSGSIZE)
+			continue
+		}
+		require.Len(t, limited.data, 4)
 	}
 }
 

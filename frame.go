@@ -150,7 +150,7 @@ func encodeFrame(room int, payload interface{}) (*message, error) {
 	if !ok {
 		text := &limitedText{front: front, data: make([]byte, front)}
 		if err := json.NewEncoder(text).Encode(payload); err != nil {
-			return nil, fmt.Errorf("marshal payload: %w", err)
+			return nil, fmt.Errorf("encode payload: %w", err)
 		}
 		m = &message{text: bytes.TrimSuffix(text.data, []byte("\n"))} // the encoder's
 	}

@@ -116,6 +116,7 @@ func TestKept_SenderThatReadsNothingIsServedNoFurther(t *testing.T) {
 		_, err := conn.Write(keptFrame(keptMessage, uint32(len(message)), sent, message))
 		require.NoError(t, err)
 	}
+	require.Equal(t, 20<<20, acomm.KeptQueue)
 	for s.KeptAnswers() <= acomm.KeptQueue {
 		send()
 		within(t, answered, "an answer")
@@ -128,7 +129,9 @@ func TestKept_SenderThatReadsNothingIsServedNoFurther(t *testing.T) {
 	for {
 		kind, n, payload, err := readKept(conn)
 		if err != nil {
-			require.ErrorIs(t, err, io.EOF, "closed when all was said")
+			if !errors.Is(err, syscall.ECONNRESET) { // something of the last messages was not taken
+				require.ErrorIs(t, err, io.EOF, "closed when all was said")
+			}
 			break
 		}
 		if kind == keptStop {

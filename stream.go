@@ -28,7 +28,7 @@ const (
 	streamEnd    = time.Second      // for a source to let go, or a consumer of all of it, while Stop waits
 	streamLinger = time.Minute      // for the consumer to take the end of a whole stream
 
-	streamLook = 10 * time.Millisecond // between looks whether a consumer is there while it takes data
+	streamLook = time.Millisecond // between looks whether a consumer is there while it takes data
 
 	// streamSuffix ends the socket names of streams that can't be cut off
 	// unnoticed. A consumer that knows it writes one byte after connecting, which
@@ -375,23 +375,26 @@ func openStreamHTTP(ctx context.Context, client *http.Client, addr *url.URL) (io
 	return src, nil
 }
 
-// waitPeerGone blocks until the other side of the connection is closed, or this
-// one is, or what it waits for is over.
+// waitPeerGone blocks until the other side of the connection is closed, this one is,
+// or its read deadline passes. When over is closed, it does not pause between looks.
 func waitPeerGone(conn *net.UnixConn, over <-chan struct{}) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return
 	}
 	// The consumer's unread byte makes the socket readable all the time, so the wait
-	// also ends when a consumer that is there has made room for more data.
+	// also ends whenever a consumer that is there has made room for more data.
+	var last time.Time
+	gone := false
+	look := func(fd uintptr) bool {
+		gone = sendsNothing(fd)
+		now := time.Now()
+		soon := now.Sub(last) < streamLook
+		last = now
+		return gone || soon
+	}
 	for {
-		looks, gone := 0, false
-		err := raw.Read(func(fd uintptr) bool {
-			looks++
-			gone = sendsNothing(fd)
-			return gone || looks > 1
-		})
-		if err != nil || gone {
+		if err := raw.Read(look); err != nil || gone {
 			return
 		}
 		select {

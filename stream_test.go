@@ -154,6 +154,31 @@ func TestNewStreamUnix_SourceIsReleasedWhenTheConsumerLeaves(t *testing.T) {
 	}
 }
 
+// Hazard: where the consumer is not looked at each time it takes something, it may
+// leave at a time when nobody looks, and the source says nothing any more.
+func TestNewStreamUnix_SourceIsReleasedWhenTheConsumerLeavesInTheMiddle(t *testing.T) {
+	tracker := newTracker(t)
+	piece := make([]byte, 64<<10)
+	for range 20 {
+		src := newSource()
+		u, err := tracker.NewStreamUnix("", src)
+		require.NoError(t, err)
+		conn := dialStream(t, u)
+		_, err = conn.Write([]byte{0})
+		require.NoError(t, err)
+		fed := async(func() {
+			for range 10 {
+				_, _ = src.feed.Write(piece)
+			}
+		})
+		_, err = io.CopyN(io.Discard, conn, 10*int64(len(piece)))
+		require.NoError(t, err)
+		within(t, fed, "the feeder")
+		conn.Close()
+		src.requireClosedOnce(t)
+	}
+}
+
 func TestNewStreamUnix_FailedSourceIsClosedAndLogged(t *testing.T) {
 	lines := captureLog(t)
 	tracker := newTracker(t)

@@ -28,6 +28,9 @@ func runGrowth(o options) error {
 	}
 	bySockets := growthSeries{title: fmt.Sprintf("growth with providers' sockets (%s, %d callers)", formatSize(growthSize), growthUsers)}
 	for _, n := range o.growth.sockets {
+		if n > growthUsers {
+			break // each caller has one already
+		}
 		c := acomm
 		c.start = startAcomm(n)
 		bySockets.add(fmt.Sprintf("%d sockets", n), c, column{growthSize, growthUsers})
