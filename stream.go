@@ -393,14 +393,17 @@ func waitPeerGone(conn *net.UnixConn, over <-chan struct{}) {
 		last = now
 		return gone || soon
 	}
+	pause := time.NewTimer(streamLook)
+	defer pause.Stop()
 	for {
 		if err := raw.Read(look); err != nil || gone {
 			return
 		}
+		pause.Reset(streamLook)
 		select {
 		case <-over:
 			return
-		case <-time.After(streamLook):
+		case <-pause.C:
 		}
 	}
 }
