@@ -28,7 +28,7 @@ const (
 	streamEnd    = time.Second      // for a source to let go, or a consumer of all of it, while Stop waits
 	streamLinger = time.Minute      // for the consumer to take the end of a whole stream
 
-	streamLook = time.Millisecond // between looks whether a consumer is there while it takes data
+	streamLook = 10 * time.Millisecond // between looks whether a consumer is there while it takes data
 
 	// streamSuffix ends the socket names of streams that can't be cut off
 	// unnoticed. A consumer that knows it writes one byte after connecting, which
