@@ -376,7 +376,8 @@ func openStreamHTTP(ctx context.Context, client *http.Client, addr *url.URL) (io
 }
 
 // waitPeerGone blocks until the other side of the connection is closed, this one is,
-// or its read deadline passes. When over is closed, it does not pause between looks.
+// or its read deadline passes. Closing over ends a pause between two looks, and the
+// wait with it; it does not end the wait for a sign of the other side.
 func waitPeerGone(conn *net.UnixConn, over <-chan struct{}) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
