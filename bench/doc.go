@@ -26,9 +26,10 @@
 //     does it (NextConn, UnmarshalConnData, SendConnData, DoneConn, Respond),
 //     responses to a Tracker; a caller waits for its handler. Four frames: the
 //     request, its acknowledgement, the response, its acknowledgement.
-//   - The peers: net/rpc with jsonrpc, ttrpc, HTTP/1.1, gRPC, creachadair/jrpc2
-//     and sourcegraph/jsonrpc2 over unix sockets, NATS with an embedded server
-//     over TCP. All callers share one connection; HTTP/1.1 keeps one for each.
+//   - The peers: net/rpc with jsonrpc, ttrpc, drpc, HTTP/1.1, gRPC,
+//     creachadair/jrpc2 and sourcegraph/jsonrpc2 over unix sockets, NATS with an
+//     embedded server over TCP. All callers share one connection; HTTP/1.1 and
+//     drpc, whose connections carry one call at a time, keep one for each caller.
 //     ttrpc, gRPC and NATS carry the JSON as bytes, the others have it as their
 //     own encoding. They are set up as their documentation does it; what differs
 //     is said where they are started.

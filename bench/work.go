@@ -52,6 +52,7 @@ var candidates = []candidate{
 	{"acomm", "acomm", subject, "", startAcomm(1)},
 	{"netrpc", "net/rpc + jsonrpc", peer, "", startNetRPC},
 	{"ttrpc", "containerd/ttrpc", peer, "github.com/containerd/ttrpc", startTTRPC},
+	{"drpc", "drpc", peer, "storj.io/drpc", startDRPC},
 	{"http", "HTTP/1.1 over unix", peer, "", startHTTP},
 	{"grpc", "gRPC over unix", peer, "google.golang.org/grpc", startGRPC},
 	{"jrpc2", "creachadair/jrpc2", peer, "github.com/creachadair/jrpc2", startJRPC2},
