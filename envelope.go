@@ -2,7 +2,6 @@ package acomm
 
 import (
 	"bytes"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"net/url"
@@ -17,11 +16,6 @@ import (
 // written by hand, in the form encoding/json gives it, and read by hand in that
 // form. What is in any other form is left to encoding/json as a whole, so that
 // nothing but the time it takes depends on what is in this file.
-
-const (
-	maxKnown   = 1000    // levels; encoding/json counts, and limits, those of the whole message
-	maxScratch = 1 << 20 // bytes of an abridged text that are kept for the next
-)
 
 // urlKnown is false if url.URL has members that came after Go 1.26.
 var urlKnown = reflect.TypeFor[url.URL]().NumField() == 11
@@ -307,151 +301,18 @@ func (e *envelope) raw(size int) *json.RawMessage {
 }
 
 // isValue reports whether json.Unmarshal takes data, and all of it, as one
-// value, wherever in a message it is.
+// value, wherever in an envelope it is.
 func isValue(data []byte) bool {
 	if data[0] <= ' ' || data[len(data)-1] <= ' ' {
 		return false // white space around it is not of the value
 	}
-	return isValid(data, true)
+	s := scanJSON(data)
+	return s.valid && s.depth < maxDepth
 }
 
-// isMarshalled reports whether json.Marshal takes data and changes nothing in it.
+// isMarshalled reports whether json.Marshal takes data, wherever in an envelope it
+// is, and changes nothing in it.
 func isMarshalled(data []byte) bool {
-	return isValid(data, false)
-}
-
-// scratch holds the *[]byte that texts are abridged in.
-var scratch = sync.Pool{New: func() any { return new([]byte) }}
-
-// isValid reports whether data is valid JSON of few levels, and if not anything
-// goes, such that json.Marshal changes nothing in it.
-func isValid(data []byte, anything bool) bool {
-	buf := scratch.Get().(*[]byte)
-	a := abridge((*buf)[:0], data)
-	ok := a.depth <= maxKnown && (anything || !a.changes) && json.Valid(a.text)
-	if len(a.text) < len(data) && cap(a.text) <= maxScratch {
-		*buf = a.text
-	}
-	scratch.Put(buf)
-	return ok
-}
-
-// abridgement is a JSON text without most of the inert bytes in its strings:
-// from 9 in a row on, all but the first and up to 7 are left out.
-//
-// Whether it is valid depends on none of them: inside of a string an inert byte
-// leaves encoding/json in the state it was in, unless it is part of an escape
-// sequence, and those are kept; outside of one, only a quote leads into one.
-// A byte of each row stays, and keeps apart what was apart, such as the bytes of
-// a character.
-type abridgement struct {
-	text []byte // valid if and only if the whole is; then, of the whole:
-
-	depth   int  // levels of objects and arrays
-	changes bool // json.Marshal may leave out or escape something
-}
-
-// abridge appends to dst what is left of the JSON text. It returns the text
-// itself if that is all of it.
-func abridge(dst, text []byte) abridgement {
-	a := abridgement{text: dst}
-	depth, kept := 0, 0 // text[kept:i] is still to be appended
-	for i := 0; i < len(text); i++ {
-		switch c := text[i]; {
-		case c <= ' ':
-			a.changes = true
-		case c|0x20 == '{': // a bracket, too
-			depth++
-			a.depth = max(a.depth, depth)
-		case c|0x20 == '}':
-			depth--
-		case c == '"':
-			i, kept = a.inString(text, i+1, kept)
-		}
-	}
-	if kept == 0 {
-		a.text = text
-	} else {
-		a.text = append(a.text, text[kept:]...)
-	}
-	return a
-}
-
-// inString abridges the string that begins at i. It returns where its closing
-// quote is, and from where on the text is still to be appended.
-func (a *abridgement) inString(text []byte, i, kept int) (int, int) {
-	for i < len(text) {
-		switch c := text[i]; {
-		case inert[c]:
-			i++
-			if n := inertWords(text[i:]); n > 0 {
-				a.text = append(a.text, text[kept:i]...)
-				i += n
-				kept = i
-			}
-			for i < len(text) && inert[text[i]] {
-				i++
-			}
-		case c == '"':
-			return i, kept
-		case c == '\\':
-			i++
-			if i < len(text) && text[i] == 'u' {
-				i += 4
-			}
-			i++
-		default:
-			r, size := utf8.DecodeRune(text[i:])
-			if size == 1 || r == '\u2028' || r == '\u2029' {
-				a.changes = true
-			}
-			i += size
-		}
-	}
-	return i, kept
-}
-
-// inertWords returns for how many bytes, a multiple of 8, all are inert.
-func inertWords(text []byte) int {
-	rest := text
-	for len(rest) >= 8 {
-		switch {
-		case len(rest) >= 32 && areInert(rest):
-			rest = rest[32:]
-		case others(binary.LittleEndian.Uint64(rest)) == 0:
-			rest = rest[8:]
-		default:
-			return len(text) - len(rest)
-		}
-	}
-	return len(text) - len(rest)
-}
-
-const (
-	ones = 0x0101010101010101
-	high = 0x80 * ones
-)
-
-// others is not zero if any of the 8 bytes is not inert.
-func others(w uint64) uint64 {
-	// Each of these is zero in the bytes it looks for. As long as no byte has its
-	// high bit set, subtracting one sets that of the lowest zero.
-	quote := w | 0x04*ones ^ '&'*ones // or an ampersand
-	angle := w | 0x02*ones ^ '>'*ones // of either kind
-	slash := w ^ '\\'*ones
-	return (w | (w - ' '*ones) | (quote - ones) | (angle - ones) | (slash - ones)) & high
-}
-
-// areInert reports whether the first 32 bytes are inert, and none of them one of
-// the few that it takes along for the time this saves.
-func areInert(text []byte) bool {
-	a, b := binary.LittleEndian.Uint64(text), binary.LittleEndian.Uint64(text[8:])
-	c, d := binary.LittleEndian.Uint64(text[16:]), binary.LittleEndian.Uint64(text[24:])
-	found := a | b | c | d
-	found |= (a - ' '*ones) | (b - ' '*ones) | (c - ' '*ones) | (d - ' '*ones)
-	const x, quote = 0x04 * ones, '&' * ones // or an ampersand
-	found |= (a | x ^ quote - ones) | (b | x ^ quote - ones) | (c | x ^ quote - ones) | (d | x ^ quote - ones)
-	const y, angle = 0x62 * ones, '~' * ones // of either kind, or a backslash, or one of |^~
-	found |= (a | y ^ angle - ones) | (b | y ^ angle - ones) | (c | y ^ angle - ones) | (d | y ^ angle - ones)
-	return found&high == 0
+	s := scanJSON(data)
+	return s.valid && !s.changes && s.depth < maxDepth
 }

@@ -2,7 +2,6 @@ package acomm
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"io"
@@ -65,18 +64,6 @@ func TestEnvelope_ValuesEndWhereTheyEnd(t *testing.T) {
 	require.NoError(t, decodeFrame(data, &resp))
 	_ = append(*resp.Result, "xxx"...)
 	require.Equal(t, `{"error":"","id":"1","result":[1],"stream_url":null}`, string(data))
-}
-
-// Hazard: a value that was looked at as it is became scratch for the next one.
-func TestEnvelope_ValuesAreLeftAlone(t *testing.T) {
-	numbers := json.RawMessage(`[` + strings.Repeat("1,", 100) + `1]`)
-	text := json.RawMessage(`"` + strings.Repeat("x", 100) + `"`)
-	want := string(numbers)
-	for range 100 { // the scratch is dropped at times
-		require.True(t, isMarshalled(numbers))
-		require.True(t, isMarshalled(text))
-		require.Equal(t, want, string(numbers))
-	}
 }
 
 // As encoding/json does.
@@ -194,97 +181,5 @@ func TestLimitedText_TakesWhatFitsAFrame(t *testing.T) {
 			continue
 		}
 		require.Len(t, limited.data, 4)
-	}
-}
-
-func TestAbridge_LeavesOutTheInertBytes(t *testing.T) {
-	run := strings.Repeat("x", 100)
-	for _, want := range []struct {
-		text, left string
-		changes    bool
-	}{
-		{text: ``, left: ``},
-		{text: `"xxxxxxxx"`, left: `"xxxxxxxx"`},
-		{text: `"xxxxxxxxx"`, left: `"x"`},
-		{text: `{"` + run + `":["` + run + `"]}`, left: `{"xxxx":["xxxx"]}`},
-		{text: `"` + run + `\"` + run + `"`, left: `"xxxx\"xxxx"`},
-		{text: `"\u` + run + `"`, left: `"\uxxxxxxxxxxxx"`},
-		{text: `"` + run + "ü" + run + `"`, left: `"xxxxüxxxx"`},
-		{text: `"` + run + "\u2028" + run + `"`, left: "\"xxxx\u2028xxxx\"", changes: true},
-		{text: `"` + run + "\xff" + run + `"`, left: "\"xxxx\xffxxxx\"", changes: true},
-		{text: `"` + run + "<" + run + `"`, left: `"xxxx<xxxx"`, changes: true},
-		{text: `"` + run + "\n", left: "\"xxxx\n", changes: true},
-		{text: run + `"` + run, left: run + `"xxxx`},
-		{text: `"` + run, left: `"xxxx`},
-		{text: `"` + run + `\`, left: `"xxxx\`},
-		{text: `"` + run + `\u12`, left: `"xxxx\u12`},
-		{text: `"` + run + `|^~` + run + `"`, left: `"xxx"`},
-		{text: `[` + ` "` + run + `"]`, left: `[ "xxxx"]`, changes: true},
-		{text: `[[],{"a":[]}]`, left: `[[],{"a":[]}]`},
-	} {
-		a := abridge(nil, []byte(want.text))
-		require.Equal(t, want.left, string(a.text))
-		require.Equal(t, want.changes, a.changes, want.text)
-	}
-	require.Equal(t, 3, abridge(nil, []byte(`[[],{"a":[]}]`)).depth)
-	for c := range 256 { // at each place in a word
-		for at := range 24 {
-			word := bytes.Repeat([]byte("x"), 24)
-			word[at] = byte(c)
-			n := 24
-			if c < ' ' || c > 0x7f || strings.ContainsRune(`"\<>&`, rune(c)) {
-				n = at / 8 * 8
-			}
-			require.Equal(t, n, inertWords(word), "%q at %d", c, at)
-		}
-	}
-}
-
-// FuzzAbridge asks encoding/json about a text and about what is left of it.
-func FuzzAbridge(f *testing.F) {
-	run := strings.Repeat("x", 20)
-	for _, text := range []string{
-		``, `null`, ` [1, {"a": "b"}] `, `"\u00` + run + `41"`, `"\ud800` + run + `\udc00"`, `"\` + run + `"`,
-		`{"` + run + `":1,"` + run + `":2}`, `"` + run + "\xe2" + run + "\x80\xa8" + `"`, `"` + run + "\u2029\"",
-		`"` + run + `<b>"`, `"` + run + "ü\x7f\x00\"", `"` + run, `[[[{"a":[]}]]]`, `"\u12"` + run + `"`,
-	} {
-		f.Add([]byte(text))
-	}
-	f.Fuzz(func(t *testing.T, text []byte) {
-		a := abridge(nil, text)
-		valid := json.Valid(text)
-		require.Equal(t, valid, json.Valid(a.text), "%q: %q", text, a.text)
-		marshalled, err := json.Marshal(json.RawMessage(text))
-		if len(text) > 0 {
-			require.Equal(t, valid, err == nil)
-		}
-		if !valid {
-			return
-		}
-		if !a.changes {
-			require.Equal(t, string(text), string(marshalled))
-		}
-		require.Equal(t, levels(t, text), a.depth)
-	})
-}
-
-// levels returns how deep a JSON text is, as encoding/json has it.
-func levels(t *testing.T, text []byte) int {
-	dec := json.NewDecoder(bytes.NewReader(text))
-	dec.UseNumber()
-	depth, deepest := 0, 0
-	for {
-		token, err := dec.Token()
-		if err == io.EOF {
-			return deepest
-		}
-		require.NoError(t, err)
-		switch token {
-		case json.Delim('['), json.Delim('{'):
-			depth++
-			deepest = max(deepest, depth)
-		case json.Delim(']'), json.Delim('}'):
-			depth--
-		}
 	}
 }

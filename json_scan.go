@@ -1,0 +1,297 @@
+package acomm
+
+import (
+	"encoding/binary"
+	"math/bits"
+	"unicode/utf8"
+)
+
+// Bytes are scanned for the two things that encoding/json would say of them: are
+// they one JSON value, and would json.Marshal write that value differently. Both
+// answers are those of encoding/json, in one pass and a third of the time.
+
+// maxDepth is how many objects and arrays may be inside of one another.
+// encoding/json refuses one more.
+const maxDepth = 10_000
+
+// jsonScan is what scanJSON has found.
+type jsonScan struct {
+	valid bool // as json.Valid says it; what follows is of a valid value
+	depth int  // of the objects and arrays inside of one another
+
+	// changes: json.Marshal leaves out or escapes something of a RawMessage that
+	// holds the value. It may be set for invalid UTF-8, which not every release of
+	// encoding/json changes.
+	changes bool
+}
+
+// scanJSON looks through data once.
+func scanJSON(data []byte) jsonScan {
+	var s jsonScan
+	var open nesting
+	i := 0
+
+value:
+	i = s.skipSpace(data, i)
+	if i >= len(data) {
+		return jsonScan{}
+	}
+	switch c := data[i]; c {
+	case '"':
+		if i = s.skipString(data, i+1); i < 0 {
+			return jsonScan{}
+		}
+	case '{', '[':
+		if open.depth == maxDepth {
+			return jsonScan{}
+		}
+		open.push(c == '{')
+		s.depth = max(s.depth, open.depth)
+		i = s.skipSpace(data, i+1)
+		if i < len(data) && data[i] == c+2 { // the bracket that closes it
+			goto end
+		}
+		if c == '{' {
+			goto name
+		}
+		goto value
+	case 't':
+		if !hasPrefix(data, i, "true") {
+			return jsonScan{}
+		}
+		i += len("true")
+	case 'f':
+		if !hasPrefix(data, i, "false") {
+			return jsonScan{}
+		}
+		i += len("false")
+	case 'n':
+		if !hasPrefix(data, i, "null") {
+			return jsonScan{}
+		}
+		i += len("null")
+	default:
+		if i = skipNumber(data, i); i < 0 {
+			return jsonScan{}
+		}
+	}
+
+next:
+	i = s.skipSpace(data, i)
+	if open.depth == 0 {
+		s.valid = i == len(data)
+		return s
+	}
+	if i >= len(data) {
+		return jsonScan{}
+	}
+	if data[i] == ',' {
+		i++
+		if open.inObject() {
+			goto name
+		}
+		goto value
+	}
+
+end:
+	if open.inObject() && data[i] != '}' || !open.inObject() && data[i] != ']' {
+		return jsonScan{}
+	}
+	open.pop()
+	i++
+	goto next
+
+name:
+	i = s.skipSpace(data, i)
+	if i >= len(data) || data[i] != '"' {
+		return jsonScan{}
+	}
+	if i = s.skipString(data, i+1); i < 0 {
+		return jsonScan{}
+	}
+	i = s.skipSpace(data, i)
+	if i >= len(data) || data[i] != ':' {
+		return jsonScan{}
+	}
+	i++
+	goto value
+}
+
+// nesting remembers of each level whether it is an object or an array.
+type nesting struct {
+	depth int
+	inner uint64   // a bit for each of the inner levels, the innermost is the lowest
+	outer []uint64 // 64 levels each
+}
+
+func (n *nesting) push(object bool) {
+	if n.depth%64 == 0 && n.depth > 0 {
+		n.outer = append(n.outer, n.inner)
+	}
+	n.depth++
+	n.inner <<= 1
+	if object {
+		n.inner |= 1
+	}
+}
+
+func (n *nesting) pop() {
+	n.depth--
+	n.inner >>= 1
+	if n.depth%64 == 0 && n.depth > 0 {
+		last := len(n.outer) - 1
+		n.inner, n.outer = n.outer[last], n.outer[:last]
+	}
+}
+
+func (n *nesting) inObject() bool { return n.inner&1 == 1 }
+
+// skipSpace returns where the white space that begins at i ends.
+func (s *jsonScan) skipSpace(data []byte, i int) int {
+	if i < len(data) && data[i] <= ' ' {
+		return s.skipSomeSpace(data, i)
+	}
+	return i
+}
+
+func (s *jsonScan) skipSomeSpace(data []byte, i int) int {
+	s.changes = true
+	for i < len(data) && (data[i] == ' ' || data[i] == '\n' || data[i] == '\r' || data[i] == '\t') {
+		i++
+	}
+	return i
+}
+
+func hasPrefix(data []byte, i int, word string) bool {
+	return len(data)-i >= len(word) && string(data[i:i+len(word)]) == word
+}
+
+// skipNumber returns where the number that begins at i ends; -1 if there is none.
+func skipNumber(data []byte, i int) int {
+	if data[i] == '-' {
+		i++
+	}
+	whole := skipDigits(data, i)
+	if whole == i || data[i] == '0' && whole > i+1 {
+		return -1
+	}
+	i = whole
+	if i < len(data) && data[i] == '.' {
+		fraction := skipDigits(data, i+1)
+		if fraction == i+1 {
+			return -1
+		}
+		i = fraction
+	}
+	if i < len(data) && data[i]|0x20 == 'e' {
+		i++
+		if i < len(data) && (data[i] == '+' || data[i] == '-') {
+			i++
+		}
+		exponent := skipDigits(data, i)
+		if exponent == i {
+			return -1
+		}
+		i = exponent
+	}
+	return i
+}
+
+func skipDigits(data []byte, i int) int {
+	for i < len(data) && data[i]-'0' <= 9 {
+		i++
+	}
+	return i
+}
+
+// skipString returns what is behind the closing quote of the string whose text
+// begins at i; -1 if it is not the text of a string.
+func (s *jsonScan) skipString(data []byte, i int) int {
+	for i < len(data) {
+		if rest := data[i:]; len(rest) >= 8 {
+			found := findSpecial(binary.LittleEndian.Uint64(rest))
+			if found == 0 {
+				i += 8
+				continue
+			}
+			i += bits.TrailingZeros64(found) / 8
+		}
+		switch c := data[i]; {
+		case c == '"':
+			return i + 1
+		case c == '\\':
+			size := escapeSize(data[i:])
+			if size == 0 {
+				return -1
+			}
+			i += size
+		case c < ' ':
+			return -1
+		case c < utf8.RuneSelf:
+			s.changes = s.changes || isEscapedForHTML(c)
+			i++
+		default:
+			i = s.skipRunes(data, i)
+		}
+	}
+	return -1
+}
+
+const (
+	ones = 0x0101010101010101
+	high = 0x80 * ones
+)
+
+// findSpecial sets the high bit of the first of 8 bytes, counted from the lowest,
+// that does not simply stand for itself in a string: a quote, a backslash, a
+// control character, one of <, > and &, or part of a character that is not ASCII.
+// Bits of the bytes after it mean nothing. It returns zero if there is none.
+func findSpecial(w uint64) uint64 {
+	// A byte that is zero borrows from the next when one is subtracted, which sets
+	// its high bit. Until then no byte has its high bit set, or it is found for it.
+	quote := w | 0x04*ones ^ '&'*ones // zero for a quote or an ampersand
+	angle := w | 0x02*ones ^ '>'*ones // zero for < or >
+	slash := w ^ '\\'*ones
+	return (w | (w - ' '*ones) | (quote - ones) | (angle - ones) | (slash - ones)) & high
+}
+
+func isEscapedForHTML(c byte) bool { return c == '<' || c == '>' || c == '&' }
+
+// escapeSize returns the size of the escape sequence that text begins with; 0 if
+// it is none.
+func escapeSize(text []byte) int {
+	if len(text) < 2 {
+		return 0
+	}
+	switch text[1] {
+	case '"', '\\', '/', 'b', 'f', 'n', 'r', 't':
+		return 2
+	case 'u':
+		if len(text) >= 6 && isHex(text[2]) && isHex(text[3]) && isHex(text[4]) && isHex(text[5]) {
+			return 6
+		}
+	}
+	return 0
+}
+
+func isHex(c byte) bool { return c-'0' <= 9 || c|0x20-'a' <= 5 }
+
+// skipRunes returns where the characters that are not ASCII, of which one begins at
+// i, end. A byte that is not UTF-8 counts as one. json.Marshal escapes the two line
+// ends of Unicode.
+func (s *jsonScan) skipRunes(data []byte, i int) int {
+	for i < len(data) && data[i] >= utf8.RuneSelf {
+		if c := data[i]; c >= 0xc2 && c < 0xe0 && i+1 < len(data) && isContinuation(data[i+1]) {
+			i += 2 // most letters with an accent, Greek, Cyrillic, Hebrew, Arabic
+			continue
+		}
+		r, size := utf8.DecodeRune(data[i:])
+		if size == 1 || r == '\u2028' || r == '\u2029' {
+			s.changes = true
+		}
+		i += size
+	}
+	return i
+}
+
+func isContinuation(c byte) bool { return c&0xc0 == 0x80 }
