@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"reflect"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -20,16 +21,24 @@ func quick(calls int64) runner {
 
 func TestCandidates_AnswerEveryCall(t *testing.T) {
 	for _, c := range candidates {
-		t.Run(c.name, func(t *testing.T) {
-			for column, calls := range map[column]int64{{0, 1}: 20, {128, 1}: 20, {4 << 10, 8}: 40, {1 << 20, 1}: 1} {
-				results, err := quick(calls).measure([]cell{{c, column}})
-				require.NoError(t, err)
-				require.Len(t, results, 1)
-				require.Positive(t, results[0].wall)
-				require.Positive(t, results[0].allocs)
-				require.GreaterOrEqual(t, results[0].bytes, float64(column.size))
-			}
-		})
+		for _, shape := range shapes {
+			t.Run(c.name+"/"+shape.String(), func(t *testing.T) {
+				large := 1 << 20
+				if shape != text {
+					large = 64 << 10 // takes long to make and decode with the race detector
+				}
+				for column, calls := range map[column]int64{{0, 1}: 20, {128, 1}: 20, {4 << 10, 8}: 40, {large, 1}: 1} {
+					r := quick(calls)
+					r.shape = shape
+					results, err := r.measure([]cell{{c, column}})
+					require.NoError(t, err)
+					require.Len(t, results, 1)
+					require.Positive(t, results[0].wall)
+					require.Positive(t, results[0].allocs)
+					require.GreaterOrEqual(t, results[0].bytes, float64(column.size))
+				}
+			})
+		}
 	}
 }
 
@@ -96,6 +105,27 @@ func TestRunner_BrokenCandidateFailsTheRun(t *testing.T) {
 	}
 }
 
+func TestRunner_CallsCarryTheShape(t *testing.T) {
+	for _, shape := range shapes {
+		var matching atomic.Int64
+		start := func(_ string, _ int, handle handler) (client, error) {
+			return &fake{handle: handle, wrong: func(h handler, m *Message) (*Message, error) {
+				expected := shape.newMessage(1 << 10)
+				expected.Seq = m.Seq
+				if reflect.DeepEqual(*m, expected) {
+					matching.Add(1)
+				}
+				return h(m), nil
+			}}, nil
+		}
+		r := quick(10)
+		r.shape = shape
+		_, err := r.measure([]cell{{candidate{name: "fake", start: start}, column{1 << 10, 4}}})
+		require.NoError(t, err)
+		require.Equal(t, int64(10), matching.Load())
+	}
+}
+
 func TestRunner_CandidateThatDoesNotStartFailsTheRun(t *testing.T) {
 	start := func(string, int, handler) (client, error) { return nil, errors.New("no start") }
 	_, err := quick(1).measure([]cell{{candidate{name: "fake", start: start}, column{128, 1}}})
@@ -110,6 +140,7 @@ func TestModes_RunAndWriteTheirTables(t *testing.T) {
 				runner:     quick(100),
 				candidates: candidates,
 				columns:    []column{{128, 1}, {1 << 10, 4}},
+				shapes:     []shape{text},
 				growth:     growth{callers: []int{1, 8}, sockets: []int{1, 4}, sizes: []int{128, 1 << 16}},
 				bursts:     2,
 				requests:   1000,
@@ -136,15 +167,15 @@ func TestStreams_DamageFailsTheRun(t *testing.T) {
 
 func TestRun_Flags(t *testing.T) {
 	var out bytes.Buffer
-	err := run([]string{"-quiet", "-markdown", "-benchtime", "1ms", "-rounds", "1", "-only", "acomm,frames2,netrpc", "-columns", "128B/1,1KiB/2"}, &out, io.Discard)
+	err := run([]string{"-quiet", "-markdown", "-benchtime", "1ms", "-rounds", "1", "-only", "acomm,frames2,netrpc", "-columns", "128B/1,1KiB/2", "-shape", "text,tree"}, &out, io.Discard)
 	require.NoError(t, err)
 	for _, text := range []string{
-		"| encoding/json", "| v1.2.10", "### wall per call", "### CPU, ratio to the fastest peer", "128 B, 1 caller | 1 KiB, 2", "### During the run",
+		"| encoding/json", "| v1.2.10", "### wall per call, text", "### CPU, ratio to the fastest peer, tree", "128 B, 1 caller | 1 KiB, 2", "### During the run",
 	} {
 		require.Contains(t, out.String(), text)
 	}
 	for _, args := range [][]string{
-		{"-only", "nobody"}, {"-columns", "128"}, {"-columns", "128B/0"}, {"-columns", "12x/1"}, {"-mode", "none"}, {"-rounds", "0"}, {"more"},
+		{"-only", "nobody"}, {"-columns", "128"}, {"-columns", "128B/0"}, {"-columns", "12x/1"}, {"-mode", "none"}, {"-shape", "text,none"}, {"-shape", ""}, {"-rounds", "0"}, {"more"},
 	} {
 		require.Error(t, run(args, io.Discard, io.Discard), "%q", args)
 	}
@@ -187,21 +218,23 @@ func TestMedian(t *testing.T) {
 
 // BenchmarkEcho is the table of the calls, as Go benchmarks:
 //
-//	go test -bench Echo/grpc/128B/64
+//	go test -bench Echo/rows/grpc/128B/64
 func BenchmarkEcho(b *testing.B) {
-	for _, c := range candidates {
-		for _, column := range columns {
-			b.Run(c.name+"/"+column.String(), func(b *testing.B) { benchmarkCell(b, cell{c, column}) })
+	for _, shape := range shapes {
+		for _, c := range candidates {
+			for _, column := range columns {
+				b.Run(shape.String()+"/"+c.name+"/"+column.String(), func(b *testing.B) { benchmarkCell(b, shape, cell{c, column}) })
+			}
 		}
 	}
 }
 
-func benchmarkCell(b *testing.B, c cell) {
-	r := runner{patience: 10 * time.Minute}
+func benchmarkCell(b *testing.B, shape shape, c cell) {
+	r := runner{shape: shape, patience: 10 * time.Minute}
 	s, err := r.newSession(c)
 	require.NoError(b, err)
 	require.NoError(b, s.warmUp())
-	data := newData(c.size)
+	data := shape.newMessage(c.size)
 	b.ReportAllocs()
 	b.SetBytes(int64(c.size))
 	cpu := cpuTime()

@@ -15,6 +15,7 @@ type options struct {
 	runner
 	candidates []candidate
 	columns    []column
+	shapes     []shape // of the calls
 	growth     growth
 	bursts     int // of forward
 	requests   int // of tracking
@@ -52,6 +53,7 @@ func run(args []string, stdout, stderr io.Writer) error {
 		rounds    = flags.Int("rounds", 5, "turns of each candidate in each column")
 		only      = flags.String("only", "", "candidates, by name, with commas; all if empty")
 		cols      = flags.String("columns", "", "columns such as 128B/1,16KiB/64; the six of the table if empty")
+		shapeList = flags.String("shape", "text", "text, rows or tree, with commas: what the data of the calls looks like")
 		modeList  = flags.String("mode", "calls", "calls, tracking, streams, forward, growth, idle, with commas, or all")
 		requests  = flags.Int("requests", 1_000_000, "outstanding requests in the mode tracking")
 		markdown  = flags.Bool("markdown", false, "write the tables in markdown")
@@ -82,6 +84,9 @@ func run(args []string, stdout, stderr io.Writer) error {
 		return err
 	}
 	if o.columns, err = parseColumns(*cols); err != nil {
+		return err
+	}
+	if o.shapes, err = parseShapes(*shapeList); err != nil {
 		return err
 	}
 	if err := o.write(header(o.runner)); err != nil {
@@ -123,8 +128,19 @@ func (o options) write(tables ...*table) error {
 	return nil
 }
 
-// runCalls is the table of the candidates, column by column.
+// runCalls is the tables of the candidates, for each shape.
 func runCalls(o options) error {
+	for _, shape := range o.shapes {
+		o.shape = shape
+		if err := runShape(o); err != nil {
+			return fmt.Errorf("%s: %w", shape, err)
+		}
+	}
+	return nil
+}
+
+// runShape measures the candidates column by column.
+func runShape(o options) error {
 	results := make([][]result, len(o.candidates))
 	for _, column := range o.columns {
 		var cells []cell
@@ -139,5 +155,9 @@ func runCalls(o options) error {
 			results[i] = append(results[i], r)
 		}
 	}
-	return o.write(callTables(o.candidates, o.columns, results)...)
+	tables := callTables(o.candidates, o.columns, results)
+	for _, t := range tables {
+		t.title += ", " + o.shape.String()
+	}
+	return o.write(tables...)
 }

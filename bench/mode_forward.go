@@ -70,7 +70,7 @@ func (o options) countConnections(way candidate, connections *atomic.Int64) (int
 	}
 	before := connections.Load()
 	for range o.bursts {
-		if _, _, err := s.drive(forwardBurst, newData(s.size), once(forwardBurst)); err != nil {
+		if _, _, err := s.drive(forwardBurst, s.shape.newMessage(s.size), once(forwardBurst)); err != nil {
 			return 0, s.giveUp(err)
 		}
 	}

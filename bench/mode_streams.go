@@ -153,7 +153,7 @@ func (s *streamBench) pairs() [][2]streamPath {
 // turn carries a number of streams at once, each of the size, and checks what
 // arrives.
 func (s *streamBench) turn(path streamPath, streams, size int) (streamResult, error) {
-	block := []byte(newData(streamBlock))
+	block := []byte(newText(streamBlock))
 	var carrying sync.WaitGroup
 	errs := make([]error, streams)
 	stop := meter()

@@ -15,6 +15,7 @@ import (
 
 // runner measures cells.
 type runner struct {
+	shape     shape         // of the calls' data
 	benchtime time.Duration // of a turn
 	rounds    int
 	patience  time.Duration // what a turn may take beyond its time before calls count as lost
@@ -39,7 +40,7 @@ func (r runner) measure(cells []cell) ([]result, error) {
 	turns := make([][]result, len(cells))
 	for round := range r.rounds {
 		for i, c := range cells {
-			r.report("round %d of %d: %s, %s", round+1, r.rounds, c.title, c.column)
+			r.report("round %d of %d: %s, %s, %s", round+1, r.rounds, c.title, r.shape, c.column)
 			turn, err := r.turn(c)
 			if err != nil {
 				return nil, fmt.Errorf("%s, %s: %w", c.name, c.column, err)
@@ -69,7 +70,7 @@ func (r runner) turn(c cell) (result, error) {
 	if err := s.warmUp(); err != nil {
 		return result{}, s.giveUp(err)
 	}
-	data := newData(c.size)
+	data := r.shape.newMessage(c.size)
 	stop := meter()
 	calls, p99, err := s.drive(c.callers, data, r.limit())
 	used := stop()
@@ -124,6 +125,7 @@ func once(callers int) pace {
 type session struct {
 	client
 	cell
+	shape    shape
 	dir      string
 	patience time.Duration
 	made     int64 // calls
@@ -135,7 +137,7 @@ func (r runner) newSession(c cell) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &session{cell: c, dir: dir, patience: r.benchtime + r.patience}
+	s := &session{cell: c, shape: r.shape, dir: dir, patience: r.benchtime + r.patience}
 	s.client, err = c.start(dir, c.callers, func(args *Message) *Message {
 		s.served.Add(1)
 		return args
@@ -148,10 +150,10 @@ func (r runner) newSession(c cell) (*session, error) {
 
 // warmUp opens the connections, and has the buffers grow.
 func (s *session) warmUp() error {
-	if _, _, err := s.drive(s.callers, newData(min(s.size, 128)), once(s.callers)); err != nil {
+	if _, _, err := s.drive(s.callers, s.shape.newMessage(min(s.size, 128)), once(s.callers)); err != nil {
 		return fmt.Errorf("warm-up: %w", err)
 	}
-	if _, _, err := s.drive(1, newData(s.size), atMost(1)); err != nil {
+	if _, _, err := s.drive(1, s.shape.newMessage(s.size), atMost(1)); err != nil {
 		return fmt.Errorf("warm-up: %w", err)
 	}
 	return nil
@@ -172,10 +174,10 @@ func (s *session) giveUp(err error) error {
 	return errors.Join(err, os.RemoveAll(s.dir))
 }
 
-// drive has each caller make calls for as long as more says. It returns the
+// drive has each caller make calls with the data for as long as more says. It returns the
 // number of calls made and the time that 99 of 100 did not exceed. The first
 // wrong answer ends it.
-func (s *session) drive(callers int, data string, more pace) (calls int64, p99 time.Duration, err error) {
+func (s *session) drive(callers int, data Message, more pace) (calls int64, p99 time.Duration, err error) {
 	var failed atomic.Bool
 	times := make([]histogram, callers)
 	errs := make(chan error, callers)
@@ -184,10 +186,11 @@ func (s *session) drive(callers int, data string, more pace) (calls int64, p99 t
 			errs <- func() error {
 				start := time.Now()
 				for seq := int64(caller); more(caller, start) && !failed.Load(); seq += int64(callers) {
-					args := &Message{Seq: seq, Data: data}
-					answer, err := s.call(caller, args)
+					args := data
+					args.Seq = seq
+					answer, err := s.call(caller, &args)
 					if err == nil {
-						err = checkAnswer(args, answer)
+						err = checkAnswer(&args, answer)
 					}
 					if err != nil {
 						failed.Store(true)
