@@ -5,6 +5,7 @@ DURATION    ?= 10m
 BENCHTIME   ?= 1s
 ROUNDS      ?= 5
 MODE        ?= calls
+SHAPE       ?= text
 
 # The modules of the project; the root comes first.
 MODULES := $(patsubst %/go.mod,%,$(wildcard go.mod */go.mod cmd/*/go.mod))
@@ -55,9 +56,9 @@ demo: ## run a coordinator, a provider and a requester; DEMO=path for another fi
 hosts: ## three hosts in network namespaces, with faults; needs root and iproute2, else it says so
 	cd hosts && $(GO) run .
 
-bench: ## compare with other libraries; BENCHTIME, ROUNDS, MODE (calls, tracking, streams, all...), JSON=v2
-	cd bench && $(if $(filter v2,$(JSON)),GOEXPERIMENT=jsonv2 )$(GO) run . \
-		-benchtime $(BENCHTIME) -rounds $(ROUNDS) -mode $(MODE) $(BENCHFLAGS)
+bench: ## compare with other libraries; BENCHTIME, ROUNDS, MODE (calls, json, streams, all...), SHAPE (text,rows,tree), JSON=v1|v2
+	cd bench && $(if $(filter v1,$(JSON)),GOEXPERIMENT=nojsonv2 )$(if $(filter v2,$(JSON)),GOEXPERIMENT=jsonv2 )$(GO) run . \
+		-benchtime $(BENCHTIME) -rounds $(ROUNDS) -mode $(MODE) -shape $(SHAPE) $(BENCHFLAGS)
 
 quick: ## the same in under two minutes
 	@$(MAKE) bench BENCHTIME=100ms ROUNDS=3

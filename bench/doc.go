@@ -4,21 +4,41 @@
 //	go run .                            the table of calls, seven to ten minutes
 //	go run . -benchtime 100ms -rounds 3 the same in under two minutes
 //	go run . -only acomm,grpc -columns 128B/1,16KiB/64
+//	go run . -shape text,rows           the tables of calls for each of the shapes
+//	go run . -mode json                 the speed of looks through JSON
 //	go run . -mode all                  the calls and every other mode
 //	go run . -markdown                  tables for RESULTS.md
-//	go test -bench Echo/acomm           the same calls as Go benchmarks
+//	go test -bench Echo/text/acomm      the same calls as Go benchmarks
 //
-// With GOEXPERIMENT=jsonv2 in the environment everything runs on the JSON engine
-// of the next Go; the head of the output names the engine that was used.
+// encoding/json has two engines. The new one is the default since Go 1.27; there
+// GOEXPERIMENT=nojsonv2 in the environment gives the old one. The old one is the
+// default of Go 1.26, where GOEXPERIMENT=jsonv2 gives the new one. The head of the
+// output names the Go release and the engine of the run.
 //
 // # Calls
 //
-// A call is an echo of {"seq":n,"data":"<N bytes>"}. Client and server are in one
+// A call is an echo of {"seq":n,"data":...}. Client and server are in one
 // process, and do the same work whatever carries it: the client encodes the
 // arguments, the server decodes them into a struct and encodes that as the
-// result, the client decodes the result and compares it with what it has sent. A
+// result, the client decodes the result and compares all of it with what it has
+// sent. A
 // wrong answer, an error, a call that gets no answer, or a server that has not
 // served exactly the calls that were made, fails the run.
+//
+// The data has one of these shapes, and takes about as many bytes of JSON as the
+// column says. It is the same in each run:
+//
+//   - text: one string of plain letters, {"seq":n,"data":"abc..."}.
+//   - rows: a list of records, {"seq":n,"data":"","rows":[...]}, decoded into
+//     structs. A row is about 200 bytes of JSON and has 8 to 12 short members of
+//     every kind. One string in three has an escape (quote, newline, <, &) or
+//     letters that are not ASCII. At 128 B it is one short row.
+//   - tree: a configuration, {"seq":n,"data":"","tree":{...}}, decoded into any.
+//     It has objects and arrays in each other, 12 levels deep, and long keys. There
+//     is room for this depth from a few KiB on; smaller ones are one object.
+//
+// Comparing costs the same for all candidates: a hundredth of what decoding costs
+// for rows, up to a quarter for tree, which is a twentieth of a call.
 //
 // The candidates:
 //
@@ -68,4 +88,12 @@
 //     system calls, and with a caller for each. All are in one process, of whose
 //     connections to these sockets only one carries the responses, too
 //   - idle: what a started tracker and a waiting exchange hold
+//   - json: how many MB of each shape acomm checks in a second of CPU, when it
+//     receives a value (is it valid JSON?) and when it sends one (would json.Marshal
+//     change it?), next to json.Valid, and json.Unmarshal into the type of the
+//     shape. "times json.Valid" is the median of the rounds' ratios; above 1 acomm is
+//     faster. A turn takes a fifth of -benchtime. A wrong answer fails the run
+//
+// The flag -shape is for the calls. The mode json takes all shapes, the other modes
+// text.
 package main

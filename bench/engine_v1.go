@@ -2,4 +2,4 @@
 
 package main
 
-const jsonEngine = "encoding/json (v1)"
+const jsonEngine = "encoding/json, the engine up to Go 1.26 (since Go 1.27 with GOEXPERIMENT=nojsonv2)"

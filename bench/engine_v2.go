@@ -2,4 +2,4 @@
 
 package main
 
-const jsonEngine = "encoding/json on v2 (GOEXPERIMENT=jsonv2)"
+const jsonEngine = "encoding/json, the engine since Go 1.27 (in Go 1.26 with GOEXPERIMENT=jsonv2)"

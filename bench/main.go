@@ -36,6 +36,7 @@ var modes = []mode{
 	{"forward", runForward},
 	{"growth", runGrowth},
 	{"idle", runIdle},
+	{"json", runJSON},
 }
 
 func main() {
@@ -54,7 +55,7 @@ func run(args []string, stdout, stderr io.Writer) error {
 		only      = flags.String("only", "", "candidates, by name, with commas; all if empty")
 		cols      = flags.String("columns", "", "columns such as 128B/1,16KiB/64; the six of the table if empty")
 		shapeList = flags.String("shape", "text", "text, rows or tree, with commas: what the data of the calls looks like")
-		modeList  = flags.String("mode", "calls", "calls, tracking, streams, forward, growth, idle, with commas, or all")
+		modeList  = flags.String("mode", "calls", "calls, tracking, streams, forward, growth, idle, json, with commas, or all")
 		requests  = flags.Int("requests", 1_000_000, "outstanding requests in the mode tracking")
 		markdown  = flags.Bool("markdown", false, "write the tables in markdown")
 		quiet     = flags.Bool("quiet", false, "do not say on stderr what is being measured")
