@@ -303,7 +303,7 @@ func (e *envelope) raw(size int) *json.RawMessage {
 // isValue reports whether json.Unmarshal takes data, and all of it, as one
 // value, wherever in an envelope it is.
 func isValue(data []byte) bool {
-	if data[0] <= ' ' || data[len(data)-1] <= ' ' {
+	if len(data) == 0 || data[0] <= ' ' || data[len(data)-1] <= ' ' {
 		return false // white space around it is not of the value
 	}
 	s := scanJSON(data)

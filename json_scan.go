@@ -8,7 +8,7 @@ import (
 
 // Bytes are scanned for the two things that encoding/json would say of them: are
 // they one JSON value, and would json.Marshal write that value differently. Both
-// answers are those of encoding/json, in one pass and a third of the time.
+// answers are those of encoding/json, in one pass and less time.
 
 // maxDepth is how many objects and arrays may be inside of one another.
 // encoding/json refuses one more.

@@ -29,6 +29,9 @@ func checkScan(t *testing.T, text []byte) {
 		require.True(t, s.changes, "%q is not UTF-8", text)
 	}
 	require.Equal(t, levels(t, text), s.depth, "depth: %q", text)
+	again, err := json.Marshal(json.RawMessage(marshalled))
+	require.NoError(t, err)
+	require.Equal(t, string(marshalled), string(again), "what json.Marshal wrote it does not change")
 }
 
 // What is special is noticed at each place of a word of 8 bytes, and so is the end.
