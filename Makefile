@@ -7,15 +7,22 @@ ROUNDS      ?= 5
 MODE        ?= calls
 SHAPE       ?= text
 
+# Supported are Go 1.26 and 1.27. This is the one that is not installed.
+OTHER_GO    ?= $(if $(findstring go1.27,$(shell $(GO) version)),go1.26.8,go1.27.3)
+
 # The modules of the project; the root comes first.
 MODULES := $(patsubst %/go.mod,%,$(wildcard go.mod */go.mod cmd/*/go.mod))
 MODULES := . $(filter-out go.mod,$(MODULES))
+
+# OTHER_JSON is the JSON engine that is not the default of the Go that runs: the
+# new one on Go 1.26, the old one on Go 1.27.
+OTHER_JSON = $$($(GO) list -f '{{context.ToolTags}}' . | grep -q goexperiment.jsonv2 && echo nojsonv2 || echo jsonv2)
 
 # each runs a command in every module.
 each = set -e; for dir in $(MODULES); do echo "== $$dir: $(1)"; (cd $$dir && $(1)); done
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race lint fuzz soak long cover demo hosts bench quick
+.PHONY: help build test releases race lint fuzz soak long cover demo hosts bench quick
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
@@ -25,7 +32,11 @@ build: ## compile everything
 
 test: ## run the tests; those of messages with both JSON engines of the standard library
 	@$(call each,$(GO) test ./...)
-	GOEXPERIMENT=jsonv2 $(GO) test -skip '^Test(Soak|Fault|Stream|Socket|Hostile)' .
+	@set -e; export GOEXPERIMENT=$(OTHER_JSON); echo "== .: go test, GOEXPERIMENT=$$GOEXPERIMENT"; \
+		$(GO) test -skip '^Test(Soak|Fault|Stream|Socket|Hostile)' .
+
+releases: ## run the tests on the other supported Go release, OTHER_GO
+	GOTOOLCHAIN=$(OTHER_GO) $(MAKE) test
 
 race: ## run the tests with the race detector
 	@$(call each,$(GO) test -race ./...)
