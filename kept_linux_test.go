@@ -484,10 +484,11 @@ func TestKept_FirstHandlersDoAsTheyLike(t *testing.T) {
 		t.Run(b.name, func(t *testing.T) {
 			found, others := make(chan error, 1), make(chan struct{})
 			var s *keptService
-			started := make(chan struct{})
+			started, began := make(chan struct{}), make(chan struct{})
 			s = startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{
 				"it": func(conn net.Conn, _ note) {
 					<-started
+					close(began)
 					conclude(found, b.do(s.UnixListener, conn, others))
 				},
 			})
@@ -499,6 +500,7 @@ func TestKept_FirstHandlersDoAsTheyLike(t *testing.T) {
 				t.Skip("the socket is closed, which is an error to the handler as ever")
 			}
 			sent := sendWithin(s.URL(), note{How: "it"}, b.sent)
+			within(t, began, "the handler") // it comes first, so its connection may be kept
 			sendMany(t, s.URL(), 500, 20)
 			close(others)
 			err := within(t, sent, "the sender")
