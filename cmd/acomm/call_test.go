@@ -607,6 +607,7 @@ func TestCall_LostAcknowledgementIsWaitedOut(t *testing.T) {
 }
 
 func TestCall_ExitCode3MeansThatTheRequestWasNotTaken(t *testing.T) {
+	t.Parallel()
 	answer := func(status int, text string) http.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) {
 			w.WriteHeader(status)

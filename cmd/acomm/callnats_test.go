@@ -8,6 +8,7 @@ import (
 )
 
 func TestCall_OverNATS(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--nats", "embedded", "--nats-listen", "127.0.0.1:0")
 	provider := startAcomm(t, "serve", filepath.Join(g.dir, "work", "1.sock"), "--", "cat")
 	provider.waitLine("listening on")
@@ -25,6 +26,7 @@ func TestCall_OverNATS(t *testing.T) {
 
 // Hazard: the requester waits for its time-out, as its result is too large for NATS.
 func TestCall_ResultTooLargeForNATSIsAnError(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--nats", "embedded", "--nats-listen", "127.0.0.1:0")
 	provider := startAcomm(t, append([]string{"serve", filepath.Join(g.dir, "work", "1.sock"), "--"}, sh(`head -c 2000000 /dev/zero | tr '\0' x`)...)...)
 	provider.waitLine("listening on")

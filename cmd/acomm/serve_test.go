@@ -279,6 +279,7 @@ func TestServe_StreamIsWhatTheProgramWrites(t *testing.T) {
 // Hazard: a process that the program has left behind holds the stream open, and so
 // the call and the place.
 func TestServe_StreamEndsWithTheProgram(t *testing.T) {
+	t.Parallel()
 	for name, test := range map[string]struct {
 		timeout string
 		script  string
