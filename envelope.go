@@ -17,7 +17,7 @@ import (
 // form. What is in any other form is left to encoding/json as a whole, so that
 // nothing but the time it takes depends on what is in this file.
 
-// urlKnown is false if url.URL has members that came after Go 1.26.
+// urlKnown is false if url.URL has members that came after Go 1.27.
 var urlKnown = reflect.TypeFor[url.URL]().NumField() == 11
 
 // inert bytes stand for themselves in a JSON string, whoever writes it.
