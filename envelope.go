@@ -300,18 +300,18 @@ func (e *envelope) raw(size int) *json.RawMessage {
 	return &raw
 }
 
-// isValue reports whether json.Unmarshal takes data, and all of it, as one
-// value, wherever in an envelope it is.
+// isValue reports whether data, which is not empty, is a JSON value without white
+// space around it. It may be a member of an envelope, which takes one of the levels.
 func isValue(data []byte) bool {
-	if len(data) == 0 || data[0] <= ' ' || data[len(data)-1] <= ' ' {
+	if data[0] <= ' ' || data[len(data)-1] <= ' ' {
 		return false // white space around it is not of the value
 	}
 	s := scanJSON(data)
 	return s.valid && s.depth < maxDepth
 }
 
-// isMarshalled reports whether json.Marshal takes data, wherever in an envelope it
-// is, and changes nothing in it.
+// isMarshalled reports whether data is a JSON value in which json.Marshal changes
+// nothing. It may be a member of an envelope, which takes one of the levels.
 func isMarshalled(data []byte) bool {
 	s := scanJSON(data)
 	return s.valid && !s.changes && s.depth < maxDepth

@@ -44,7 +44,7 @@ func (t *Tracker) ProxyUnix(req *Request, timeout time.Duration) (*Request, erro
 	if req.ResponseHook.Scheme == "unix" {
 		return req, nil
 	}
-	if err := t.track(req, timeout, t.forward); err != nil {
+	if _, err := t.track(req, timeout, t.forward); err != nil {
 		return nil, err
 	}
 	return &Request{ID: req.ID, Task: req.Task, ResponseHook: t.URL(), Args: req.Args}, nil

@@ -33,9 +33,10 @@ const (
 // any more, as it does where a socket has room for it. The second answer to a
 // message is an error that matches [io.ErrUnexpectedEOF]: a sender waits for one.
 //
-// A nil connection or payload gives an error that matches [io/fs.ErrInvalid], a
-// payload of more than 64 MiB of JSON [syscall.EMSGSIZE] (nothing is written in
-// either case), a peer that has closed [io.ErrUnexpectedEOF], and a deadline
+// A nil connection or payload, and what no peer could read as it is (an id that is
+// not UTF-8, JSON nested more than 10,000 levels deep), give an error that matches
+// [io/fs.ErrInvalid], a payload of more than 64 MiB of JSON [syscall.EMSGSIZE]
+// (nothing is written in these cases), a peer that has closed [io.ErrUnexpectedEOF], and a deadline
 // that has passed [os.ErrDeadlineExceeded]. After an error while writing, the
 // connection is of no further use.
 func SendConnData(conn net.Conn, payload interface{}) error {
@@ -136,11 +137,17 @@ func encodeFrame(room int, payload interface{}) (*message, error) {
 		if p == nil {
 			return nil, fmt.Errorf("request is nil: %w", fs.ErrInvalid)
 		}
+		if err := p.checkText(); err != nil {
+			return nil, err
+		}
 		m = newMessage(front, p.ResponseHook, p.Args)
 		ok = m.addRequest(p)
 	case *Response:
 		if p == nil {
 			return nil, fmt.Errorf("response is nil: %w", fs.ErrInvalid)
+		}
+		if err := p.checkText(); err != nil {
+			return nil, err
 		}
 		m = newMessage(front, p.StreamURL, p.Result)
 		ok = m.addResponse(p)
@@ -148,11 +155,11 @@ func encodeFrame(room int, payload interface{}) (*message, error) {
 		return encodeFrame(room, &p) // only the pointer has the methods that carry the error
 	}
 	if !ok {
-		text := &limitedText{front: front, data: make([]byte, front)}
-		if err := json.NewEncoder(text).Encode(payload); err != nil {
-			return nil, fmt.Errorf("encode payload: %w", err)
+		text, err := encodeJSON(front, payload)
+		if err != nil {
+			return nil, err
 		}
-		m = &message{text: bytes.TrimSuffix(text.data, []byte("\n"))} // the encoder's
+		m = &message{text: text}
 	}
 	size := m.size() - front
 	if err := checkSize(uint64(size)); err != nil {
@@ -160,6 +167,41 @@ func encodeFrame(room int, payload interface{}) (*message, error) {
 	}
 	binary.BigEndian.PutUint32(m.text[room:], uint32(size))
 	return m, nil
+}
+
+// encodeJSON returns the JSON of the payload, behind so many bytes that are zero. It
+// refuses what encoding/json writes on some releases, and reads on none.
+func encodeJSON(front int, payload any) ([]byte, error) {
+	out := &limitedText{front: front, data: make([]byte, front)}
+	if err := json.NewEncoder(out).Encode(payload); err != nil {
+		if isTooDeep(payload) {
+			err = errTooDeep
+		}
+		return nil, fmt.Errorf("encode payload: %w", err)
+	}
+	text := bytes.TrimSuffix(out.data, []byte("\n")) // the encoder's
+	if scanJSON(text[front:]).tooDeep {
+		return nil, fmt.Errorf("encode payload: %w", errTooDeep)
+	}
+	return text, nil
+}
+
+var errTooDeep = fmt.Errorf("its JSON is nested more than %d levels deep, which no peer reads: %w", maxDepth, fs.ErrInvalid)
+
+// isTooDeep reports whether the args or the result of a message are nested too deep.
+func isTooDeep(payload any) bool {
+	var raw *json.RawMessage
+	switch p := payload.(type) {
+	case *Request:
+		raw = p.Args
+	case *Response:
+		raw = p.Result
+	}
+	if raw == nil {
+		return false
+	}
+	s := scanJSON(*raw)
+	return s.tooDeep || s.depth == maxDepth
 }
 
 // limitedText takes what an encoder writes, and refuses what is over the limit

@@ -203,10 +203,42 @@ func requireEncodesAsJSON(t *testing.T, payload, plain any) {
 		require.Error(t, err, "%v", wantErr)
 		return
 	}
-	require.NoError(t, err)
 	data := bytes.TrimSuffix(want.Bytes(), []byte("\n"))
+	if !arrives(payload, data) {
+		require.ErrorIs(t, err, fs.ErrInvalid, "%s", data)
+		return
+	}
+	require.NoError(t, err)
 	require.Equal(t, string(frame(string(data))), string(conn.frame))
 	requireDecodesAsJSON(t, data)
+}
+
+// arrives reports whether what the message leads by is the same after it was read,
+// and leads somewhere.
+func arrives(payload any, data []byte) bool {
+	switch sent := payload.(type) {
+	case *acomm.Request:
+		var got acomm.Request
+		err := json.Unmarshal(data, &got)
+		return err == nil && got.ID == sent.ID && got.Task == sent.Task && urlArrives(sent.ResponseHook, got.ResponseHook)
+	case *acomm.Response:
+		var got acomm.Response
+		err := json.Unmarshal(data, &got)
+		return err == nil && got.ID == sent.ID && urlArrives(sent.StreamURL, got.StreamURL)
+	}
+	return false
+}
+
+func urlArrives(sent, got *url.URL) bool {
+	if sent == nil || got == nil {
+		return sent == got
+	}
+	without := *sent
+	without.User, got.User = nil, nil // JSON has never carried it
+	if sent.Scheme == "unix" && (sent.Host != "" || sent.Opaque != "" || !strings.HasPrefix(sent.Path, "/")) {
+		return false
+	}
+	return *got == without
 }
 
 // requireDecodesAsJSON reads data into what is empty and what is not.

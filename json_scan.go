@@ -6,26 +6,23 @@ import (
 	"unicode/utf8"
 )
 
-// Bytes are scanned for the two things that encoding/json would say of them: are
-// they one JSON value, and would json.Marshal write that value differently. Both
-// answers are those of encoding/json, in one pass and less time.
-
 // maxDepth is how many objects and arrays may be inside of one another.
 // encoding/json refuses one more.
 const maxDepth = 10_000
 
 // jsonScan is what scanJSON has found.
 type jsonScan struct {
-	valid bool // as json.Valid says it; what follows is of a valid value
-	depth int  // of the objects and arrays inside of one another
+	valid   bool // json.Valid says the same
+	tooDeep bool // it is not valid because it has more than maxDepth levels
 
-	// changes: json.Marshal leaves out or escapes something of a RawMessage that
-	// holds the value. It may be set for invalid UTF-8, which not every release of
-	// encoding/json changes.
-	changes bool
+	// Of a valid value:
+
+	depth   int  // its levels: objects and arrays inside of one another
+	changes bool // json.Marshal of a RawMessage with the value leaves out or escapes something
 }
 
-// scanJSON looks through data once.
+// scanJSON finds in one pass what json.Valid and json.Marshal would find, in less
+// time.
 func scanJSON(data []byte) jsonScan {
 	var s jsonScan
 	var open nesting
@@ -36,44 +33,23 @@ value:
 	if i >= len(data) {
 		return jsonScan{}
 	}
-	switch c := data[i]; c {
-	case '"':
-		if i = s.skipString(data, i+1); i < 0 {
-			return jsonScan{}
-		}
-	case '{', '[':
+	if c := data[i]; c == '{' || c == '[' {
 		if open.depth == maxDepth {
-			return jsonScan{}
+			return jsonScan{tooDeep: true}
 		}
 		open.push(c == '{')
 		s.depth = max(s.depth, open.depth)
 		i = s.skipSpace(data, i+1)
-		if i < len(data) && data[i] == c+2 { // the bracket that closes it
+		switch {
+		case i < len(data) && data[i] == c+2: // the bracket that closes it
 			goto end
-		}
-		if c == '{' {
+		case c == '{':
 			goto name
 		}
 		goto value
-	case 't':
-		if !hasPrefix(data, i, "true") {
-			return jsonScan{}
-		}
-		i += len("true")
-	case 'f':
-		if !hasPrefix(data, i, "false") {
-			return jsonScan{}
-		}
-		i += len("false")
-	case 'n':
-		if !hasPrefix(data, i, "null") {
-			return jsonScan{}
-		}
-		i += len("null")
-	default:
-		if i = skipNumber(data, i); i < 0 {
-			return jsonScan{}
-		}
+	}
+	if i = s.skipScalar(data, i); i < 0 {
+		return jsonScan{}
 	}
 
 next:
@@ -102,19 +78,51 @@ end:
 	goto next
 
 name:
-	i = s.skipSpace(data, i)
-	if i >= len(data) || data[i] != '"' {
+	if i = s.skipName(data, i); i < 0 {
 		return jsonScan{}
 	}
+	goto value
+}
+
+// skipName returns where the name of a member and the colon after it end; -1 if they
+// are not there.
+func (s *jsonScan) skipName(data []byte, i int) int {
+	i = s.skipSpace(data, i)
+	if i >= len(data) || data[i] != '"' {
+		return -1
+	}
 	if i = s.skipString(data, i+1); i < 0 {
-		return jsonScan{}
+		return -1
 	}
 	i = s.skipSpace(data, i)
 	if i >= len(data) || data[i] != ':' {
-		return jsonScan{}
+		return -1
 	}
-	i++
-	goto value
+	return i + 1
+}
+
+// skipScalar returns where the value that begins at i, no object and no array, ends;
+// -1 if there is none.
+func (s *jsonScan) skipScalar(data []byte, i int) int {
+	switch data[i] {
+	case '"':
+		return s.skipString(data, i+1)
+	case 't':
+		return skipWord(data, i, "true")
+	case 'f':
+		return skipWord(data, i, "false")
+	case 'n':
+		return skipWord(data, i, "null")
+	}
+	return skipNumber(data, i)
+}
+
+func skipWord(data []byte, i int, word string) int {
+	end := i + len(word)
+	if end > len(data) || string(data[i:end]) != word {
+		return -1
+	}
+	return end
 }
 
 // nesting remembers of each level whether it is an object or an array.
@@ -162,10 +170,6 @@ func (s *jsonScan) skipSomeSpace(data []byte, i int) int {
 	return i
 }
 
-func hasPrefix(data []byte, i int, word string) bool {
-	return len(data)-i >= len(word) && string(data[i:i+len(word)]) == word
-}
-
 // skipNumber returns where the number that begins at i ends; -1 if there is none.
 func skipNumber(data []byte, i int) int {
 	if data[i] == '-' {
@@ -204,8 +208,8 @@ func skipDigits(data []byte, i int) int {
 	return i
 }
 
-// skipString returns what is behind the closing quote of the string whose text
-// begins at i; -1 if it is not the text of a string.
+// skipString returns where the string whose text begins at i ends, with its closing
+// quote; -1 if it is none.
 func (s *jsonScan) skipString(data []byte, i int) int {
 	for i < len(data) {
 		if rest := data[i:]; len(rest) >= 8 {
@@ -231,7 +235,7 @@ func (s *jsonScan) skipString(data []byte, i int) int {
 			s.changes = s.changes || isEscapedForHTML(c)
 			i++
 		default:
-			i = s.skipRunes(data, i)
+			i = s.skipNonASCII(data, i)
 		}
 	}
 	return -1
@@ -276,22 +280,16 @@ func escapeSize(text []byte) int {
 
 func isHex(c byte) bool { return c-'0' <= 9 || c|0x20-'a' <= 5 }
 
-// skipRunes returns where the characters that are not ASCII, of which one begins at
-// i, end. A byte that is not UTF-8 counts as one. json.Marshal escapes the two line
-// ends of Unicode.
-func (s *jsonScan) skipRunes(data []byte, i int) int {
+// skipNonASCII returns where the bytes that are not ASCII, the first of them at i, end.
+// They need not be UTF-8. json.Marshal escapes the two line ends of Unicode.
+func (s *jsonScan) skipNonASCII(data []byte, i int) int {
 	for i < len(data) && data[i] >= utf8.RuneSelf {
-		if c := data[i]; c >= 0xc2 && c < 0xe0 && i+1 < len(data) && isContinuation(data[i+1]) {
-			i += 2 // most letters with an accent, Greek, Cyrillic, Hebrew, Arabic
-			continue
-		}
-		r, size := utf8.DecodeRune(data[i:])
-		if size == 1 || r == '\u2028' || r == '\u2029' {
+		if data[i] == lineEnd[0] && i+2 < len(data) && data[i+1] == lineEnd[1] && data[i+2]|1 == lineEnd[2]|1 {
 			s.changes = true
 		}
-		i += size
+		i++
 	}
 	return i
 }
 
-func isContinuation(c byte) bool { return c&0xc0 == 0x80 }
+const lineEnd = "\u2028" // e2 80 a8; the other one is e2 80 a9

@@ -341,7 +341,6 @@ func misuses(t *testing.T) map[string][]misuse {
 		},
 		"MultiRequest.AddRequest": {
 			{"zero value", fs.ErrInvalid, func(*testing.T) error { return new(acomm.MultiRequest).AddRequest("a", request()) }},
-			{"no name", fs.ErrInvalid, func(*testing.T) error { return acomm.NewMultiRequest(live, 0).AddRequest("", request()) }},
 			{"nil request", fs.ErrInvalid, func(*testing.T) error { return acomm.NewMultiRequest(live, 0).AddRequest("a", nil) }},
 			{"no id", fs.ErrInvalid, func(*testing.T) error { return acomm.NewMultiRequest(live, 0).AddRequest("a", new(acomm.Request)) }},
 			{"tracked already", fs.ErrExist, func(*testing.T) error { return acomm.NewMultiRequest(live, 0).AddRequest("a", tracked) }},
@@ -531,7 +530,11 @@ func misuses(t *testing.T) map[string][]misuse {
 		},
 		"UnixListener.NextConn": {
 			{"zero value", nil, func(*testing.T) error { return wantNoConn(new(acomm.UnixListener)) }},
-			{"not started", nil, func(*testing.T) error { return wantNoConn(acomm.NewUnixListener("", 0)) }},
+			{"stopped before Start", nil, func(*testing.T) error {
+				listener := acomm.NewUnixListener("", 0)
+				listener.Stop(0)
+				return wantNoConn(listener)
+			}},
 			{"stopped", nil, func(t *testing.T) error {
 				listener := startListener(t, "", 0)
 				listener.Stop(0)

@@ -15,11 +15,11 @@ type MultiRequest struct {
 	tracker *Tracker
 	timeout time.Duration
 
-	mu        sync.Mutex           // guards the fields below
-	names     map[string]string    // request id -> name, of all requests added
-	requests  map[string]*Request  // name -> request
-	responses map[string]*Response // name -> response, of those accounted for
-	answered  *sync.Cond           // responses or requests have changed
+	mu        sync.Mutex                 // guards the fields below
+	names     map[string]string          // request id -> name, of all requests added
+	requests  map[string]*pendingRequest // name -> request
+	responses map[string]*Response       // name -> response, of those accounted for
+	answered  *sync.Cond                 // responses or requests have changed
 }
 
 // NewMultiRequest creates and initializes a new MultiRequest, which tracks its
@@ -30,7 +30,7 @@ func NewMultiRequest(tracker *Tracker, timeout time.Duration) *MultiRequest {
 		tracker:   tracker,
 		timeout:   timeout,
 		names:     make(map[string]string),
-		requests:  make(map[string]*Request),
+		requests:  make(map[string]*pendingRequest),
 		responses: make(map[string]*Response),
 	}
 	m.answered = sync.NewCond(&m.mu)
@@ -42,13 +42,14 @@ func NewMultiRequest(tracker *Tracker, timeout time.Duration) *MultiRequest {
 // responsibility of the caller. Requests may also be added while Responses
 // waits, and after.
 //
-// An empty name, a nil request or one without an id gives an error that matches
-// [io/fs.ErrInvalid], a name that is used or an id that is tracked already
-// [io/fs.ErrExist], a tracker that is not running [net.ErrClosed]. After an
-// error neither the MultiRequest nor the request has changed.
+// Any name will do, the empty one too, but each once. A nil request or one without
+// an id gives an error that matches [io/fs.ErrInvalid], a name that is used or an id
+// that is tracked already [io/fs.ErrExist], a tracker that is not running
+// [net.ErrClosed]. After an error neither the MultiRequest nor the request has
+// changed.
 func (m *MultiRequest) AddRequest(name string, req *Request) error {
-	if m.tracker == nil || name == "" || req == nil {
-		return fmt.Errorf("add request %q: tracker, name or request is missing: %w", name, fs.ErrInvalid)
+	if m.tracker == nil || req == nil {
+		return fmt.Errorf("add request %q: tracker or request is missing: %w", name, fs.ErrInvalid)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -60,19 +61,21 @@ func (m *MultiRequest) AddRequest(name string, req *Request) error {
 	}
 	// A response can't overtake the entry: its handling waits for mu.
 	collect := func(p *pendingRequest, resp *Response) { m.handle(p.req, resp) }
-	if err := m.tracker.track(req, m.timeout, collect); err != nil {
+	p, err := m.tracker.track(req, m.timeout, collect)
+	if err != nil {
 		return fmt.Errorf("add request %q: %w", name, err)
 	}
 	req.SuccessHandler, req.ErrorHandler = m.handle, m.handle
 	m.names[req.ID] = name
-	m.requests[name] = req
+	m.requests[name] = p
 	return nil
 }
 
 // RemoveRequest removes a request from the MultiRequest and from the tracker.
-// Useful if the send fails. Responses does not wait for it any more and leaves
-// it out, even if a response has come. A request that was not added, and nil,
-// is ignored.
+// Useful if the send fails. Responses does not wait for it any more and leaves it
+// out. A response or time-out that came first stays: a Send may fail because the
+// acknowledgement was lost, and the response not. A request that was not added,
+// and nil, is ignored.
 func (m *MultiRequest) RemoveRequest(req *Request) {
 	if req == nil {
 		return
@@ -80,13 +83,11 @@ func (m *MultiRequest) RemoveRequest(req *Request) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	name, ok := m.names[req.ID]
-	if !ok {
-		return
+	if !ok || !m.tracker.remove(m.requests[name]) {
+		return // if it was added, its response is here, or waits for mu
 	}
-	m.tracker.RemoveRequest(req)
 	delete(m.names, req.ID)
 	delete(m.requests, name)
-	delete(m.responses, name)
 	m.answered.Broadcast()
 }
 
@@ -112,7 +113,7 @@ func (m *MultiRequest) handle(req *Request, resp *Response) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	name, ok := m.names[req.ID]
-	if !ok || m.requests[name] != req {
+	if !ok || m.requests[name].req != req {
 		return // removed in the meantime
 	}
 	m.responses[name] = resp

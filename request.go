@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"net/url"
 	"reflect"
+	"strings"
+	"unicode/utf8"
 
 	"github.com/pborman/uuid"
 )
@@ -38,8 +40,8 @@ type ResponseHandler func(*Request, *Response)
 // anything that marshals to JSON, nil becomes null. Either handler may be nil:
 // there is nothing to be done then.
 //
-// An empty task and a hook that does not parse give an error that matches
-// [io/fs.ErrInvalid].
+// An empty task, a hook that does not parse, and what [Request.Validate] refuses, give
+// an error that matches [io/fs.ErrInvalid].
 func NewRequest(task, responseHook string, args interface{}, sh ResponseHandler, eh ResponseHandler) (*Request, error) {
 	hook, err := url.ParseRequestURI(responseHook)
 	if err != nil {
@@ -68,8 +70,10 @@ func NewRequest(task, responseHook string, args interface{}, sh ResponseHandler,
 	return req, nil
 }
 
-// Validate checks that the request has an id, a task and a response hook. What
-// is missing gives an error that matches [io/fs.ErrInvalid].
+// Validate checks that the request has an id, a task and a response hook, and that
+// they arrive as they are: JSON would change what is not UTF-8, and a hook with the
+// scheme unix has nothing but an absolute path. What is missing or wrong gives an
+// error that matches [io/fs.ErrInvalid].
 func (req *Request) Validate() error {
 	switch {
 	case req == nil:
@@ -80,6 +84,48 @@ func (req *Request) Validate() error {
 		return fmt.Errorf("request %s has no task: %w", req.ID, fs.ErrInvalid)
 	case req.ResponseHook == nil:
 		return fmt.Errorf("request %s has no response hook: %w", req.ID, fs.ErrInvalid)
+	}
+	return req.checkText()
+}
+
+// checkText refuses what would not arrive, or would lead elsewhere. A request may
+// lack a member here.
+func (req *Request) checkText() error {
+	switch {
+	case !utf8.ValidString(req.ID):
+		return fmt.Errorf("request id %q is not UTF-8: %w", req.ID, fs.ErrInvalid)
+	case !utf8.ValidString(req.Task):
+		return fmt.Errorf("request %s: task %q is not UTF-8: %w", req.ID, req.Task, fs.ErrInvalid)
+	}
+	if err := checkURL(req.ResponseHook); err != nil {
+		return fmt.Errorf("request %s: response hook: %w", req.ID, err)
+	}
+	return nil
+}
+
+// checkURL refuses a URL that JSON would change, and one of a unix socket that has
+// more than an absolute path. Nil is none.
+func checkURL(u *url.URL) error {
+	if u == nil {
+		return nil
+	}
+	for _, part := range []string{u.Scheme, u.Opaque, u.Host, u.Path, u.RawPath, u.RawQuery, u.Fragment, u.RawFragment} {
+		if !utf8.ValidString(part) {
+			return fmt.Errorf("URL %q is not UTF-8: %w", u.Redacted(), fs.ErrInvalid)
+		}
+	}
+	if u.Scheme == "unix" && !strings.HasPrefix(u.Path, "/") {
+		return fmt.Errorf("URL %q has no absolute path, as in unix:///run/a.sock: %w", u.Redacted(), fs.ErrInvalid)
+	}
+	return checkUnixURL(u)
+}
+
+// checkUnixURL refuses the URL of a unix socket that says more than a path: what looks
+// like the first directory is a host, or it does not begin with slashes at all.
+func checkUnixURL(u *url.URL) error {
+	if u.Scheme == "unix" && (u.Host != "" || u.Opaque != "") {
+		return fmt.Errorf("URL %q has more than a path; it is written unix:///run/a.sock, with three slashes: %w",
+			u.Redacted(), fs.ErrInvalid)
 	}
 	return nil
 }

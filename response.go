@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/url"
+	"unicode/utf8"
 )
 
 // Response is a response data structure for asynchronous requests. The ID is
@@ -81,6 +82,17 @@ func (r *Response) MarshalJSON() ([]byte, error) {
 		Result    *json.RawMessage `json:"result"`
 		StreamURL *url.URL         `json:"stream_url"`
 	}{r.errorText(), r.ID, r.Result, r.StreamURL})
+}
+
+// checkText refuses what would not arrive, or would lead elsewhere.
+func (r *Response) checkText() error {
+	if !utf8.ValidString(r.ID) {
+		return fmt.Errorf("response id %q is not UTF-8: %w", r.ID, fs.ErrInvalid)
+	}
+	if err := checkURL(r.StreamURL); err != nil {
+		return fmt.Errorf("response %s: stream URL: %w", r.ID, err)
+	}
+	return nil
 }
 
 // errorText is what the error travels as.

@@ -35,7 +35,9 @@ const (
 // may change the payload before it returns. It works in every process, also after
 // the Stop of all trackers and listeners.
 //
-// A URL with the scheme unix is the socket at the URL's Path. On Linux, while a
+// A URL with the scheme unix is the socket at the URL's Path, or, where none is there,
+// at the path as it was written: in "unix://" + path a question mark in the path begins
+// a query for the parser, and %41 is an A. On Linux, while a
 // [Tracker] or [UnixListener] of this process is started, the connection to a
 // socket whose process has this library too is kept, and shared by all goroutines:
 // one for each path, 256 of them, each with up to 1,024 exchanges at a time of up
@@ -59,7 +61,9 @@ const (
 // default) waits for one of them to end, for 20 ms at most.
 //
 // The peer's refusal is returned with its text unchanged. The other errors match
-// [io/fs.ErrInvalid] (nil URL or payload, no host, a path that is no socket path),
+// [io/fs.ErrInvalid] (nil URL or payload, no host in an HTTP URL or one in a unix URL, a
+// path that is no socket path, an id, task, hook or stream URL that is not UTF-8, a
+// unix hook without an absolute path, JSON nested more than 10,000 levels deep),
 // [syscall.EMSGSIZE] (over 64 MiB of JSON), [errors.ErrUnsupported] (a scheme
 // nobody handles), [io/fs.ErrNotExist] (no such socket), [syscall.ECONNREFUSED]
 // (nobody listens), [syscall.ENAMETOOLONG] (the socket's path),
@@ -74,6 +78,9 @@ func send(deadline time.Time, addr *url.URL, payload interface{}) error {
 	if addr == nil {
 		return fmt.Errorf("send: URL is nil: %w", fs.ErrInvalid)
 	}
+	if err := checkUnixURL(addr); err != nil {
+		return fmt.Errorf("send: %w", err)
+	}
 	const room = keptHeaderSize - headerSize
 	m, err := encodeFrame(room, payload)
 	if err != nil {
@@ -81,7 +88,7 @@ func send(deadline time.Time, addr *url.URL, payload interface{}) error {
 	}
 	var ack *Response
 	if addr.Scheme == "unix" {
-		ack, err = sendUnix(deadline, addr.Path, m)
+		ack, err = sendUnix(deadline, socketPath(addr), m)
 	} else {
 		ack, err = sendHTTP(deadline, addr, m.join()[keptHeaderSize:])
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -42,6 +43,31 @@ type socket struct {
 // randomSocketPath names a socket in a private directory. Nobody can guess it.
 func randomSocketPath(name string) string {
 	return filepath.Join(os.TempDir(), "acomm-"+rand.Text(), name)
+}
+
+// socketPath returns the path of the socket that a URL of the scheme unix leads to.
+// Where the parser took a part of "unix://" + path for a query, a fragment or an
+// escape, and no socket is at what is left, it is the text as it was written.
+func socketPath(u *url.URL) string {
+	written := u.RawPath
+	if written == "" {
+		written = u.EscapedPath()
+	}
+	if u.RawQuery != "" || u.ForceQuery {
+		written += "?" + u.RawQuery
+	}
+	if u.Fragment != "" {
+		written += "#" + u.EscapedFragment()
+	}
+	if written == u.Path || isSocket(u.Path) || !isSocket(written) {
+		return u.Path
+	}
+	return written
+}
+
+func isSocket(path string) bool {
+	file, err := os.Stat(path)
+	return err == nil && file.Mode().Type() == fs.ModeSocket
 }
 
 // checkSocketPath refuses what is no path of a socket file.

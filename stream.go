@@ -17,6 +17,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unicode/utf8"
 
 	"github.com/sirupsen/logrus"
 )
@@ -71,7 +72,7 @@ type unixStream struct {
 // Read of src blocks, so Close has to end it), when nobody has come within an
 // hour, or when the tracker stops. A failure of src is logged.
 //
-// A nil src gives an error that matches [io/fs.ErrInvalid], a tracker that is
+// A nil src and a dir that is not UTF-8 give an error that matches [io/fs.ErrInvalid], a tracker that is
 // not started or is stopping [net.ErrClosed]; the other errors are those of
 // [UnixListener.Start]. After an error src is still the caller's.
 func (t *Tracker) NewStreamUnix(dir string, src io.ReadCloser) (*url.URL, error) {
@@ -86,6 +87,9 @@ func (t *Tracker) NewStreamUnix(dir string, src io.ReadCloser) (*url.URL, error)
 		path, listen = filepath.Join(dir, rand.Text()+streamSuffix), listenUnclaimed
 	}
 	listener := newListener(path, 1, listen)
+	if !utf8.ValidString(listener.path) { // JSON would change the URL
+		return nil, fmt.Errorf("new stream: directory %q is not UTF-8: %w", filepath.Dir(listener.path), fs.ErrInvalid)
+	}
 	if err := listener.Start(); err != nil {
 		return nil, fmt.Errorf("new stream: %w", err)
 	}
@@ -302,13 +306,17 @@ func openStream(ctx context.Context, client *http.Client, addr *url.URL) (io.Rea
 	if addr.Scheme != "unix" {
 		return openStreamHTTP(ctx, client, addr)
 	}
+	if err := checkUnixURL(addr); err != nil {
+		return nil, err
+	}
+	path := socketPath(addr)
 	dialCtx, cancel := context.WithTimeout(ctx, sendTimeout)
 	defer cancel()
-	conn, err := dialUnix(dialCtx, &net.Dialer{}, addr.Path)
+	conn, err := dialUnix(dialCtx, &net.Dialer{}, path)
 	if err != nil {
 		return nil, err
 	}
-	if strings.HasSuffix(addr.Path, streamSuffix) {
+	if strings.HasSuffix(path, streamSuffix) {
 		if _, err := conn.Write([]byte{0}); err != nil { // fits any buffer: it can't block
 			_ = conn.Close()
 			return nil, err

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 
 	"github.com/sirupsen/logrus"
 )
@@ -73,6 +74,7 @@ type pendingRequest struct {
 	req      *Request
 	handle   func(*pendingRequest, *Response)
 	deadline time.Time
+	taken    bool // out of the table to be completed; guarded by the tracker's mu
 
 	timeout    *timeoutList // whose list this is an entry of, until it is removed
 	prev, next *pendingRequest
@@ -110,9 +112,16 @@ func (timeoutError) Is(target error) bool { return target == os.ErrDeadlineExcee
 // The httpStreamURL is where the service serves [ProxyStreamHandler], as others
 // reach it; with nil, streams can't be proxied. The defaultTimeout is for
 // requests that are tracked without one; zero or less means a minute.
+//
+// A path that is not UTF-8 gives an error that matches [io/fs.ErrInvalid]: JSON would
+// change it, and no response would arrive.
 func NewTracker(socketPath string, httpStreamURL *url.URL, defaultTimeout time.Duration) (*Tracker, error) {
+	responses := NewUnixListener(socketPath, 0)
+	if !utf8.ValidString(responses.path) {
+		return nil, fmt.Errorf("new tracker: socket path %q is not UTF-8: %w", responses.path, fs.ErrInvalid)
+	}
 	t := &Tracker{
-		responses:       NewUnixListener(socketPath, 0),
+		responses:       responses,
 		defaultTimeout:  defaultTimeout,
 		exchangeTimeout: exchangeTimeout,
 		streamClaim:     streamClaim,
@@ -196,21 +205,25 @@ func (t *Tracker) NumRequests() int {
 // After the timeout the request is handled with a Response whose error has the
 // text "response timeout" and matches [os.ErrDeadlineExceeded].
 //
-// A nil request, or one without an id, gives an error that matches
-// [io/fs.ErrInvalid], an id that is tracked already [io/fs.ErrExist], a tracker
-// that is not started or is stopping [net.ErrClosed].
+// A nil request, one without an id, and one whose id, task or hook is not UTF-8, give
+// an error that matches [io/fs.ErrInvalid], an id that is tracked already
+// [io/fs.ErrExist], a tracker that is not started or is stopping [net.ErrClosed].
 func (t *Tracker) TrackRequest(req *Request, timeout time.Duration) error {
-	return t.track(req, timeout, (*pendingRequest).runHandler)
+	_, err := t.track(req, timeout, (*pendingRequest).runHandler)
+	return err
 }
 
 // track puts a request into the table, with what is to be done with its
 // response.
-func (t *Tracker) track(req *Request, timeout time.Duration, handle func(*pendingRequest, *Response)) error {
+func (t *Tracker) track(req *Request, timeout time.Duration, handle func(*pendingRequest, *Response)) (*pendingRequest, error) {
 	if req == nil {
-		return fmt.Errorf("track request: request is nil: %w", fs.ErrInvalid)
+		return nil, fmt.Errorf("track request: request is nil: %w", fs.ErrInvalid)
 	}
 	if req.ID == "" {
-		return fmt.Errorf("track request: request has no id: %w", fs.ErrInvalid)
+		return nil, fmt.Errorf("track request: request has no id: %w", fs.ErrInvalid)
+	}
+	if err := req.checkText(); err != nil {
+		return nil, fmt.Errorf("track request: %w", err)
 	}
 	if timeout <= 0 {
 		timeout = t.defaultTimeout
@@ -221,18 +234,18 @@ func (t *Tracker) track(req *Request, timeout time.Duration, handle func(*pendin
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.state != trackerRunning {
-		return fmt.Errorf("track request %s: tracker is not running: %w", req.ID, net.ErrClosed)
+		return nil, fmt.Errorf("track request %s: tracker is not running: %w", req.ID, net.ErrClosed)
 	}
 	hash := t.hash(req.ID)
 	same := t.pending[hash]
 	if find(same, req.ID) != nil {
-		return fmt.Errorf("track request %s: already tracked: %w", req.ID, fs.ErrExist)
+		return nil, fmt.Errorf("track request %s: already tracked: %w", req.ID, fs.ErrExist)
 	}
 	p := &pendingRequest{id: req.ID, req: req, handle: handle, deadline: time.Now().Add(timeout), same: same}
 	t.pending[hash] = p
 	t.tracked++
 	t.setTimeoutLocked(p, timeout)
-	return nil
+	return p, nil
 }
 
 // find returns the one with the id among entries with the same hash.
@@ -272,6 +285,16 @@ func (t *Tracker) RemoveRequest(req *Request) bool {
 	}
 	t.mu.Unlock()
 	return p != nil
+}
+
+// remove removes an entry. It reports false if that is being completed, or was.
+func (t *Tracker) remove(p *pendingRequest) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if find(t.pending[t.hash(p.id)], p.id) == p {
+		t.removeLocked(p)
+	}
+	return !p.taken
 }
 
 // HandleResponse associates a response with a request and either forwards the
@@ -395,6 +418,7 @@ func (t *Tracker) take(id string) *pendingRequest {
 
 // takeLocked removes an entry that is to be completed. The caller holds mu.
 func (t *Tracker) takeLocked(p *pendingRequest) {
+	p.taken = true
 	t.handlers.Add(1) // before Stop can learn that the table is empty
 	t.removeLocked(p)
 }

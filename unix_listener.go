@@ -25,6 +25,8 @@ const (
 	maxAcceptDelay = time.Second
 )
 
+const maxWrapped = 100 // wrappers around a connection; more must be one that wraps itself
+
 // UnixListener is a wrapper for a unix socket. It handles creation and
 // listening for new connections, as well as graceful shutdown. After Stop it can
 // be started again. All methods may be called from any goroutine. The zero value
@@ -37,8 +39,9 @@ type UnixListener struct {
 
 	starting sync.Mutex // one Start at a time; taken before mu
 
-	mu  sync.Mutex
-	run *listenerRun // from Start to the end of Stop, else nil
+	mu    sync.Mutex
+	run   *listenerRun  // from Start to the end of Stop, else nil
+	begun chan struct{} // closed by the first Start or Stop, which NextConn waits for
 }
 
 // listenerRun is what a listener has between Start and Stop. The listener's mu
@@ -82,7 +85,7 @@ func newListener(addr string, limit int, listen func(string) (*socket, error)) *
 			path = abs
 		}
 	}
-	return &UnixListener{addr: addr, path: path, limit: limit, listen: listen}
+	return &UnixListener{addr: addr, path: path, limit: limit, listen: listen, begun: make(chan struct{})}
 }
 
 // Addr returns the string representation of the unix address: the socket path
@@ -137,8 +140,19 @@ func (ul *UnixListener) Start() error {
 	ul.mu.Lock()
 	defer ul.mu.Unlock()
 	ul.run = run
+	ul.beginLocked()
 	go ul.accept(run) // ends with the socket; Stop waits for refused
 	return nil
+}
+
+// beginLocked lets NextConn go on that was called before the first Start. The caller
+// holds mu.
+func (ul *UnixListener) beginLocked() {
+	select {
+	case <-ul.begun:
+	default:
+		close(ul.begun)
+	}
 }
 
 // checkStopped gives the reason why the listener can't be started, if any.
@@ -158,10 +172,10 @@ func (ul *UnixListener) checkStopped() error {
 
 // NextConn blocks and returns the next connection, in the order of their
 // arrival. It returns nil when there is none and none can come: the listener is
-// stopped and all connections accepted before have been handed out, the accept
-// limit is reached and all were, or it was never started. Connections should be
-// handled in a goroutine to take advantage of concurrency. When done, the
-// connection MUST be finished with a call to DoneConn.
+// stopped and all connections accepted before have been handed out, or the accept
+// limit is reached and all were. Before the first Start it waits for that; a Stop
+// ends the wait. Connections should be handled in a goroutine to take advantage of
+// concurrency. When done, the connection MUST be finished with a call to DoneConn.
 //
 // The connection has no deadline. A peer may connect and stay silent, so set one
 // before reading. It has the SyscallConn method of [net.UnixConn], through which
@@ -182,6 +196,10 @@ func (ul *UnixListener) checkStopped() error {
 //
 // Any number of goroutines may call it; each connection goes to one of them.
 func (ul *UnixListener) NextConn() net.Conn {
+	if ul.begun == nil {
+		return nil // not made by NewUnixListener, can't be started
+	}
+	<-ul.begun
 	ul.mu.Lock()
 	defer ul.mu.Unlock()
 	run := ul.run
@@ -204,15 +222,17 @@ func (ul *UnixListener) NextConn() net.Conn {
 	return conn
 }
 
-// DoneConn completes the handling of a connection and closes it. With nil, a
-// connection that is done already or one that is not from this listener it does
-// nothing. It does not block.
+// DoneConn completes the handling of a connection and closes it. A connection that
+// wraps another and says which, with a method NetConn() net.Conn as that of
+// [crypto/tls.Conn], completes what it wraps. With nil, a connection that is done
+// already or one that is not from this listener it does nothing. It does not block.
 //
 // A connection that its sender keeps goes on without the handler: only the
 // exchange ends, and a sender that was not answered learns it at once. One that was
 // offered to its sender, with the acknowledgement, is closed 200 ms later if the
 // sender does not take it. The connection is of no use to the caller in each case.
 func (ul *UnixListener) DoneConn(conn net.Conn) {
+	conn = unwrap(conn)
 	switch c := conn.(type) { // what NextConn returns
 	case *exchange:
 		ul.doneExchange(c)
@@ -236,6 +256,18 @@ func (ul *UnixListener) DoneConn(conn net.Conn) {
 	delete(run.open, conn)
 	run.checkDrainedLocked()
 	ul.mu.Unlock()
+}
+
+// unwrap returns what is wrapped in a connection, or itself.
+func unwrap(conn net.Conn) net.Conn {
+	for range maxWrapped {
+		wrapper, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
+		conn = wrapper.NetConn()
+	}
+	return conn
 }
 
 // doneExchange is DoneConn for what came on a connection that is kept.
@@ -270,6 +302,9 @@ func (ul *UnixListener) Stop(timeout time.Duration) {
 	ul.mu.Lock()
 	run := ul.run
 	if run == nil {
+		if ul.begun != nil {
+			ul.beginLocked()
+		}
 		ul.mu.Unlock()
 		return
 	}
