@@ -21,6 +21,7 @@ import (
 	"reflect"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -554,6 +555,105 @@ func TestReadme_CodeCompiles(t *testing.T) {
 		require.Equal(t, string(formatted), block, "gofmt")
 		runGo(t, "vet", goFile(t, block))
 	}
+}
+
+// Its parts are built into programs that serve real clients.
+func TestReadme_CoordinatorServesStreams(t *testing.T) {
+	require.Equal(t, "200 OK: the data, <nil>\n", runReadme(t, "newCoordinator", `
+package main
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+)
+
+func main() {
+	server := httptest.NewUnstartedServer(nil)
+	base := &url.URL{Scheme: "http", Host: server.Listener.Addr().String()}
+	tracker, handler, err := newCoordinator("", base)
+	if err != nil {
+		panic(err)
+	}
+	server.Config.Handler = handler
+	server.Start()
+	stream, err := tracker.NewStreamUnix("", io.NopCloser(strings.NewReader("the data")))
+	if err != nil {
+		panic(err)
+	}
+	published, err := tracker.ProxyStreamHTTPURL(stream)
+	if err != nil {
+		panic(err)
+	}
+	answer, err := http.DefaultTransport.RoundTrip(&http.Request{URL: published, Header: http.Header{}})
+	if err != nil {
+		panic(err)
+	}
+	data, err := io.ReadAll(answer.Body)
+	fmt.Printf("%s: %s, %v\n", answer.Status, data, err)
+	tracker.Stop()
+	server.Close()
+}
+`))
+}
+
+func TestReadme_StreamHandlerCutsOffUnderMiddleware(t *testing.T) {
+	require.Equal(t, "200 OK: 60000 bytes, unexpected EOF\n", runReadme(t, "streamHandler", `
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+	"testing/iotest"
+)
+
+func main() {
+	source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer panic(http.ErrAbortHandler)
+		body := io.MultiReader(strings.NewReader(strings.Repeat("x", 60000)), iotest.ErrReader(errors.New("broken")))
+		_, _ = io.Copy(w, body)
+		_ = http.NewResponseController(w).Flush()
+	}))
+	addr, err := url.Parse(source.URL)
+	if err != nil {
+		panic(err)
+	}
+	handler := streamHandler(func(*http.Request) (*url.URL, bool) { return addr, true })
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() { _ = recover() }() // as middleware does
+		handler(w, r)
+	}))
+	answer, err := http.Get(server.URL)
+	if err != nil {
+		panic(err)
+	}
+	data, err := io.ReadAll(answer.Body)
+	fmt.Printf("%s: %d bytes, %v\n", answer.Status, len(data), err)
+	server.Close()
+	source.Close()
+}
+`))
+}
+
+// runReadme returns what a program prints that has README's part with the function.
+func runReadme(t *testing.T, function, program string) string {
+	t.Helper()
+	blocks := codeBlocks(document(t, "README.md"), "go")
+	i := slices.IndexFunc(blocks, func(block string) bool { return strings.Contains(block, "func "+function+"(") })
+	require.GreaterOrEqual(t, i, 0)
+	dir := t.TempDir()
+	part, main := filepath.Join(dir, "readme.go"), filepath.Join(dir, "main.go")
+	require.NoError(t, os.WriteFile(part, []byte(strings.Replace(blocks[i], "package service", "package main", 1)), 0o600))
+	require.NoError(t, os.WriteFile(main, []byte(program), 0o600))
+	return runGo(t, "run", part, main)
 }
 
 func goFile(t *testing.T, source string) string {

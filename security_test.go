@@ -129,7 +129,7 @@ func TestProxyStreamHandler_AttacksAreRefused(t *testing.T) {
 	}
 	rows := map[string]row{
 		"another service's socket":           {addr(other.url.String()), 403},
-		"another service's stream, guessed":  {addr(unix(filepath.Join(dir, strings.Repeat("A", 26)+".eof.sock"))), 403},
+		"another service's stream, guessed":  {addr(unix(filepath.Join(dir, strings.Repeat("A", 26)+".eof"))), 403},
 		"internal HTTP":                      {addr(internal.url.String()), 403},
 		"internal HTTP, by name":             {addr(strings.Replace(internal.url.String(), "127.0.0.1", "localhost", 1)), 403},
 		"internal HTTP, by number":           {addr(strings.Replace(internal.url.String(), "127.0.0.1", "2130706433", 1)), 403},
@@ -469,7 +469,7 @@ func watchModes(dir string) (widest func() fs.FileMode) {
 			for _, name := range names {
 				look(filepath.Join(dir, name))
 				look(filepath.Join(dir, name, "acomm.sock"))
-				look(filepath.Join(dir, name, "stream.eof.sock"))
+				look(filepath.Join(dir, name, "stream.eof"))
 			}
 		}
 	})

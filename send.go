@@ -55,7 +55,7 @@ const (
 // proxies and further schemes (RegisterProtocol) apply. There a status of 2xx is
 // delivered: with an empty body, or with a Response that accepts or refuses it.
 // Any other answer is an error. Redirects are followed where they keep the
-// payload (307 and 308). At most 1 MiB of the answer is read. So that bursts don't
+// payload (307 and 308), without a Referer. At most 1 MiB of the answer is read. So that bursts don't
 // open connections just to throw them away, a Send to a host to which more are
 // under way than that transport keeps idle connections (MaxIdleConnsPerHost, two by
 // default) waits for one of them to end, for 20 ms at most.
@@ -216,10 +216,8 @@ var postClient = http.Client{CheckRedirect: keepPayload}
 func keepPayload(req *http.Request, via []*http.Request) error {
 	switch req.Response.StatusCode {
 	case http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
-		if len(via) > maxRedirects {
-			return fmt.Errorf("more than %d redirects", maxRedirects)
-		}
-		return nil
+		req.Header.Del("Referer") // a hook's URL may hold a secret
+		return checkRedirects(via)
 	}
 	return http.ErrUseLastResponse
 }
@@ -232,7 +230,7 @@ func sendHTTP(deadline time.Time, addr *url.URL, payload []byte) (*Response, err
 	if err != nil {
 		return nil, err
 	}
-	req.URL = withoutEmptyUser(addr)
+	req.URL = requestURL(addr)
 	req.Header.Set("Content-Type", "application/json")
 	defer gates.enter(req.URL)()
 	answer, err := doHTTP(req, &postClient)
@@ -291,15 +289,29 @@ func unsupported(addr *url.URL, err error) bool {
 	return lack != nil && err.Error() == lack.Error()
 }
 
-// withoutEmptyUser drops the user information that a URL has after it has come
-// over the wire: it is empty, and would be sent as a login without a name.
-func withoutEmptyUser(addr *url.URL) *url.URL {
-	if addr.User == nil || addr.User.String() != "" {
-		return addr
+// requestURL returns the URL as net/http's client would have parsed it from its text.
+// The user information that a URL has after it has come over the wire is empty, and
+// would be sent as a login without a name.
+func requestURL(addr *url.URL) *url.URL {
+	u := *withSlash(addr)
+	if u.User != nil && u.User.String() == "" {
+		u.User = nil
 	}
-	u := *addr
-	u.User = nil
 	return &u
+}
+
+// withSlash returns a URL with a host and a relative path, as url.JoinPath makes it of
+// a base without a path, with the slash that its text has between the two.
+func withSlash(u *url.URL) *url.URL {
+	if u.Host == "" || u.Path == "" || u.Path[0] == '/' {
+		return u
+	}
+	rooted := *u
+	rooted.Path = "/" + u.Path
+	if u.RawPath != "" {
+		rooted.RawPath = "/" + u.RawPath
+	}
+	return &rooted
 }
 
 // statusError is an HTTP answer that is no success.

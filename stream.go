@@ -3,6 +3,7 @@ package acomm
 import (
 	"context"
 	"crypto/rand"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -36,7 +37,11 @@ const (
 	// the provider reads only once the whole source is sent: whatever ends a
 	// provider before leaves the byte unread, and the kernel reports that to the
 	// consumer as ECONNRESET, behind the data.
-	streamSuffix = ".eof.sock"
+	streamSuffix = ".eof"
+
+	// streamName is the length of such a name. Directories were chosen so that a name
+	// of 2016, which had as many bytes, fits the 107 of a socket's path.
+	streamName = 15
 )
 
 // errConsumerLeft ends a transfer that nobody reads any more.
@@ -61,9 +66,9 @@ type unixStream struct {
 }
 
 // NewStreamUnix sets up an ad-hoc unix listener to stream data and returns its
-// URL, for the StreamURL of a [Response]. The socket is made in dir, under a
-// name of 35 bytes that nobody can guess, and with permissions that the process's
-// umask decides; if dir is empty, in a directory of its own that only the
+// URL, for the StreamURL of a [Response]. The socket is made in dir, under a random
+// name of 15 bytes, 66 bits of them, and with permissions that the process's umask
+// decides; if dir is empty, in a directory of its own that only the
 // process's user can enter.
 //
 // The first consumer that connects ([Stream] does) is sent all of src; a second
@@ -84,7 +89,7 @@ func (t *Tracker) NewStreamUnix(dir string, src io.ReadCloser) (*url.URL, error)
 	}
 	path, listen := randomSocketPath("stream"+streamSuffix), listenPrivate
 	if dir != "" {
-		path, listen = filepath.Join(dir, rand.Text()+streamSuffix), listenUnclaimed
+		path, listen = filepath.Join(dir, randomStreamName()), listenUnclaimed
 	}
 	listener := newListener(path, 1, listen)
 	if !utf8.ValidString(listener.path) { // JSON would change the URL
@@ -106,6 +111,13 @@ func (t *Tracker) NewStreamUnix(dir string, src io.ReadCloser) (*url.URL, error)
 		return nil, fmt.Errorf("new stream: tracker is not running: %w", net.ErrClosed)
 	}
 	return listener.URL(), nil
+}
+
+// randomStreamName has 66 random bits: path bytes are scarce.
+func randomStreamName() string {
+	var random [9]byte
+	_, _ = rand.Read(random[:]) // never fails
+	return base64.RawURLEncoding.EncodeToString(random[:])[:streamName-len(streamSuffix)] + streamSuffix
 }
 
 func (t *Tracker) running() bool {
@@ -267,7 +279,12 @@ func (s *unixStream) end(stall, end time.Duration) {
 // A source that is cut off gives an error that matches [io.ErrUnexpectedEOF]: over
 // HTTP, and on Linux over the unix sockets of [Tracker.NewStreamUnix], even if
 // its process was killed. With the unix sockets of the original, and HTTP/1.0
-// servers, the end of the process can't be told from the end of the data.
+// servers, the end of the process can't be told from the end of the data. Nor can it
+// through a relay, such as socat or ssh -L: the unix socket must be connected to
+// directly, since a relay does not pass the reset on that tells.
+//
+// Over HTTP the bytes are asked for as they are (Accept-Encoding: identity), up to 10
+// redirects are followed, and none carries a Referer: the URL is a secret.
 //
 // A nil argument gives an error that matches [io/fs.ErrInvalid], a stream that is
 // gone [io/fs.ErrNotExist] or [syscall.ECONNREFUSED], a scheme that nobody
@@ -355,7 +372,17 @@ func unixConn(src io.Reader) *net.UnixConn {
 }
 
 // getClient uses http.DefaultTransport, whatever it is at the time of a request.
-var getClient http.Client
+var getClient = http.Client{CheckRedirect: func(req *http.Request, via []*http.Request) error {
+	req.Header.Del("Referer") // its URL is what gives access to the stream
+	return checkRedirects(via)
+}}
+
+func checkRedirects(via []*http.Request) error {
+	if len(via) > maxRedirects {
+		return fmt.Errorf("more than %d redirects", maxRedirects)
+	}
+	return nil
+}
 
 func openStreamHTTP(ctx context.Context, client *http.Client, addr *url.URL) (io.ReadCloser, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -365,7 +392,8 @@ func openStreamHTTP(ctx context.Context, client *http.Client, addr *url.URL) (io
 		cancel(nil)
 		return nil, err
 	}
-	req.URL = withoutEmptyUser(addr)
+	req.URL = requestURL(addr)
+	req.Header.Set("Accept-Encoding", "identity") // else the transport unpacks what is packed
 	answer, err := doHTTP(req, client)
 	answered.Stop()
 	if err != nil {

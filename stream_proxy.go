@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"sync"
 	"syscall"
+	"time"
 )
 
 const (
@@ -50,9 +51,12 @@ func signStream(addr string) string {
 // query that can't be read or a request with a body, 403 for an address that this
 // process has not published, 404 for a stream that is gone, 502 for a source that
 // fails before its first byte, or redirects. A source that fails later has the
-// connection aborted, so that what was cut off can't look complete (to a client
-// that speaks HTTP/1.0, only over TCP on the server's own listener). The server's
-// WriteTimeout, if any, ends streams too.
+// connection aborted, so that what was cut off can't look complete, also where
+// middleware recovers from the panic that aborts it. That takes a ResponseWriter
+// which [http.ResponseController] can set a write deadline on: one that wraps another
+// needs an Unwrap method. HTTP/1.0 has no sign for an aborted answer but a reset of the
+// connection: 505 where the connection is not TCP, or the ResponseWriter can't be
+// hijacked. The server's WriteTimeout, if any, ends streams too.
 //
 // A service with rules of its own writes its own handler, with [Stream].
 func ProxyStreamHandler(w http.ResponseWriter, r *http.Request) {
@@ -72,6 +76,11 @@ func ProxyStreamHandler(w http.ResponseWriter, r *http.Request) {
 	}
 	if !published {
 		http.Error(w, "not a stream of this service", http.StatusForbidden)
+		return
+	}
+	if isHTTP10(r) && !canReset(w, r) {
+		http.Error(w, "a stream that is cut off can't be told from a whole one in HTTP/1.0 here; use HTTP/1.1",
+			http.StatusHTTPVersionNotSupported)
 		return
 	}
 	src, err := openStream(r.Context(), &proxyClient, addr)
@@ -196,11 +205,34 @@ func nowReader(src io.Reader, buf []byte) func() (int, error) {
 	}
 }
 
+func isHTTP10(r *http.Request) bool { return r.ProtoMajor == 1 && r.ProtoMinor == 0 }
+
+// canReset reports whether the connection of the request can be taken from the server
+// and reset. It must not be taken before that: the server sees the client leave.
+func canReset(w http.ResponseWriter, r *http.Request) bool {
+	local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	if _, ok := local.(*net.TCPAddr); !ok {
+		return false
+	}
+	for {
+		switch rw := w.(type) {
+		case http.Hijacker:
+			return true
+		case interface{ Unwrap() http.ResponseWriter }:
+			w = rw.Unwrap()
+		default:
+			return false
+		}
+	}
+}
+
 // abort ends the connection so that the client can tell what it got is not all.
 // In HTTP/1.0, which reverse proxies speak, the end of the connection is the end
-// of the data, so there it is reset.
+// of the data, so there it is reset. Elsewhere net/http's way is a panic; a deadline
+// that has passed keeps the server from ending the answer well if that is recovered.
 func abort(w http.ResponseWriter, r *http.Request) {
-	if !r.ProtoAtLeast(1, 1) {
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0))
+	if isHTTP10(r) {
 		if conn, _, err := http.NewResponseController(w).Hijack(); err == nil {
 			if secure, ok := conn.(interface{ NetConn() net.Conn }); ok {
 				conn = secure.NetConn() // TLS would say goodbye
@@ -211,5 +243,5 @@ func abort(w http.ResponseWriter, r *http.Request) {
 			_ = conn.Close()
 		}
 	}
-	panic(http.ErrAbortHandler) // net/http's way
+	panic(http.ErrAbortHandler)
 }

@@ -133,7 +133,7 @@ func NewTracker(socketPath string, httpStreamURL *url.URL, defaultTimeout time.D
 		streams:         make(map[*unixStream]struct{}),
 	}
 	if httpStreamURL != nil {
-		u := *httpStreamURL
+		u := *withSlash(httpStreamURL)
 		t.streamURL = &u
 	}
 	return t, nil

@@ -1,0 +1,275 @@
+package acomm_test
+
+import (
+	"bufio"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/mistifyio/acomm"
+)
+
+// Hazard: a directory that had room for the names of 2016 has none for longer ones.
+func TestNewStreamUnix_NamesAreAsShortAsIn2016(t *testing.T) {
+	tracker := newTracker(t)
+	dir := shortDir(t)
+	dir = filepath.Join(dir, strings.Repeat("d", 90-len(dir)-1))
+	require.Len(t, dir, 90)
+	names := make(map[string]bool)
+	for range 100 {
+		u, err := tracker.NewStreamUnix(dir, bytesSource([]byte("data")))
+		require.NoError(t, err)
+		name := filepath.Base(u.Path)
+		require.Regexp(t, regexp.MustCompile(`^[A-Za-z0-9_-]{11}\.eof$`), name)
+		names[name] = true
+		var got bytes.Buffer
+		require.NoError(t, acomm.Stream(&got, u))
+		require.Equal(t, "data", got.String())
+	}
+	require.Len(t, names, 100)
+}
+
+// recovering is middleware that turns panics into something else, as many routers have
+// it.
+func recovering(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() { _ = recover() }()
+		next.ServeHTTP(w, r)
+	})
+}
+
+// statusRecorder hides all but the three methods of a ResponseWriter.
+type statusRecorder struct {
+	http.ResponseWriter
+	status int
+}
+
+func (s *statusRecorder) WriteHeader(status int) {
+	s.status = status
+	s.ResponseWriter.WriteHeader(status)
+}
+
+func recording(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		next.ServeHTTP(&statusRecorder{ResponseWriter: w}, r)
+	})
+}
+
+// unwrapping is a recorder that says what it wraps.
+type unwrapping struct{ statusRecorder }
+
+func (u *unwrapping) Unwrap() http.ResponseWriter { return u.ResponseWriter }
+
+const beforeTheBreak = 60_000 // bytes
+
+// breaking is a reader that fails once it is told to.
+type breaking chan struct{}
+
+func (b breaking) Read([]byte) (int, error) {
+	<-b
+	return 0, errors.New("broken")
+}
+
+// proxyUnder serves streams under middleware, and offers one that breaks once it is told
+// to.
+func proxyUnder(t *testing.T, middleware func(http.Handler) http.Handler, configure func(*httptest.Server)) (*httptest.Server, *url.URL, breaking) {
+	t.Helper()
+	server := httptest.NewUnstartedServer(middleware(http.HandlerFunc(acomm.ProxyStreamHandler)))
+	configure(server)
+	t.Cleanup(server.Close)
+	base, err := url.Parse(server.URL)
+	require.NoError(t, err)
+	tracker, err := acomm.NewTracker("", base.JoinPath("stream"), patience)
+	require.NoError(t, err)
+	require.NoError(t, tracker.Start())
+	t.Cleanup(tracker.Stop)
+	broken := make(breaking)
+	src := io.MultiReader(bytes.NewReader(randomBytes(beforeTheBreak)), broken)
+	stream, err := tracker.NewStreamUnix("", io.NopCloser(src))
+	require.NoError(t, err)
+	published, err := tracker.ProxyStreamHTTPURL(stream)
+	require.NoError(t, err)
+	return server, published, broken
+}
+
+// requireCutOff reads an answer whose source breaks when all before that has come.
+func requireCutOff(t *testing.T, answer *http.Response, broken breaking) {
+	t.Helper()
+	require.Equal(t, http.StatusOK, answer.StatusCode)
+	_, err := io.ReadFull(answer.Body, make([]byte, beforeTheBreak))
+	require.NoError(t, err)
+	close(broken)
+	_, err = answer.Body.Read(make([]byte, 1))
+	require.Error(t, err)
+	require.NotEqual(t, io.EOF, err)
+}
+
+// Hazard: the abort is a panic, and others catch it: 200, and no error.
+func TestProxyStreamHandler_CutOffShowsUnderMiddlewareThatRecovers(t *testing.T) {
+	onlyLinux(t)
+	captureLog(t)
+	for name, configure := range map[string]func(*httptest.Server){
+		"HTTP/1.1": (*httptest.Server).Start,
+		"HTTP/1.1 over TLS": func(s *httptest.Server) {
+			s.StartTLS()
+		},
+		"HTTP/2": func(s *httptest.Server) {
+			s.EnableHTTP2 = true
+			s.StartTLS()
+		},
+	} {
+		for what, middleware := range map[string]func(http.Handler) http.Handler{
+			"recovering": recovering,
+			"recovering around a recorder that unwraps": func(next http.Handler) http.Handler {
+				return recovering(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					next.ServeHTTP(&unwrapping{statusRecorder{ResponseWriter: w}}, r)
+				}))
+			},
+		} {
+			t.Run(name+", "+what, func(t *testing.T) {
+				server, published, broken := proxyUnder(t, middleware, configure)
+				answer, err := server.Client().Get(published.String())
+				require.NoError(t, err)
+				defer answer.Body.Close()
+				require.Equal(t, name == "HTTP/2", answer.ProtoMajor == 2)
+				requireCutOff(t, answer, broken)
+			})
+		}
+	}
+}
+
+// Hazard: in HTTP/1.0 the end of the connection is the end of the data, and what hides
+// the connection keeps it from being reset.
+func TestProxyStreamHandler_HTTP10IsRefusedWhereItCantBeReset(t *testing.T) {
+	onlyLinux(t)
+	captureLog(t)
+	direct := func(next http.Handler) http.Handler { return next }
+	for name, test := range map[string]struct {
+		middleware func(http.Handler) http.Handler
+		configure  func(*httptest.Server)
+		refused    bool
+	}{
+		"direct":                   {direct, (*httptest.Server).Start, false},
+		"recovering":               {recovering, (*httptest.Server).Start, false},
+		"under a recorder":         {recording, (*httptest.Server).Start, true},
+		"under a recorder, behind": {func(next http.Handler) http.Handler { return recording(recovering(next)) }, (*httptest.Server).Start, true},
+		"over a unix socket": {direct, func(s *httptest.Server) {
+			l, err := net.Listen("unix", filepath.Join(shortDir(t), "http.sock"))
+			require.NoError(t, err)
+			_ = s.Listener.Close()
+			s.Listener = l
+			s.Start()
+		}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			server, published, broken := proxyUnder(t, test.middleware, test.configure)
+			addr := server.Listener.Addr()
+			conn, err := net.Dial(addr.Network(), addr.String())
+			require.NoError(t, err)
+			defer conn.Close()
+			_, err = io.WriteString(conn, "GET "+published.RequestURI()+" HTTP/1.0\r\n\r\n")
+			require.NoError(t, err)
+			answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			require.NoError(t, err)
+			if test.refused {
+				require.Equal(t, http.StatusHTTPVersionNotSupported, answer.StatusCode)
+				close(broken)
+				return
+			}
+			requireCutOff(t, answer, broken)
+		})
+	}
+}
+
+// The URL of a stream is what gives access to it, and a hook's may hold a token.
+func TestRedirects_CarryNoReferer(t *testing.T) {
+	referers := make(chan string, 10)
+	last := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		referers <- r.Header.Get("Referer")
+		if r.URL.Path == "/on" {
+			http.Redirect(w, r, "/end?token=SECOND", http.StatusTemporaryRedirect)
+		}
+	}))
+	t.Cleanup(last.Close)
+	for _, status := range []int{http.StatusFound, http.StatusTemporaryRedirect, http.StatusPermanentRedirect} {
+		first := httpPeer(t, func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, last.URL+"/on", status)
+		})
+		first.RawQuery = "addr=x&signature=SECRET"
+		require.NoError(t, acomm.Stream(io.Discard, first))
+		require.Empty(t, <-referers)
+		require.Empty(t, <-referers)
+		if status == http.StatusFound {
+			continue // it would lose a payload
+		}
+		require.NoError(t, acomm.Send(first, &acomm.Response{ID: "1"}))
+		require.Empty(t, <-referers)
+		require.Empty(t, <-referers)
+	}
+}
+
+func TestStream_RedirectsEnd(t *testing.T) {
+	peer := httpPeer(t, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/again", http.StatusFound) })
+	require.ErrorContains(t, acomm.Stream(io.Discard, peer), "redirects")
+}
+
+// Hazard: the file's bytes, packed, are unpacked on the way: others, with another
+// digest.
+func TestStream_BytesArriveAsTheyAre(t *testing.T) {
+	var packed bytes.Buffer
+	z := gzip.NewWriter(&packed)
+	_, _ = z.Write(bytes.Repeat([]byte("x"), 4000))
+	require.NoError(t, z.Close())
+	file := filepath.Join(t.TempDir(), "a.gz")
+	require.NoError(t, os.WriteFile(file, packed.Bytes(), 0o600))
+	peer := httpPeer(t, func(w http.ResponseWriter, r *http.Request) {
+		if strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
+			w.Header().Set("Content-Encoding", "gzip")
+		}
+		http.ServeFile(w, r, file)
+	})
+	var got bytes.Buffer
+	require.NoError(t, acomm.Stream(&got, peer))
+	require.Equal(t, packed.Bytes(), got.Bytes())
+}
+
+// Hazard: base.JoinPath of a base without a path makes a URL whose path lacks its
+// slash; its text looks right, and requests are answered with 400.
+func TestURLWithoutASlash_IsRequestedAsItsTextSays(t *testing.T) {
+	requests := make(chan string, 10)
+	peer := httpPeer(t, func(_ http.ResponseWriter, r *http.Request) { requests <- r.RequestURI })
+	joined := (&url.URL{Scheme: "http", Host: peer.Host}).JoinPath("a b", "ü%2F")
+	require.False(t, strings.HasPrefix(joined.Path, "/"))
+	plain, err := http.NewRequestWithContext(context.Background(), http.MethodGet, joined.String(), nil)
+	require.NoError(t, err)
+
+	require.NoError(t, acomm.Send(joined, &acomm.Response{ID: "1"}))
+	require.Equal(t, plain.URL.RequestURI(), <-requests)
+	require.NoError(t, acomm.Stream(io.Discard, joined))
+	require.Equal(t, plain.URL.RequestURI(), <-requests)
+
+	tracker, err := acomm.NewTracker("", joined, 0)
+	require.NoError(t, err)
+	published, err := tracker.ProxyStreamHTTPURL(&url.URL{Scheme: "unix", Path: "/a"})
+	require.NoError(t, err)
+	require.True(t, strings.HasPrefix(published.Path, "/"), published.Path)
+	again, err := url.Parse(published.String())
+	require.NoError(t, err)
+	require.Equal(t, again.RequestURI(), published.RequestURI())
+
+	require.NoError(t, acomm.Send(&url.URL{Scheme: "http", Host: peer.Host}, &acomm.Response{ID: "1"}))
+	require.Equal(t, "/", <-requests)
+}
