@@ -108,7 +108,7 @@ func TestSlowConsumer_NothingIsLostUnnoticedNorHandledTwice(t *testing.T) {
 // Hazard: nats.go drops what comes while 64 MiB wait for their handlers to start.
 func TestServe_NothingIsDroppedWhileItFallsBehind(t *testing.T) {
 	const size, requests = 8 << 20, 10 // more than that in all
-	s := startServer(t, server.Options{MaxPayload: size + 1<<10})
+	s := startServer(t, server.Options{MaxPayload: size + 1<<10, MaxPending: 2 * size * requests}) // drops no slow reader
 	requester, nc := connect(t, s), connect(t, s)
 	register(t, requester)
 	handled := newTally()
