@@ -21,6 +21,11 @@ OTHER_JSON = $$($(GO) list -f '{{context.ToolTags}}' . | grep -q goexperiment.js
 # each runs a command in every module.
 each = set -e; for dir in $(MODULES); do echo "== $$dir: $(1)"; (cd $$dir && $(1)); done
 
+# abreast runs it in two modules at a time, since tests wait more than they work.
+# The root, which takes longest, comes first.
+abreast = printf '%s\n' $(MODULES) | xargs -P 2 -I {} sh -c \
+	'out=$$(cd {} && $(1) 2>&1); code=$$?; printf "== {}: $(1)\n%s\n" "$$out"; exit $$code'
+
 .DEFAULT_GOAL := help
 .PHONY: help build test releases race lint fuzz soak long cover demo hosts bench quick
 
@@ -31,7 +36,7 @@ build: ## compile everything
 	@$(call each,$(GO) build -o /dev/null ./...)
 
 test: ## run the tests; those of messages with both JSON engines of the standard library
-	@$(call each,$(GO) test ./...)
+	@$(call abreast,$(GO) test ./...)
 	@set -e; export GOEXPERIMENT=$(OTHER_JSON); echo "== .: go test, GOEXPERIMENT=$$GOEXPERIMENT"; \
 		$(GO) test -skip '^Test(Soak|Fault|Stream|Socket|Hostile)' .
 
@@ -39,7 +44,7 @@ releases: ## run the tests on the other supported Go release, OTHER_GO
 	GOTOOLCHAIN=$(OTHER_GO) $(MAKE) test
 
 race: ## run the tests with the race detector
-	@$(call each,$(GO) test -race ./...)
+	@$(call abreast,$(GO) test -race ./...)
 
 lint: ## check format, go vet (also for macOS) and staticcheck
 	@out=$$(gofmt -l .); if [ -n "$$out" ]; then echo "not gofmt'ed:"; echo "$$out"; exit 1; fi

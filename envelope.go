@@ -6,7 +6,6 @@ import (
 	"errors"
 	"net/url"
 	"reflect"
-	"slices"
 	"strings"
 	"sync"
 	"unicode/utf8"
@@ -29,11 +28,7 @@ var inert = func() (set [256]bool) {
 }()
 
 // message is a message that is about to be sent.
-type message struct {
-	text  []byte // all of it, behind the room that newMessage made, but for value
-	value []byte // large, and nobody's to change; nil if it is in the text
-	at    int    // where in the text it belongs; 0 without one
-}
+type message struct{ text []byte }
 
 // newMessage makes room for a message with the URL and the raw value, and with
 // texts of usual length, behind so many bytes.
@@ -42,12 +37,12 @@ func newMessage(front int, u *url.URL, raw *json.RawMessage) *message {
 	if u != nil {
 		size += 256
 	}
-	if raw != nil && !isApart(*raw) {
+	if raw != nil {
 		size += len(*raw)
 	}
 	m := messages.Get().(*message)
 	if cap(m.text) < size {
-		m.text = make([]byte, 0, size)
+		m.text = takeBuffer(size)
 	}
 	m.text = m.text[:front]
 	clear(m.text)
@@ -59,28 +54,11 @@ var messages = sync.Pool{New: func() any { return new(message) }}
 // release keeps the memory of a message, which nobody looks at any more, for
 // another one.
 func (m *message) release() {
-	m.value, m.at = nil, 0
-	if cap(m.text) <= 2*keptLimit {
-		messages.Put(m)
+	if cap(m.text) > 2*keptLimit {
+		releaseBuffer(m.text)
+		m.text = nil
 	}
-}
-
-// isApart reports whether a raw value is large enough not to be copied.
-func isApart(raw json.RawMessage) bool { return len(raw) > keptLimit }
-
-func (m *message) size() int { return len(m.text) + len(m.value) }
-
-// join returns the message in one slice, which may be its own.
-func (m *message) join() []byte {
-	if m.value == nil {
-		return m.text
-	}
-	return m.copy()
-}
-
-// copy returns the message in a slice of its size.
-func (m *message) copy() []byte {
-	return slices.Concat(m.text[:m.at], m.value, m.text[m.at:])
+	messages.Put(m)
 }
 
 // addRequest adds the request as json.Marshal writes it, or reports false if that
@@ -113,14 +91,11 @@ func (m *message) addResponse(r *Response) bool {
 // addRaw adds a value behind its name.
 func (m *message) addRaw(name string, raw *json.RawMessage) {
 	m.text = append(m.text, name...)
-	switch {
-	case raw == nil:
+	if raw == nil {
 		m.text = append(m.text, "null"...)
-	case isApart(*raw):
-		m.value, m.at = *raw, len(m.text)
-	default:
-		m.text = append(m.text, *raw...)
+		return
 	}
+	m.text = append(m.text, *raw...)
 }
 
 func appendText(b []byte, text string) []byte {

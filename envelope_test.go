@@ -34,14 +34,14 @@ func TestEnvelope_OwnFormTakesTheShortWay(t *testing.T) {
 			require.NoError(t, json.Unmarshal(data, &req))
 			m := newMessage(0, nil, nil)
 			ok = m.addRequest(&req)
-			again = m.join()
+			again = m.text
 		} else {
 			var resp Response
 			known = decodeResponse(data, &resp) || known
 			require.NoError(t, json.Unmarshal(data, &resp))
 			m := newMessage(0, nil, nil)
 			ok = m.addResponse(&resp)
-			again = m.join()
+			again = m.text
 		}
 		require.True(t, known, file)
 		require.True(t, ok, file)
@@ -96,7 +96,7 @@ func TestEncodeFrame_LeavesRoom(t *testing.T) {
 		require.NoError(t, err)
 		got, err := encodeFrame(7, payload)
 		require.NoError(t, err)
-		require.Equal(t, string(make([]byte, 7))+string(want.join()), string(got.join()))
+		require.Equal(t, string(make([]byte, 7))+string(want.text), string(got.text))
 	}
 }
 

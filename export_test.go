@@ -38,21 +38,14 @@ func (t *Tracker) SetStreamEnd(d time.Duration) { t.streamEnd = d }
 
 func (t *Tracker) SetStreamStall(d time.Duration) { t.streamStall = d }
 
-const (
-	PostPatience = postPatience
-	SlowHost     = slowHost
-)
+// MaxPosts is how many posts go to a host at a time.
+const MaxPosts = maxPosts
 
-// EnterHost waits for a turn to post to the URL's host.
-func EnterHost(addr *url.URL) (leave func()) { return gates.enter(addr) }
-
-// SetPostPatience sets how long a post waits for its turn, and returns the time
-// that was.
-func SetPostPatience(d time.Duration) (old time.Duration) {
-	gates.mu.Lock()
-	defer gates.mu.Unlock()
-	old, gates.patience = gates.patience, d
-	return old
+// HostsPostedTo returns to how many hosts posts are under way.
+func HostsPostedTo() int {
+	posts.mu.Lock()
+	defer posts.mu.Unlock()
+	return len(posts.byHost)
 }
 
 const (
@@ -173,3 +166,6 @@ func KeptWaiting(path string) int {
 	defer c.out.mu.Unlock()
 	return len(c.waiting)
 }
+
+// NotDelivered reports whether an error of Send proves that nobody has the payload.
+func NotDelivered(err error) bool { return notDelivered(err) }

@@ -30,8 +30,10 @@ const (
 // in it is published with [Tracker.ProxyStreamHTTPURL], or left out, and that
 // logged, if the tracker has no stream URL. Forwarding is at most once: it is
 // tried again, until the request would have timed out, only where the response
-// certainly has not arrived: nobody can be connected to at the hook, or it
-// answers with the status 429 or 503 (a Retry-After is heeded, but for the last
+// certainly has not arrived: no connection was got (nobody listens, DNS, TLS handshake,
+// a proxy's refusal), or the hook answers with the status 429, or 503 with a
+// Retry-After. A 503 without one may come from a gateway that has passed the response
+// on. (A Retry-After is heeded, but for the last
 // try when the request would have timed out). A forward that fails is logged.
 //
 // A request that is not valid gives an error that matches [io/fs.ErrInvalid], an

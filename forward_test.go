@@ -371,9 +371,9 @@ func TestForward_TriesAgainWhenToldTo(t *testing.T) {
 		attempts   int
 	}{
 		"429":             {http.StatusTooManyRequests, nil, 30 * time.Millisecond, 3},
-		"503":             {http.StatusServiceUnavailable, nil, 30 * time.Millisecond, 3},
+		"503 at once":     {http.StatusServiceUnavailable, func() string { return "0" }, 30 * time.Millisecond, 3},
 		"429 in no time":  {http.StatusTooManyRequests, func() string { return "0" }, 30 * time.Millisecond, 3},
-		"503 unreadable":  {http.StatusServiceUnavailable, func() string { return "soon" }, 30 * time.Millisecond, 3},
+		"429 unreadable":  {http.StatusTooManyRequests, func() string { return "soon" }, 30 * time.Millisecond, 3},
 		"503 in a second": {http.StatusServiceUnavailable, func() string { return "1" }, time.Second, 2},
 		"429 at a time":   {http.StatusTooManyRequests, func() string { return httpTime(2 * time.Second) }, time.Second, 2},
 		"503 in the past": {http.StatusServiceUnavailable, func() string { return httpTime(-time.Hour) }, 30 * time.Millisecond, 3},

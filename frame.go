@@ -48,7 +48,7 @@ func SendConnData(conn net.Conn, payload interface{}) error {
 		return fmt.Errorf("send frame: %w", err)
 	}
 	defer m.release()
-	frame := m.join()
+	frame := m.text
 	if first, ok := conn.(*firstConn); ok && isResponse(payload) {
 		err = first.acknowledge(frame)
 	} else {
@@ -161,7 +161,7 @@ func encodeFrame(room int, payload interface{}) (*message, error) {
 		}
 		m = &message{text: text}
 	}
-	size := m.size() - front
+	size := len(m.text) - front
 	if err := checkSize(uint64(size)); err != nil {
 		return nil, err
 	}

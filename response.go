@@ -74,7 +74,7 @@ func (r *Response) MarshalJSON() ([]byte, error) {
 	}
 	if m := newMessage(0, r.StreamURL, r.Result); m.addResponse(r) {
 		defer m.release()
-		return m.copy(), nil
+		return bytes.Clone(m.text), nil
 	}
 	return json.Marshal(struct {
 		Error     string           `json:"error"`

@@ -11,10 +11,12 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"os"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -55,10 +57,12 @@ const (
 // proxies and further schemes (RegisterProtocol) apply. There a status of 2xx is
 // delivered: with an empty body, or with a Response that accepts or refuses it.
 // Any other answer is an error. Redirects are followed where they keep the
-// payload (307 and 308), without a Referer. At most 1 MiB of the answer is read. So that bursts don't
-// open connections just to throw them away, a Send to a host to which more are
-// under way than that transport keeps idle connections (MaxIdleConnsPerHost, two by
-// default) waits for one of them to end, for 20 ms at most.
+// payload (307 and 308), without a Referer. At most 1 MiB of the answer is read. Up to
+// 100 posts go to a host at a time, more if MaxIdleConnsPerHost of that transport is
+// more; others wait for their turn, within their minute. If MaxIdleConnsPerHost is not
+// set, up to 100 idle connections to a host are kept for posts. A hook should keep idle
+// connections open for longer than the transport's IdleConnTimeout (90 s by default): a
+// post that meets one as it is closed may be lost.
 //
 // The peer's refusal is returned with its text unchanged. The other errors match
 // [io/fs.ErrInvalid] (nil URL or payload, no host in an HTTP URL or one in a unix URL, a
@@ -90,7 +94,7 @@ func send(deadline time.Time, addr *url.URL, payload interface{}) error {
 	if addr.Scheme == "unix" {
 		ack, err = sendUnix(deadline, socketPath(addr), m)
 	} else {
-		ack, err = sendHTTP(deadline, addr, m.join()[keptHeaderSize:])
+		ack, err = sendHTTP(deadline, addr, m.text[keptHeaderSize:])
 	}
 	if err != nil {
 		return fmt.Errorf("send to %s: %w", addr.Redacted(), timedOut(closedEarly(err)))
@@ -103,7 +107,7 @@ func send(deadline time.Time, addr *url.URL, payload interface{}) error {
 // acknowledgement. In front of the frame there is room for the longer header of a
 // kept connection.
 func sendUnix(deadline time.Time, path string, m *message) (*Response, error) {
-	if m.size() <= keptHeaderSize+keptLimit {
+	if len(m.text) <= keptHeaderSize+keptLimit {
 		if c := kept.to(path); c != nil {
 			ack, err := c.exchange(deadline, m)
 			if err != errUnsent {
@@ -114,16 +118,13 @@ func sendUnix(deadline time.Time, path string, m *message) (*Response, error) {
 	}
 	defer m.release()
 	const room = keptHeaderSize - headerSize
-	binary.BigEndian.PutUint32(m.text[room:], uint32(m.size()-keptHeaderSize))
-	if m.value == nil {
-		return sendAlone(deadline, path, net.Buffers{m.text[room:]})
-	}
-	return sendAlone(deadline, path, net.Buffers{m.text[room:m.at], m.value, m.text[m.at:]})
+	binary.BigEndian.PutUint32(m.text[room:], uint32(len(m.text)-keptHeaderSize))
+	return sendAlone(deadline, path, m.text[room:])
 }
 
 // sendAlone carries out one exchange on a new connection, which is closed after
 // it, or kept if the listener offers that.
-func sendAlone(deadline time.Time, path string, frame net.Buffers) (*Response, error) {
+func sendAlone(deadline time.Time, path string, frame []byte) (*Response, error) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
 	var file fileID
@@ -150,7 +151,7 @@ func sendAlone(deadline time.Time, path string, frame net.Buffers) (*Response, e
 	}
 	// A peer may refuse a frame before it has read all of it. Its word says more
 	// than our broken pipe, so it is looked for even if the write failed.
-	_, writeErr := frame.WriteTo(conn)
+	_, writeErr := conn.Write(frame) // all of it: a peer of 2016 reads it with one read
 	data, err := readFrame(conn)
 	ack := &Response{}
 	if err == nil {
@@ -209,14 +210,15 @@ func dialUnix(ctx context.Context, dialer *net.Dialer, path string) (*net.UnixCo
 }
 
 // postClient uses http.DefaultTransport, whatever it is at the time of a request.
-var postClient = http.Client{CheckRedirect: keepPayload}
+var postClient = http.Client{Transport: &postTransport, CheckRedirect: keepPayload}
 
 // keepPayload follows the redirects that send the payload again; of the others
 // the answer itself is returned, which is no success.
 func keepPayload(req *http.Request, via []*http.Request) error {
 	switch req.Response.StatusCode {
 	case http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
-		req.Header.Del("Referer") // a hook's URL may hold a secret
+		req.Header.Del("Referer")                     // a hook's URL may hold a secret
+		connectionsOf(req.Context()).got.Store(false) // who answered so did not keep the payload
 		return checkRedirects(via)
 	}
 	return http.ErrUseLastResponse
@@ -226,15 +228,23 @@ func keepPayload(req *http.Request, via []*http.Request) error {
 func sendHTTP(deadline time.Time, addr *url.URL, payload []byte) (*Response, error) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
+	leave, err := posts.enter(ctx, addr)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	ctx, connections := traceConnections(ctx)
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "", bytes.NewReader(payload))
 	if err != nil {
 		return nil, err
 	}
 	req.URL = requestURL(addr)
 	req.Header.Set("Content-Type", "application/json")
-	defer gates.enter(req.URL)()
 	answer, err := doHTTP(req, &postClient)
 	if err != nil {
+		if connections.asked.Load() && !connections.got.Load() {
+			err = unsentError{err}
+		}
 		return nil, err
 	}
 	defer answer.Body.Close()
@@ -260,11 +270,37 @@ func sendHTTP(deadline time.Time, addr *url.URL, payload []byte) (*Response, err
 	return ack, nil
 }
 
+// unsentError is the error of a post for which there was no connection: nobody has the
+// payload.
+type unsentError struct{ error }
+
+func (e unsentError) Unwrap() error { return e.error }
+
+// connections is what is known of the connections for a post. A transport that does
+// not say leaves both false.
+type connections struct{ asked, got atomic.Bool }
+
+type connectionsKey struct{}
+
+// traceConnections returns a context in which it is noted whether a request has a
+// connection.
+func traceConnections(ctx context.Context) (context.Context, *connections) {
+	c := &connections{}
+	trace := &httptrace.ClientTrace{
+		GetConn: func(string) { c.asked.Store(true) },
+		GotConn: func(httptrace.GotConnInfo) { c.got.Store(true) },
+	}
+	return httptrace.WithClientTrace(context.WithValue(ctx, connectionsKey{}, c), trace), c
+}
+
+func connectionsOf(ctx context.Context) *connections {
+	return ctx.Value(connectionsKey{}).(*connections)
+}
+
 // doHTTP sends the request through http.DefaultTransport. Its errors say nothing
 // of the URL: the caller does.
 func doHTTP(req *http.Request, client *http.Client) (*http.Response, error) {
-	isHTTP := req.URL.Scheme == "http" || req.URL.Scheme == "https"
-	if isHTTP && req.URL.Host == "" {
+	if isHTTP(req.URL) && req.URL.Host == "" {
 		return nil, fmt.Errorf("URL has no host: %w", fs.ErrInvalid)
 	}
 	answer, err := client.Do(req)
@@ -275,7 +311,7 @@ func doHTTP(req *http.Request, client *http.Client) (*http.Response, error) {
 	if errors.As(err, &request) {
 		err = request.Err
 	}
-	if !isHTTP && unsupported(req.URL, err) {
+	if !isHTTP(req.URL) && unsupported(req.URL, err) {
 		return nil, fmt.Errorf("scheme %q: %w", req.URL.Scheme, errors.ErrUnsupported)
 	}
 	return nil, err
@@ -319,7 +355,8 @@ type statusError struct {
 	code       int
 	status     string        // code and text
 	words      string        // the peer's error, if it sent a Response
-	retryAfter time.Duration // zero if the peer did not say
+	comeBack   bool          // the peer said when, with Retry-After
+	retryAfter time.Duration // then
 }
 
 func newStatusError(answer *http.Response, body []byte) *statusError {
@@ -330,9 +367,9 @@ func newStatusError(answer *http.Response, body []byte) *statusError {
 	}
 	after := strings.TrimSpace(answer.Header.Get("Retry-After"))
 	if seconds, err := strconv.ParseUint(after, 10, 31); err == nil {
-		e.retryAfter = time.Duration(seconds) * time.Second
+		e.comeBack, e.retryAfter = true, time.Duration(seconds)*time.Second
 	} else if at, err := http.ParseTime(after); err == nil {
-		e.retryAfter = max(0, time.Until(at))
+		e.comeBack, e.retryAfter = true, max(0, time.Until(at))
 	}
 	return e
 }
@@ -357,12 +394,17 @@ func timedOut(err error) error {
 }
 
 // notDelivered reports whether an error of send proves that the peer has not
-// taken the payload and might take it later: nobody was there to connect to, or
-// the peer said to come back.
+// taken the payload and might take it later: no connection was got for it, or the
+// peer itself said to come back. A 503 that does not say when may come from a gateway
+// that has passed the payload on.
 func notDelivered(err error) bool {
 	var status *statusError
 	if errors.As(err, &status) {
-		return status.code == http.StatusTooManyRequests || status.code == http.StatusServiceUnavailable
+		return status.code == http.StatusTooManyRequests || status.code == http.StatusServiceUnavailable && status.comeBack
+	}
+	var unsent unsentError
+	if errors.As(err, &unsent) {
+		return true
 	}
 	var op *net.OpError
 	if errors.As(err, &op) && op.Op == "dial" {

@@ -300,7 +300,7 @@ func (t *Tracker) remove(p *pendingRequest) bool {
 // HandleResponse associates a response with a request and either forwards the
 // response or calls the request's handler, and returns when that is done. A
 // response to a request that is not tracked (any more), or nil, is logged and
-// dropped.
+// dropped. A panic in a handler ends the process, as one in any goroutine does.
 //
 // Responses that arrive on the tracker's socket need no call: the tracker makes
 // it, in a goroutine for each. It is for those that arrive otherwise, such as on

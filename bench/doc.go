@@ -81,7 +81,7 @@
 //     HTTP client through ProxyStreamHandler, next to the same path with io.Copy.
 //     The ratio is the median of those of the rounds, in which the two take turns
 //     to be the first
-//   - forward: responses to an HTTP hook, next to a bare http.Client, and the TCP
+//   - forward: responses to HTTP hooks that take 0, 5 and 50 ms, next to a bare http.Client, and the TCP
 //     connections it opens
 //   - growth: the call of acomm with more callers, more sockets, larger payloads.
 //     More sockets are shown twice: shared by the same callers, who then share fewer

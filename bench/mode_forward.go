@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/mistifyio/acomm"
 )
@@ -23,19 +24,31 @@ const (
 	forwardBurst   = 32 // responses
 )
 
-// runForward shows what it costs to forward responses to an HTTP hook. A call is
-// one response there and its acknowledgement.
+// forwardDelays is how long hooks take to answer.
+var forwardDelays = []time.Duration{0, 5 * time.Millisecond, 50 * time.Millisecond}
+
+// runForward shows what it costs to forward responses to HTTP hooks that answer at once,
+// and to slower ones. A call is one response there and its acknowledgement.
 func runForward(o options) error {
+	for _, delay := range forwardDelays {
+		if err := runForwardTo(o, delay); err != nil {
+			return fmt.Errorf("hook of %v: %w", delay, err)
+		}
+	}
+	return nil
+}
+
+func runForwardTo(o options, delay time.Duration) error {
 	connections := new(atomic.Int64)
 	bare := func(c *http.Client) func(*hookServer) client {
 		return func(hook *hookServer) client { return &postingClient{hook, c} }
 	}
 	keeping := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: forwardCallers}}
 	ways := []candidate{
-		{"bare", "bare http.Client that keeps 64 connections", peer, "", startHook(connections, bare(keeping))},
-		{"default", "bare http.Client as it comes", floor, "", startHook(connections, bare(http.DefaultClient))},
-		{"handed", "acomm, response handed in", subject, "", startForward(connections, handIn)},
-		{"socket", "acomm, response over the socket", subject, "", startForward(connections, sendIn)},
+		{"bare", "bare http.Client that keeps 64 connections", peer, "", startHook(connections, delay, bare(keeping))},
+		{"default", "bare http.Client as it comes", floor, "", startHook(connections, delay, bare(http.DefaultClient))},
+		{"handed", "acomm, response handed in", subject, "", startForward(connections, delay, handIn)},
+		{"socket", "acomm, response over the socket", subject, "", startForward(connections, delay, sendIn)},
 	}
 	var cells []cell
 	for _, way := range ways {
@@ -46,8 +59,8 @@ func runForward(o options) error {
 		return err
 	}
 	t := &table{
-		title: fmt.Sprintf("responses of 128 B to an HTTP hook, %d callers (goals: speed 0.80, %d bursts of %d open 200 connections)",
-			forwardCallers, o.bursts, forwardBurst),
+		title: fmt.Sprintf("responses of 128 B to an HTTP hook that takes %v, %d callers (goals: speed 0.80, %d bursts of %d open 200 connections)",
+			delay, forwardCallers, o.bursts, forwardBurst),
 		head: []string{"", "wall", "CPU", "p99", "allocations", "speed", "connections, bursts"},
 	}
 	for i, way := range ways {
@@ -84,17 +97,18 @@ type hookServer struct {
 	hooks   []*url.URL // by caller
 	results []chan *Message
 	handle  handler
+	delay   time.Duration // until it answers
 	serving sync.WaitGroup
 }
 
 // startHook starts a hook, which counts its connections, and a client of it.
-func startHook(connections *atomic.Int64, newClient func(*hookServer) client) func(string, int, handler) (client, error) {
+func startHook(connections *atomic.Int64, delay time.Duration, newClient func(*hookServer) client) func(string, int, handler) (client, error) {
 	return func(_ string, callers int, handle handler) (client, error) {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			return nil, err
 		}
-		h := &hookServer{handle: handle}
+		h := &hookServer{handle: handle, delay: delay}
 		for caller := range callers {
 			h.hooks = append(h.hooks, &url.URL{Scheme: "http", Host: l.Addr().String(), Path: "/" + strconv.Itoa(caller)})
 			h.results = append(h.results, make(chan *Message, 1))
@@ -130,6 +144,7 @@ func (h *hookServer) take(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
+	time.Sleep(h.delay)
 	select {
 	case h.results[caller] <- h.handle(result):
 	default:
@@ -185,7 +200,7 @@ type forwardingClient struct {
 }
 
 // startForward starts a tracker that is given responses by deliver, and a hook.
-func startForward(connections *atomic.Int64, deliver func(*acomm.Tracker, *acomm.Request, *acomm.Response) error) func(string, int, handler) (client, error) {
+func startForward(connections *atomic.Int64, delay time.Duration, deliver func(*acomm.Tracker, *acomm.Request, *acomm.Response) error) func(string, int, handler) (client, error) {
 	return func(dir string, callers int, handle handler) (client, error) {
 		tracker, err := acomm.NewTracker("", nil, requestTimeout)
 		if err != nil {
@@ -194,7 +209,7 @@ func startForward(connections *atomic.Int64, deliver func(*acomm.Tracker, *acomm
 		if err := tracker.Start(); err != nil {
 			return nil, err
 		}
-		c, err := startHook(connections, func(h *hookServer) client {
+		c, err := startHook(connections, delay, func(h *hookServer) client {
 			return &forwardingClient{h, tracker, deliver}
 		})(dir, callers, handle)
 		if err != nil {

@@ -108,7 +108,7 @@ EXIT STATUS
      read to its end or written
   2  usage: options, URL or ARGS make no sense, or name a file that can't be used
   3  the request was not taken: nobody is there, or it was refused (over HTTP with
-     a status of 300 to 499, or 503)
+     a status of 300 to 499, or 503 with Retry-After)
   4  timed out: no acknowledgement, no response or no stream in time. The request
      may have been taken, also where the acknowledgement was lost. A time-out that
      the other side reports is an error of the task.

@@ -622,11 +622,15 @@ func TestCall_ExitCode3MeansThatTheRequestWasNotTaken(t *testing.T) {
 		"redirected":  {answer(302, ""), exitNotSent},
 		"bad request": {answer(400, ""), exitNotSent},
 		"busy":        {answer(429, ""), exitNotSent},
-		"draining":    {answer(503, ""), exitNotSent},
-		"failed":      {answer(500, ""), exitTimeout},
-		"unclear":     {answer(502, `{"error":"unclear"}`), exitTimeout},
-		"no JSON":     {answer(200, "hello"), exitTimeout},
-		"cut off":     {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, exitTimeout},
+		"draining": {func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Retry-After", "1")
+			w.WriteHeader(503)
+		}, exitNotSent},
+		"a proxy's 503": {answer(503, ""), exitTimeout},
+		"failed":        {answer(500, ""), exitTimeout},
+		"unclear":       {answer(502, `{"error":"unclear"}`), exitTimeout},
+		"no JSON":       {answer(200, "hello"), exitTimeout},
+		"cut off":       {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, exitTimeout},
 	} {
 		t.Run(name, func(t *testing.T) {
 			server := httptest.NewServer(test.handler)

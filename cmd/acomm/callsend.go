@@ -14,6 +14,7 @@ type postWatcher struct {
 	http.RoundTripper
 	connected atomic.Bool  // there was a connection for it
 	status    atomic.Int32 // of its answer; 0: none
+	comeBack  atomic.Bool  // the answer had a Retry-After
 }
 
 func (p *postWatcher) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -26,6 +27,7 @@ func (p *postWatcher) RoundTrip(r *http.Request) (*http.Response, error) {
 	answer, err := p.RoundTripper.RoundTrip(r.WithContext(httptrace.WithClientTrace(r.Context(), trace)))
 	if err == nil {
 		p.status.Store(int32(answer.StatusCode))
+		p.comeBack.Store(answer.Header.Get("Retry-After") != "")
 	}
 	return answer, err
 }
@@ -38,7 +40,7 @@ func (c *call) mayHaveArrived(err error) bool {
 	}
 	if c.posts != nil {
 		switch status := c.posts.status.Load(); {
-		case status >= 500 && status != http.StatusServiceUnavailable:
+		case status >= 500 && (status != http.StatusServiceUnavailable || !c.posts.comeBack.Load()):
 			return true // a gateway's 502, or that of a proxy
 		case status >= 300:
 			return false

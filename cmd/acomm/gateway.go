@@ -58,7 +58,7 @@ HOOKS
   and its response does not come through the gateway. The response of all others
   does, or after --timeout an error that says "response timeout". It is sent to the
   hook at most once: again, until the time-out, only if nobody could be connected to,
-  or the answer was 429 or 503. In place of one that is too large for the hook (over
+  or the answer was 429, or 503 with Retry-After. In place of one that is too large for the hook (over
   NATS 1 MiB, if the server has no other limit) an error is sent that says so.
 
   Hooks are chosen by strangers, so the addresses they lead to are checked: when

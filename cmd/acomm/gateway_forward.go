@@ -233,6 +233,9 @@ func isNotConnected(err error) bool {
 	if errors.Is(err, errHookDenied) {
 		return false // for good
 	}
+	if unsent := (unsentError{}); errors.As(err, &unsent) {
+		return true
+	}
 	if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "dial" {
 		return true
 	}

@@ -7,9 +7,11 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/netip"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -135,30 +137,45 @@ type laterError struct {
 
 func (e *laterError) Error() string { return "answered " + e.status }
 
-// laterTransport makes errors of the answers 429 and 503 to a POST, which the
-// library would give to nobody but its own forwarding.
+// unsentError is the error of a POST for which there was no connection.
+type unsentError struct{ error }
+
+func (e unsentError) Unwrap() error { return e.error }
+
+// laterTransport tells of a POST what the library tells nobody but its own forwarding:
+// that there was no connection, and that the answer was 429, or 503 with Retry-After.
 type laterTransport struct{ http.RoundTripper }
 
 func (t laterTransport) RoundTrip(r *http.Request) (*http.Response, error) {
-	answer, err := t.RoundTripper.RoundTrip(r)
-	if err != nil || r.Method != http.MethodPost {
-		return answer, err
+	if r.Method != http.MethodPost {
+		return t.RoundTripper.RoundTrip(r)
 	}
-	if answer.StatusCode != http.StatusTooManyRequests && answer.StatusCode != http.StatusServiceUnavailable {
+	var connected atomic.Bool
+	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected.Store(true) }}
+	answer, err := t.RoundTripper.RoundTrip(r.WithContext(httptrace.WithClientTrace(r.Context(), trace)))
+	if err != nil && !connected.Load() {
+		return nil, unsentError{err}
+	}
+	if err != nil {
+		return nil, err
+	}
+	after, ok := retryAfter(answer.Header.Get("Retry-After"))
+	if answer.StatusCode != http.StatusTooManyRequests && (answer.StatusCode != http.StatusServiceUnavailable || !ok) {
 		return answer, nil
 	}
 	_, _ = io.Copy(io.Discard, io.LimitReader(answer.Body, 64<<10)) // so that the connection can be kept
 	_ = answer.Body.Close()
-	return nil, &laterError{answer.Status, retryAfter(answer.Header.Get("Retry-After"))}
+	return nil, &laterError{answer.Status, after}
 }
 
-func retryAfter(header string) time.Duration {
+// retryAfter reads a Retry-After. It reports false if there is none.
+func retryAfter(header string) (time.Duration, bool) {
 	header = strings.TrimSpace(header)
 	if seconds, err := strconv.ParseUint(header, 10, 31); err == nil {
-		return time.Duration(seconds) * time.Second
+		return time.Duration(seconds) * time.Second, true
 	}
 	if at, err := http.ParseTime(header); err == nil {
-		return max(0, time.Until(at))
+		return max(0, time.Until(at)), true
 	}
-	return 0
+	return 0, false
 }

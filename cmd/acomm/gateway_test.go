@@ -465,9 +465,10 @@ func TestGateway_ResponseIsSentAgainOnlyWhereItDidNotArrive(t *testing.T) {
 		tries[r.URL.Path]++
 		switch {
 		case r.URL.Path == "/later" && tries[r.URL.Path] < 3:
+			w.Header().Set("Retry-After", "0")
 			w.WriteHeader(http.StatusServiceUnavailable)
-		case r.URL.Path == "/fail":
-			w.WriteHeader(http.StatusInternalServerError)
+		case r.URL.Path == "/fail": // as a proxy that may have passed it on
+			w.WriteHeader(http.StatusServiceUnavailable)
 		default:
 			done <- struct{}{}
 		}

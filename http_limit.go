@@ -1,0 +1,155 @@
+package acomm
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/url"
+	"reflect"
+	"slices"
+	"sync"
+	"sync/atomic"
+)
+
+// Posts to hooks come in bursts. A limit of posts to a host at a time keeps a hook that
+// hangs from using up the process's descriptors. As many connections are kept idle, or
+// each burst would open them anew.
+
+// maxPosts is how many posts go to a host at a time, and how many connections to it are
+// kept idle. http.DefaultTransport keeps two, unless the service sets
+// MaxIdleConnsPerHost; with more than maxPosts as many may post.
+const maxPosts = 100
+
+// posts counts the posts that are under way.
+var posts = postLimit{byHost: make(map[string]*hostPosts)}
+
+type postLimit struct {
+	mu     sync.Mutex // guards byHost and the users of its values
+	byHost map[string]*hostPosts
+}
+
+// hostPosts is the posts to one host.
+type hostPosts struct {
+	turns chan struct{} // holds a value for each post under way
+	users int           // under way or waiting; the last one drops the entry
+}
+
+// enter waits until a post to the URL's host may begin, or the context ends. The caller
+// calls leave when it has read the answer.
+func (l *postLimit) enter(ctx context.Context, addr *url.URL) (leave func(), err error) {
+	if !isHTTP(addr) {
+		return func() {}, nil // what is registered for another scheme has its own rules
+	}
+	host := addr.Scheme + "://" + addr.Host
+	l.mu.Lock()
+	h := l.byHost[host]
+	if h == nil {
+		h = &hostPosts{turns: make(chan struct{}, max(maxPosts, idleConnections()))}
+		l.byHost[host] = h
+	}
+	h.users++
+	l.mu.Unlock()
+	dropUse := func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if h.users--; h.users == 0 {
+			delete(l.byHost, host)
+		}
+	}
+	select {
+	case h.turns <- struct{}{}:
+		return func() { <-h.turns; dropUse() }, nil
+	case <-ctx.Done():
+		dropUse()
+		return nil, unsentError{fmt.Errorf("%d posts to the host are under way: %w", cap(h.turns), ctx.Err())}
+	}
+}
+
+// idleConnections is how many connections to a host http.DefaultTransport is set to
+// keep idle; 0 if that is not set.
+func idleConnections() int {
+	transport, ok := http.DefaultTransport.(*http.Transport)
+	if !ok {
+		return 0
+	}
+	return min(transport.MaxIdleConnsPerHost, 1<<16)
+}
+
+// postTransport sends posts of the schemes http and https.
+var postTransport keepingTransport
+
+// keepingTransport is http.DefaultTransport, whatever that is at the time of a request.
+// Where it is a Transport that keeps the default of two idle connections to a host, it
+// is a clone that keeps more. The clone is made again when the default's settings are
+// others.
+type keepingTransport struct {
+	mu       sync.Mutex // guards the fields below
+	of       *http.Transport
+	settings []any // of it, when it was cloned
+	clone    *http.Transport
+}
+
+func (k *keepingTransport) RoundTrip(req *http.Request) (*http.Response, error) {
+	transport, ok := http.DefaultTransport.(*http.Transport)
+	if !ok || transport.DisableKeepAlives || transport.MaxIdleConnsPerHost != 0 || hasRegistered(transport, req.URL.Scheme) {
+		return http.DefaultTransport.RoundTrip(req)
+	}
+	return k.cloneOf(transport).RoundTrip(req)
+}
+
+func (k *keepingTransport) cloneOf(transport *http.Transport) *http.Transport {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.of == transport && slices.Equal(k.settings, settingsOf(transport)) {
+		return k.clone
+	}
+	if k.clone != nil {
+		k.clone.CloseIdleConnections() // those in use are closed when they are idle next
+	}
+	// A Transport completes its settings at its first use, of which Clone is one.
+	k.of, k.clone = transport, transport.Clone()
+	k.settings = settingsOf(transport)
+	k.clone.MaxIdleConnsPerHost = maxPosts
+	return k.clone
+}
+
+// hasRegistered reports whether a Transport leaves the scheme to another one
+// (RegisterProtocol), which a clone does not know of. That may be what refuses hooks that
+// lead astray. net/http does not say, so this looks where it keeps them.
+func hasRegistered(transport *http.Transport, scheme string) bool {
+	if !isHTTP(&url.URL{Scheme: scheme}) {
+		return true
+	}
+	field := reflect.ValueOf(transport).Elem().FieldByName("altProto")
+	if !field.IsValid() || field.Type() != reflect.TypeFor[atomic.Value]() {
+		return true // can't tell
+	}
+	value := (*atomic.Value)(field.Addr().UnsafePointer()).Load()
+	protocols, ok := value.(map[string]http.RoundTripper)
+	if !ok || protocols[scheme] == nil {
+		return value != nil && !ok
+	}
+	return reflect.Indirect(reflect.ValueOf(protocols[scheme])).Type().PkgPath() != "net/http" // its own HTTP/2
+}
+
+// settingsOf returns the exported fields of a Transport; of those that can't be compared,
+// what they point to.
+func settingsOf(transport *http.Transport) []any {
+	v := reflect.ValueOf(transport).Elem()
+	settings := make([]any, 0, v.NumField())
+	for i := range v.NumField() {
+		field := v.Field(i)
+		switch {
+		case !v.Type().Field(i).IsExported():
+		case field.Kind() == reflect.Func: // the closure: two of the same code may do different things
+			settings = append(settings, *(*uintptr)(field.Addr().UnsafePointer()))
+		case field.Kind() == reflect.Map:
+			settings = append(settings, field.Pointer())
+		default:
+			settings = append(settings, field.Interface())
+		}
+	}
+	return settings
+}
+
+func isHTTP(addr *url.URL) bool { return addr.Scheme == "http" || addr.Scheme == "https" }

@@ -1,0 +1,345 @@
+package acomm_test
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/mistifyio/acomm"
+)
+
+// newTransport has Send use a transport of the test's own, as the default one comes.
+func newTransport(t testing.TB) *http.Transport {
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	replaceTransport(t, transport)
+	t.Cleanup(transport.CloseIdleConnections)
+	return transport
+}
+
+// sendAtOnce sends a number of payloads and waits until all are acknowledged.
+func sendAtOnce(t testing.TB, addr *url.URL, number int) {
+	t.Helper()
+	errs := make(chan error, number)
+	for i := range number {
+		go func() { errs <- acomm.Send(addr, i) }()
+	}
+	for range number {
+		require.NoError(t, within(t, errs, "the acknowledgement"))
+	}
+}
+
+// countingHook is a hook that takes so long, and counts its connections.
+func countingHook(t testing.TB, takes time.Duration) (addr *url.URL, opened *counter) {
+	t.Helper()
+	opened = &counter{}
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		time.Sleep(takes) // it orders nothing: it is what the hook is like
+	}))
+	server.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			opened.add()
+		}
+	}
+	server.Start()
+	t.Cleanup(server.Close)
+	addr, err := url.Parse(server.URL)
+	require.NoError(t, err)
+	return addr, opened
+}
+
+// Hazard: each burst opens a connection for each of its posts, and throws all but two
+// away; whether it does depends on how fast the hook is.
+func TestSend_BurstsKeepTheirConnectionsHoweverSlowTheHookIs(t *testing.T) {
+	for _, takes := range []time.Duration{0, 5 * time.Millisecond, 50 * time.Millisecond} {
+		t.Run(takes.String(), func(t *testing.T) {
+			newTransport(t)
+			addr, opened := countingHook(t, takes)
+			bursts := 40
+			if takes > 5*time.Millisecond {
+				bursts = 10
+			}
+			for range bursts {
+				sendAtOnce(t, addr, 32)
+			}
+			require.LessOrEqual(t, opened.load(), acomm.MaxPosts)
+		})
+	}
+}
+
+// Hazard: a hook that hangs takes a descriptor for each response, until there is none
+// for the others.
+func TestSend_AHookThatHangsTakesItsShareAndNoMore(t *testing.T) {
+	newTransport(t)
+	const number = 3 * acomm.MaxPosts
+	var arrived counter
+	answer := make(chan struct{})
+	hung := httpPeer(t, func(http.ResponseWriter, *http.Request) {
+		arrived.add()
+		<-answer
+	})
+	sent := async(func() { sendAtOnce(t, hung, number) })
+	requireReached(t, &arrived, acomm.MaxPosts, "the hook that hangs")
+	healthy := httpPeer(t, func(http.ResponseWriter, *http.Request) {})
+	sendAtOnce(t, healthy, 200)
+	require.Equal(t, acomm.MaxPosts, arrived.load(), "the others wait")
+	close(answer)
+	within(t, sent, "the hook that hung")
+	require.Equal(t, number, arrived.load())
+	require.Zero(t, acomm.HostsPostedTo())
+}
+
+// Who waits for a turn is bounded as everybody, and nobody has the payload.
+func TestSend_WaitingForATurnEndsInTime(t *testing.T) {
+	newTransport(t)
+	var arrived counter
+	answer := make(chan struct{})
+	hung := httpPeer(t, func(http.ResponseWriter, *http.Request) {
+		arrived.add()
+		<-answer
+	})
+	sent := async(func() { sendAtOnce(t, hung, acomm.MaxPosts) })
+	requireReached(t, &arrived, acomm.MaxPosts, "the hook")
+	err := sendSoon(t, hung, 1, 20*time.Millisecond)
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+	require.True(t, acomm.NotDelivered(err))
+	close(answer)
+	within(t, sent, "the hook")
+}
+
+// A service that asks for more connections posts as many at a time.
+func TestSend_MoreIdleConnectionsAreMorePosts(t *testing.T) {
+	const number = acomm.MaxPosts + 50
+	for name, set := range map[string]func(*http.Transport){
+		"more":     func(transport *http.Transport) { transport.MaxIdleConnsPerHost = number },
+		"no limit": func(transport *http.Transport) { transport.MaxIdleConnsPerHost = 1 << 62 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			set(newTransport(t))
+			var missing sync.WaitGroup
+			missing.Add(number)
+			sendAtOnce(t, httpPeer(t, func(http.ResponseWriter, *http.Request) {
+				missing.Done()
+				missing.Wait()
+			}), number)
+		})
+	}
+}
+
+// What a service sets on http.DefaultTransport applies, before the first post and after.
+func TestSend_SettingsOfTheDefaultTransportApply(t *testing.T) {
+	secure := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ProtoMajor != 2 {
+			w.WriteHeader(http.StatusTeapot)
+		}
+	}))
+	secure.EnableHTTP2 = true
+	secure.StartTLS()
+	defer secure.Close()
+	addr, err := url.Parse(secure.URL)
+	require.NoError(t, err)
+	transport := newTransport(t)
+
+	require.Error(t, acomm.Send(addr, 1), "the server's certificate is unknown")
+	transport.TLSClientConfig = &tls.Config{RootCAs: secure.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs}
+	require.NoError(t, acomm.Send(addr, 1), "it is known now, and HTTP/2 is spoken")
+
+	var dialled [2]atomic.Int32
+	peer := httpPeer(t, func(http.ResponseWriter, *http.Request) {})
+	for i := range dialled { // closures of the same code
+		transport.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			dialled[i].Add(1)
+			return new(net.Dialer).DialContext(ctx, network, addr)
+		}
+		require.NoError(t, acomm.Send(peer, 1))
+		require.NoError(t, acomm.Send(peer, 1))
+		require.EqualValues(t, 1, dialled[i].Load(), "a new connection with the new setting, kept for the second post")
+	}
+
+	proxied := make(chan string, 1)
+	proxy := httpPeer(t, func(_ http.ResponseWriter, r *http.Request) { proxied <- r.URL.Host })
+	transport.Proxy = http.ProxyURL(proxy)
+	require.NoError(t, acomm.Send(&url.URL{Scheme: "http", Host: "hook.test"}, 1))
+	require.Equal(t, "hook.test", <-proxied)
+
+	registered := newTransport(t)
+	other := errors.New("registered")
+	registered.RegisterProtocol("http", roundTripper(func(*http.Request) (*http.Response, error) { return nil, other }))
+	require.ErrorIs(t, acomm.Send(peer, 1), other)
+
+	replaced := errors.New("replaced")
+	http.DefaultTransport = roundTripper(func(*http.Request) (*http.Response, error) { return nil, replaced })
+	require.ErrorIs(t, acomm.Send(peer, 1), replaced)
+}
+
+// forwardOnce has a tracker forward a response to the hook, and returns when that has
+// come to an end.
+func forwardOnce(t *testing.T, hook *url.URL) {
+	t.Helper()
+	tracker := newTracker(t)
+	req := &acomm.Request{ID: "1", Task: "task", ResponseHook: hook}
+	_, err := tracker.ProxyUnix(req, patience)
+	require.NoError(t, err)
+	within(t, async(func() { tracker.HandleResponse(&acomm.Response{ID: "1"}) }), "the forward")
+}
+
+// Hazard: where no connection was got, nothing was sent, and the response is given up
+// all the same.
+func TestForward_TriesAgainWhereNoConnectionWasGot(t *testing.T) {
+	t.Run("the hook resets the TLS handshake", func(t *testing.T) {
+		captureLog(t)
+		var taken counter
+		hook := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { taken.add() }))
+		l := &failingListener{Listener: hook.Listener, failures: 2}
+		hook.Listener = l
+		hook.StartTLS()
+		defer hook.Close()
+		newTransport(t).TLSClientConfig = hook.Client().Transport.(*http.Transport).TLSClientConfig
+		addr, err := url.Parse(hook.URL)
+		require.NoError(t, err)
+		forwardOnce(t, addr)
+		require.Equal(t, 1, taken.load())
+	})
+	t.Run("a proxy refuses to connect", func(t *testing.T) {
+		captureLog(t)
+		var taken, asked counter
+		hook := httptest.NewTLSServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { taken.add() }))
+		defer hook.Close()
+		proxy := httpPeer(t, func(w http.ResponseWriter, r *http.Request) {
+			asked.add()
+			if asked.load() <= 2 {
+				w.WriteHeader(http.StatusServiceUnavailable)
+				return
+			}
+			relay(w, r.Host)
+		})
+		transport := newTransport(t)
+		transport.TLSClientConfig = hook.Client().Transport.(*http.Transport).TLSClientConfig
+		transport.Proxy = http.ProxyURL(proxy)
+		addr, err := url.Parse(hook.URL)
+		require.NoError(t, err)
+		forwardOnce(t, addr)
+		require.Equal(t, 1, taken.load())
+		require.Equal(t, 3, asked.load())
+	})
+}
+
+// failingListener reads a byte from its first connections, and closes them.
+type failingListener struct {
+	net.Listener
+	failures int
+}
+
+func (l *failingListener) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil || l.failures == 0 {
+			return conn, err
+		}
+		l.failures--
+		_, _ = io.ReadFull(conn, make([]byte, 1))
+		_ = conn.Close()
+	}
+}
+
+// relay is a proxy's part after CONNECT.
+func relay(w http.ResponseWriter, host string) {
+	far, err := net.Dial("tcp", host)
+	if err != nil {
+		w.WriteHeader(http.StatusBadGateway)
+		return
+	}
+	defer far.Close()
+	near, buf, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return
+	}
+	defer near.Close()
+	_, _ = io.WriteString(near, "HTTP/1.1 200 OK\r\n\r\n")
+	go func() {
+		_, _ = io.Copy(far, bufio.NewReader(buf))
+		_ = far.(*net.TCPConn).CloseWrite()
+	}()
+	_, _ = io.Copy(near, far)
+}
+
+// Hazard: a gateway has passed the response on, and answers 503 because what came back
+// broke off: the hook handles it three times.
+func TestForward_A503WithoutRetryAfterIsNoReasonToTryAgain(t *testing.T) {
+	captureLog(t)
+	for name, test := range map[string]struct {
+		status     int
+		retryAfter string
+		tries      int
+	}{
+		"503":                   {http.StatusServiceUnavailable, "", 1},
+		"503 with a wrong time": {http.StatusServiceUnavailable, "soon", 1},
+		"503 with a time":       {http.StatusServiceUnavailable, "0", 3},
+		"429":                   {http.StatusTooManyRequests, "", 3},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var tries counter
+			hook := httpPeer(t, func(w http.ResponseWriter, _ *http.Request) {
+				tries.add()
+				if tries.load() == 3 {
+					return
+				}
+				if test.retryAfter != "" {
+					w.Header().Set("Retry-After", test.retryAfter)
+				}
+				w.WriteHeader(test.status)
+			})
+			forwardOnce(t, hook)
+			require.Equal(t, test.tries, tries.load())
+		})
+	}
+}
+
+// Hazard: a transport that does not say whether it had a connection is taken to have
+// had none, and a response is forwarded twice.
+func TestForward_ATransportThatSaysNothingIsNotTriedAgain(t *testing.T) {
+	captureLog(t)
+	var tries counter
+	replaceTransport(t, roundTripper(func(*http.Request) (*http.Response, error) {
+		tries.add()
+		return nil, errors.New("broken off")
+	}))
+	forwardOnce(t, &url.URL{Scheme: "http", Host: "hook.test"})
+	require.Equal(t, 1, tries.load())
+}
+
+// Hazard: the race detector does not see what writev reads, so a variable that is
+// written before Send and read in a handler of the same process is reported as a race.
+// It is one only under -race.
+func TestSend_HappensBeforeItsHandler(t *testing.T) {
+	ul := startListener(t, "", 0)
+	for _, size := range []int{1, 100_000} {
+		x := 0
+		read := make(chan int, 1)
+		go func() {
+			conn := ul.NextConn()
+			defer ul.DoneConn(conn)
+			var payload string
+			if acomm.UnmarshalConnData(conn, &payload) == nil {
+				read <- x
+				_ = acomm.SendConnData(conn, &acomm.Response{})
+			}
+		}()
+		x = size
+		require.NoError(t, acomm.Send(ul.URL(), string(make([]byte, size))))
+		require.Equal(t, size, <-read)
+	}
+}
