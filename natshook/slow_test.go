@@ -108,7 +108,8 @@ func TestSlowConsumer_NothingIsLostUnnoticedNorHandledTwice(t *testing.T) {
 // Hazard: nats.go drops what comes while 64 MiB wait for their handlers to start.
 func TestServe_NothingIsDroppedWhileItFallsBehind(t *testing.T) {
 	const size, requests = 8 << 20, 10 // more than that in all
-	s := startServer(t, server.Options{MaxPayload: size + 1<<10, MaxPending: 2 * size * requests}) // drops no slow reader
+	// The server, too, would drop a reader for which 64 MiB wait.
+	s := startServer(t, server.Options{MaxPayload: size + 1<<10, MaxPending: 2 * size * requests})
 	requester, nc := connect(t, s), connect(t, s)
 	register(t, requester)
 	handled := newTally()
