@@ -492,7 +492,8 @@ func TestFault_HookIsForwardedToAtMostOnce(t *testing.T) {
 	const headers = "\r\nConnection: close\r\nContent-Length: "
 	accept := answers("204 No Content"+headers+"0\r\n\r\n", true)
 	busy := answers("503 Service Unavailable\r\nRetry-After: 1"+headers+"0\r\n\r\n", false)
-	busyNow := answers("503 Service Unavailable"+headers+"0\r\n\r\n", false)
+	busyNow := answers("503 Service Unavailable\r\nRetry-After: 0"+headers+"0\r\n\r\n", false)
+	gateway := answers("503 Service Unavailable"+headers+"0\r\n\r\n", true) // of one that has passed it on
 	full := answers("429 Too Many Requests"+headers+"0\r\n\r\n", false)
 	garbage := func(call hookCall) bool {
 		ok := call.read()
@@ -530,6 +531,7 @@ func TestFault_HookIsForwardedToAtMostOnce(t *testing.T) {
 			"refuses":                        {refuses: -1, timeout: soon},
 			"refuses, comes back":            {refuses: 3, script: []hookStep{accept}, timeout: patience, taken: 1},
 			"503":                            {script: []hookStep{busy}, timeout: soon, posts: 2},
+			"503 of a gateway":               {script: []hookStep{gateway, accept}, timeout: patience, taken: 1, posts: 1},
 			"503, comes back":                {script: []hookStep{busy, accept}, timeout: patience, taken: 1, posts: 2},
 			"429 and 503, comes back":        {script: []hookStep{full, full, busyNow, full, accept}, timeout: patience, taken: 1, posts: 5},
 			"refuses, 503, comes back":       {refuses: 3, script: []hookStep{busyNow, accept}, timeout: patience, taken: 1, posts: 2},
