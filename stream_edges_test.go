@@ -251,25 +251,29 @@ func TestStream_BytesArriveAsTheyAre(t *testing.T) {
 func TestURLWithoutASlash_IsRequestedAsItsTextSays(t *testing.T) {
 	requests := make(chan string, 10)
 	peer := httpPeer(t, func(_ http.ResponseWriter, r *http.Request) { requests <- r.RequestURI })
-	joined := (&url.URL{Scheme: "http", Host: peer.Host}).JoinPath("a b", "ü%2F")
-	require.False(t, strings.HasPrefix(joined.Path, "/"))
-	plain, err := http.NewRequestWithContext(context.Background(), http.MethodGet, joined.String(), nil)
-	require.NoError(t, err)
+	base := &url.URL{Scheme: "http", Host: peer.Host}
+	for _, joined := range []*url.URL{
+		base,
+		base.JoinPath("stream"),
+		base.JoinPath("a b", "ü%2F"),
+		base.JoinPath("%2Fstream"), // whose Path has a slash, the escaped one
+	} {
+		plain, err := http.NewRequestWithContext(context.Background(), http.MethodGet, joined.String(), nil)
+		require.NoError(t, err)
+		given := *joined
 
-	require.NoError(t, acomm.Send(joined, &acomm.Response{ID: "1"}))
-	require.Equal(t, plain.URL.RequestURI(), <-requests)
-	require.NoError(t, acomm.Stream(io.Discard, joined))
-	require.Equal(t, plain.URL.RequestURI(), <-requests)
+		require.NoError(t, acomm.Send(joined, &acomm.Response{ID: "1"}))
+		require.Equal(t, plain.URL.RequestURI(), <-requests)
+		require.NoError(t, acomm.Stream(io.Discard, joined))
+		require.Equal(t, plain.URL.RequestURI(), <-requests)
 
-	tracker, err := acomm.NewTracker("", joined, 0)
-	require.NoError(t, err)
-	published, err := tracker.ProxyStreamHTTPURL(&url.URL{Scheme: "unix", Path: "/a"})
-	require.NoError(t, err)
-	require.True(t, strings.HasPrefix(published.Path, "/"), published.Path)
-	again, err := url.Parse(published.String())
-	require.NoError(t, err)
-	require.Equal(t, again.RequestURI(), published.RequestURI())
-
-	require.NoError(t, acomm.Send(&url.URL{Scheme: "http", Host: peer.Host}, &acomm.Response{ID: "1"}))
-	require.Equal(t, "/", <-requests)
+		tracker, err := acomm.NewTracker("", joined, 0)
+		require.NoError(t, err)
+		published, err := tracker.ProxyStreamHTTPURL(&url.URL{Scheme: "unix", Path: "/a"})
+		require.NoError(t, err)
+		again, err := url.Parse(published.String())
+		require.NoError(t, err)
+		require.Equal(t, again.RequestURI(), published.RequestURI())
+		require.Equal(t, given, *joined, "it stays the caller's")
+	}
 }
