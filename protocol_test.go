@@ -601,44 +601,60 @@ func main() {
 }
 
 func TestReadme_StreamHandlerCutsOffUnderMiddleware(t *testing.T) {
-	require.Equal(t, "200 OK: 60000 bytes, unexpected EOF\n", runReadme(t, "streamHandler", `
+	require.Equal(t, "HTTP/1.1 200, cut off: true\nHTTP/2.0 200, cut off: true\nHTTP/1.0: 505\n", runReadme(t, "streamHandler", `
 package main
 
 import (
-	"errors"
+	"bufio"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"strings"
-	"testing/iotest"
 )
 
 func main() {
 	source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		defer panic(http.ErrAbortHandler)
-		body := io.MultiReader(strings.NewReader(strings.Repeat("x", 60000)), iotest.ErrReader(errors.New("broken")))
-		_, _ = io.Copy(w, body)
+		_, _ = io.WriteString(w, strings.Repeat("x", 60000))
 		_ = http.NewResponseController(w).Flush()
+		panic(http.ErrAbortHandler)
 	}))
+	defer source.Close()
 	addr, err := url.Parse(source.URL)
 	if err != nil {
 		panic(err)
 	}
 	handler := streamHandler(func(*http.Request) (*url.URL, bool) { return addr, true })
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		defer func() { _ = recover() }() // as middleware does
-		handler(w, r)
-	}))
-	answer, err := http.Get(server.URL)
+	for _, isHTTP2 := range []bool{false, true} {
+		server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			defer func() { _ = recover() }() // as middleware does
+			handler(w, r)
+		}))
+		server.EnableHTTP2 = isHTTP2
+		server.StartTLS()
+		defer server.Close()
+		answer, err := server.Client().Get(server.URL)
+		if err != nil {
+			panic(err)
+		}
+		_, err = io.Copy(io.Discard, answer.Body)
+		fmt.Printf("%s %d, cut off: %v\n", answer.Proto, answer.StatusCode, err != nil)
+	}
+	plain := httptest.NewServer(handler)
+	defer plain.Close()
+	conn, err := net.Dial("tcp", plain.Listener.Addr().String())
 	if err != nil {
 		panic(err)
 	}
-	data, err := io.ReadAll(answer.Body)
-	fmt.Printf("%s: %d bytes, %v\n", answer.Status, len(data), err)
-	server.Close()
-	source.Close()
+	defer conn.Close()
+	_, _ = io.WriteString(conn, "GET / HTTP/1.0\r\n\r\n")
+	answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		panic(err)
+	}
+	fmt.Printf("HTTP/1.0: %d\n", answer.StatusCode)
 }
 `))
 }

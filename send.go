@@ -339,7 +339,8 @@ func requestURL(addr *url.URL) *url.URL {
 // withSlash returns a URL with a host and a relative path, as url.JoinPath makes it of
 // a base without a path, with the slash that its text has between the two.
 func withSlash(u *url.URL) *url.URL {
-	if u.Host == "" || u.Path == "" || u.Path[0] == '/' {
+	path := u.EscapedPath() // its slash counts: that of %2Fa is another one
+	if u.Host == "" || path == "" || path[0] == '/' {
 		return u
 	}
 	rooted := *u

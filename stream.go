@@ -68,8 +68,8 @@ type unixStream struct {
 // NewStreamUnix sets up an ad-hoc unix listener to stream data and returns its
 // URL, for the StreamURL of a [Response]. The socket is made in dir, under a random
 // name of 15 bytes, 66 bits of them, and with permissions that the process's umask
-// decides; if dir is empty, in a directory of its own that only the
-// process's user can enter.
+// decides. If dir is empty it is made in a directory of its own, below [os.TempDir], that
+// only the process's user can enter; that takes 44 bytes of a path's 107.
 //
 // The first consumer that connects ([Stream] does) is sent all of src; a second
 // one gets an error. From the return on src is the library's: it is closed

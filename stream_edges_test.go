@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -40,6 +41,9 @@ func TestNewStreamUnix_NamesAreAsShortAsIn2016(t *testing.T) {
 		require.Equal(t, "data", got.String())
 	}
 	require.Len(t, names, 100)
+	u, err := tracker.NewStreamUnix("", bytesSource(nil))
+	require.NoError(t, err)
+	require.Len(t, strings.TrimPrefix(u.Path, filepath.Clean(os.TempDir())), 44, "as documented")
 }
 
 // recovering is middleware that turns panics into something else, as many routers have
@@ -47,6 +51,18 @@ func TestNewStreamUnix_NamesAreAsShortAsIn2016(t *testing.T) {
 func recovering(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		defer func() { _ = recover() }()
+		next.ServeHTTP(w, r)
+	})
+}
+
+// recoveringWithPage tells the client of the panic, or tries to.
+func recoveringWithPage(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() {
+			if recover() != nil {
+				_, _ = io.WriteString(w, "internal error")
+			}
+		}()
 		next.ServeHTTP(w, r)
 	})
 }
@@ -73,6 +89,21 @@ type unwrapping struct{ statusRecorder }
 
 func (u *unwrapping) Unwrap() http.ResponseWriter { return u.ResponseWriter }
 
+// wrappingListener accepts connections that are wrapped, and say so.
+type wrappingListener struct{ net.Listener }
+
+func (l wrappingListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return wrappedConn{conn}, nil
+}
+
+type wrappedConn struct{ net.Conn }
+
+func (c wrappedConn) NetConn() net.Conn { return c.Conn }
+
 const beforeTheBreak = 60_000 // bytes
 
 // breaking is a reader that fails once it is told to.
@@ -90,9 +121,9 @@ func proxyUnder(t *testing.T, middleware func(http.Handler) http.Handler, config
 	server := httptest.NewUnstartedServer(middleware(http.HandlerFunc(acomm.ProxyStreamHandler)))
 	configure(server)
 	t.Cleanup(server.Close)
-	base, err := url.Parse(server.URL)
+	streamURL, err := url.Parse(server.URL + "/stream")
 	require.NoError(t, err)
-	tracker, err := acomm.NewTracker("", base.JoinPath("stream"), patience)
+	tracker, err := acomm.NewTracker("", streamURL, patience)
 	require.NoError(t, err)
 	require.NoError(t, tracker.Start())
 	t.Cleanup(tracker.Stop)
@@ -138,6 +169,9 @@ func TestProxyStreamHandler_CutOffShowsUnderMiddlewareThatRecovers(t *testing.T)
 					next.ServeHTTP(&unwrapping{statusRecorder{ResponseWriter: w}}, r)
 				}))
 			},
+			"recovering around a recorder": func(next http.Handler) http.Handler { return recovering(recording(next)) },
+			"a recorder around recovering": func(next http.Handler) http.Handler { return recording(recovering(next)) },
+			"recovering, with a page":      recoveringWithPage,
 		} {
 			t.Run(name+", "+what, func(t *testing.T) {
 				server, published, broken := proxyUnder(t, middleware, configure)
@@ -166,6 +200,10 @@ func TestProxyStreamHandler_HTTP10IsRefusedWhereItCantBeReset(t *testing.T) {
 		"recovering":               {recovering, (*httptest.Server).Start, false},
 		"under a recorder":         {recording, (*httptest.Server).Start, true},
 		"under a recorder, behind": {func(next http.Handler) http.Handler { return recording(recovering(next)) }, (*httptest.Server).Start, true},
+		"over a connection that says what it wraps": {direct, func(s *httptest.Server) {
+			s.Listener = wrappingListener{s.Listener}
+			s.StartTLS() // wraps it once more
+		}, false},
 		"over a unix socket": {direct, func(s *httptest.Server) {
 			l, err := net.Listen("unix", filepath.Join(shortDir(t), "http.sock"))
 			require.NoError(t, err)
@@ -176,9 +214,14 @@ func TestProxyStreamHandler_HTTP10IsRefusedWhereItCantBeReset(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			server, published, broken := proxyUnder(t, test.middleware, test.configure)
+			stream, err := url.Parse(published.Query().Get("addr"))
+			require.NoError(t, err)
 			addr := server.Listener.Addr()
 			conn, err := net.Dial(addr.Network(), addr.String())
 			require.NoError(t, err)
+			if server.TLS != nil {
+				conn = tls.Client(conn, &tls.Config{RootCAs: server.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs, ServerName: "example.com"})
+			}
 			defer conn.Close()
 			_, err = io.WriteString(conn, "GET "+published.RequestURI()+" HTTP/1.0\r\n\r\n")
 			require.NoError(t, err)
@@ -186,7 +229,13 @@ func TestProxyStreamHandler_HTTP10IsRefusedWhereItCantBeReset(t *testing.T) {
 			require.NoError(t, err)
 			if test.refused {
 				require.Equal(t, http.StatusHTTPVersionNotSupported, answer.StatusCode)
+				r, w := io.Pipe()
+				go func() { _ = w.CloseWithError(acomm.Stream(w, stream)) }()
+				_, err = io.ReadFull(r, make([]byte, beforeTheBreak))
+				require.NoError(t, err, "the refusal has not used the stream up")
 				close(broken)
+				_, err = r.Read(make([]byte, 1))
+				require.ErrorIs(t, err, io.ErrUnexpectedEOF)
 				return
 			}
 			requireCutOff(t, answer, broken)
@@ -251,25 +300,29 @@ func TestStream_BytesArriveAsTheyAre(t *testing.T) {
 func TestURLWithoutASlash_IsRequestedAsItsTextSays(t *testing.T) {
 	requests := make(chan string, 10)
 	peer := httpPeer(t, func(_ http.ResponseWriter, r *http.Request) { requests <- r.RequestURI })
-	joined := (&url.URL{Scheme: "http", Host: peer.Host}).JoinPath("a b", "ü%2F")
-	require.False(t, strings.HasPrefix(joined.Path, "/"))
-	plain, err := http.NewRequestWithContext(context.Background(), http.MethodGet, joined.String(), nil)
-	require.NoError(t, err)
+	base := &url.URL{Scheme: "http", Host: peer.Host}
+	for _, joined := range []*url.URL{
+		base,
+		base.JoinPath("stream"),
+		base.JoinPath("a b", "ü%2F"),
+		base.JoinPath("%2Fstream"), // whose Path has a slash, the escaped one
+	} {
+		plain, err := http.NewRequestWithContext(context.Background(), http.MethodGet, joined.String(), nil)
+		require.NoError(t, err)
+		given := *joined
 
-	require.NoError(t, acomm.Send(joined, &acomm.Response{ID: "1"}))
-	require.Equal(t, plain.URL.RequestURI(), <-requests)
-	require.NoError(t, acomm.Stream(io.Discard, joined))
-	require.Equal(t, plain.URL.RequestURI(), <-requests)
+		require.NoError(t, acomm.Send(joined, &acomm.Response{ID: "1"}))
+		require.Equal(t, plain.URL.RequestURI(), <-requests)
+		require.NoError(t, acomm.Stream(io.Discard, joined))
+		require.Equal(t, plain.URL.RequestURI(), <-requests)
 
-	tracker, err := acomm.NewTracker("", joined, 0)
-	require.NoError(t, err)
-	published, err := tracker.ProxyStreamHTTPURL(&url.URL{Scheme: "unix", Path: "/a"})
-	require.NoError(t, err)
-	require.True(t, strings.HasPrefix(published.Path, "/"), published.Path)
-	again, err := url.Parse(published.String())
-	require.NoError(t, err)
-	require.Equal(t, again.RequestURI(), published.RequestURI())
-
-	require.NoError(t, acomm.Send(&url.URL{Scheme: "http", Host: peer.Host}, &acomm.Response{ID: "1"}))
-	require.Equal(t, "/", <-requests)
+		tracker, err := acomm.NewTracker("", joined, 0)
+		require.NoError(t, err)
+		published, err := tracker.ProxyStreamHTTPURL(&url.URL{Scheme: "unix", Path: "/a"})
+		require.NoError(t, err)
+		again, err := url.Parse(published.String())
+		require.NoError(t, err)
+		require.Equal(t, again.RequestURI(), published.RequestURI())
+		require.Equal(t, given, *joined, "it stays the caller's")
+	}
 }

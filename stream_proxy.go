@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"runtime"
 	"sync"
 	"syscall"
 	"time"
@@ -52,11 +53,16 @@ func signStream(addr string) string {
 // process has not published, 404 for a stream that is gone, 502 for a source that
 // fails before its first byte, or redirects. A source that fails later has the
 // connection aborted, so that what was cut off can't look complete, also where
-// middleware recovers from the panic that aborts it. That takes a ResponseWriter
-// which [http.ResponseController] can set a write deadline on: one that wraps another
-// needs an Unwrap method. HTTP/1.0 has no sign for an aborted answer but a reset of the
-// connection: 505 where the connection is not TCP, or the ResponseWriter can't be
-// hijacked. The server's WriteTimeout, if any, ends streams too.
+// middleware recovers from panics: the handler sets a write deadline in the past and
+// panics with [http.ErrAbortHandler]. Where the ResponseWriter wraps another without
+// an Unwrap method, so that no deadline can be set, it ends the server's goroutine with
+// [runtime.Goexit] instead.
+//
+// HTTP/1.0 has no sign for an aborted answer but a reset of the connection. The status
+// is 505 where the connection is not TCP, or the ResponseWriter can't be hijacked. If
+// your listener wraps its connections, give them a NetConn() net.Conn method, as
+// [crypto/tls.Conn] has it: without it a stream that is cut off looks complete to a
+// client of HTTP/1.0. The server's WriteTimeout, if any, ends streams too.
 //
 // A service with rules of its own writes its own handler, with [Stream].
 func ProxyStreamHandler(w http.ResponseWriter, r *http.Request) {
@@ -228,20 +234,24 @@ func canReset(w http.ResponseWriter, r *http.Request) bool {
 
 // abort ends the connection so that the client can tell what it got is not all.
 // In HTTP/1.0, which reverse proxies speak, the end of the connection is the end
-// of the data, so there it is reset. Elsewhere net/http's way is a panic; a deadline
+// of the data, so there it is reset. Elsewhere net/http's way is a panic. A deadline
 // that has passed keeps the server from ending the answer well if that is recovered.
+// Where a wrapper hides the deadline, the goroutine ends: the server aborts as after a
+// panic, and nobody can recover from it.
 func abort(w http.ResponseWriter, r *http.Request) {
-	_ = http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0))
+	control := http.NewResponseController(w)
+	err := control.SetWriteDeadline(time.Unix(1, 0))
 	if isHTTP10(r) {
-		if conn, _, err := http.NewResponseController(w).Hijack(); err == nil {
-			if secure, ok := conn.(interface{ NetConn() net.Conn }); ok {
-				conn = secure.NetConn() // TLS would say goodbye
-			}
+		if conn, _, err := control.Hijack(); err == nil {
+			conn = unwrap(conn) // TLS would say goodbye
 			if tcp, ok := conn.(*net.TCPConn); ok {
 				_ = tcp.SetLinger(0)
 			}
 			_ = conn.Close()
 		}
+	}
+	if err != nil && r.Context().Value(http.ServerContextKey) != nil { // the goroutine is net/http's
+		runtime.Goexit()
 	}
 	panic(http.ErrAbortHandler)
 }
