@@ -5,7 +5,7 @@
 //	go run . -benchtime 100ms -rounds 3 the same in under two minutes
 //	go run . -only acomm,grpc -columns 128B/1,16KiB/64
 //	go run . -shape text,rows           the tables of calls for each of the shapes
-//	go run . -mode json                 the speed of looks through JSON
+//	go run . -mode json                 the speed of scans of JSON
 //	go run . -mode all                  the calls and every other mode
 //	go run . -markdown                  tables for RESULTS.md
 //	go test -bench Echo/text/acomm      the same calls as Go benchmarks

@@ -8,13 +8,13 @@ import (
 	"time"
 )
 
-// look is a way to go through JSON.
-type look struct {
+// scan is a way to go through JSON.
+type scan struct {
 	title string
 	take  func(data []byte) bool // false if it refuses data
 }
 
-var looks = []look{
+var scans = []scan{
 	{"acomm, receiving", isValue},
 	{"acomm, sending", isMarshalled},
 	{"json.Valid", json.Valid},
@@ -22,15 +22,15 @@ var looks = []look{
 }
 
 const (
-	ours      = 2 // of the looks, the first ones
+	ours      = 2 // of the scans, the first ones
 	yardstick = 2 // which of them is json.Valid
 )
 
-// lookSpeeds are those of a look in each round.
-type lookSpeeds struct{ speeds, ratios []float64 } // MB/s, and to json.Valid
+// scanSpeeds are those of a scan in each round.
+type scanSpeeds struct{ speeds, ratios []float64 } // MB/s, and to json.Valid
 
-// runJSON shows how fast acomm looks through a value, for each shape. The values
-// are marshalled here: what acomm has marshalled itself it may know without a look.
+// runJSON shows how fast acomm scans through a value, for each shape. The values
+// are marshalled here: what acomm has marshalled itself it may know without a scan.
 func runJSON(o options) error {
 	var sizes []int
 	for _, c := range o.columns {
@@ -39,16 +39,16 @@ func runJSON(o options) error {
 		}
 	}
 	for _, shape := range shapes {
-		t := &table{title: "looks through JSON, MB per second of CPU, " + shape.String(), head: []string{""}}
-		for _, look := range looks {
-			t.add(look.title)
+		t := &table{title: "scans of JSON, MB per second of CPU, " + shape.String(), head: []string{""}}
+		for _, scan := range scans {
+			t.add(scan.title)
 		}
-		for _, look := range looks[:ours] {
-			t.add(look.title + ", times json.Valid")
+		for _, scan := range scans[:ours] {
+			t.add(scan.title + ", times json.Valid")
 		}
 		for _, size := range sizes {
-			o.report("looks through %s, %s", shape, formatSize(size))
-			measured, err := o.measureLooks(shape, size)
+			o.report("scans of %s, %s", shape, formatSize(size))
+			measured, err := o.measureScans(shape, size)
 			if err != nil {
 				return fmt.Errorf("%s, %s: %w", shape, formatSize(size), err)
 			}
@@ -57,7 +57,7 @@ func runJSON(o options) error {
 				t.rows[i] = append(t.rows[i], digits(median(m.speeds)))
 			}
 			for i, m := range measured[:ours] {
-				t.rows[len(looks)+i] = append(t.rows[len(looks)+i], fmt.Sprintf("%.2f", median(m.ratios)))
+				t.rows[len(scans)+i] = append(t.rows[len(scans)+i], fmt.Sprintf("%.2f", median(m.ratios)))
 			}
 		}
 		if err := o.write(t); err != nil {
@@ -67,21 +67,21 @@ func runJSON(o options) error {
 	return nil
 }
 
-// measureLooks checks what the looks say, and lets them take turns.
-func (r runner) measureLooks(shape shape, size int) ([]lookSpeeds, error) {
+// measureScans checks what the scans say, and lets them take turns.
+func (r runner) measureScans(shape shape, size int) ([]scanSpeeds, error) {
 	data, err := json.Marshal(shape.newMessage(size))
 	if err != nil {
 		return nil, err
 	}
-	for _, look := range looks {
-		if look.take(data[:len(data)-1]) {
-			return nil, fmt.Errorf("%s takes a value that is cut off", look.title)
+	for _, scan := range scans {
+		if scan.take(data[:len(data)-1]) {
+			return nil, fmt.Errorf("%s takes a value that is cut off", scan.title)
 		}
 	}
-	measured := make([]lookSpeeds, len(looks))
+	measured := make([]scanSpeeds, len(scans))
 	for round := range r.rounds {
-		for i, look := range looks {
-			speed, err := r.timeLook(look, data)
+		for i, scan := range scans {
+			speed, err := r.timeScan(scan, data)
 			if err != nil {
 				return nil, err
 			}
@@ -95,16 +95,16 @@ func (r runner) measureLooks(shape shape, size int) ([]lookSpeeds, error) {
 	return measured, nil
 }
 
-// timeLook returns the MB that a look goes through in a second of CPU. The clock
+// timeScan returns the MB that a scan goes through in a second of CPU. The clock
 // is read once in 64 KiB, so that it does not count.
-func (r runner) timeLook(look look, data []byte) (float64, error) {
+func (r runner) timeScan(scan scan, data []byte) (float64, error) {
 	batch := max(1, 64<<10/len(data))
 	runtime.GC() // nothing is to pay for what came before it
 	start, cpu := time.Now(), cpuTime()
 	for done := batch; ; done += batch {
 		for range batch {
-			if !look.take(data) {
-				return 0, fmt.Errorf("%s refuses a valid value", look.title)
+			if !scan.take(data) {
+				return 0, fmt.Errorf("%s refuses a valid value", scan.title)
 			}
 		}
 		if time.Since(start) >= r.benchtime/5 || r.maxCalls > 0 && int64(done) >= r.maxCalls {

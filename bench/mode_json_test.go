@@ -10,7 +10,7 @@ import (
 
 // The linker would not object to functions of the same names that do something
 // else.
-func TestLooks_AreTheFunctionsOfTheLibrary(t *testing.T) {
+func TestScans_AreTheFunctionsOfTheLibrary(t *testing.T) {
 	for _, test := range []struct {
 		data                string
 		isValue, marshalled bool
@@ -26,16 +26,16 @@ func TestLooks_AreTheFunctionsOfTheLibrary(t *testing.T) {
 	}
 }
 
-func TestLooks_WrongAnswerFailsTheRun(t *testing.T) {
-	real := looks
-	t.Cleanup(func() { looks = real })
+func TestScans_WrongAnswerFailsTheRun(t *testing.T) {
+	real := scans
+	t.Cleanup(func() { scans = real })
 	o := options{runner: quick(1), columns: columns[:1], out: io.Discard}
 	for err, take := range map[string]func([]byte) bool{
 		"refuses a valid value":         func([]byte) bool { return false },
 		"takes a value that is cut off": func([]byte) bool { return true },
 	} {
-		looks = slices.Clone(real)
-		looks[1].take = take
-		require.ErrorContains(t, runJSON(o), looks[1].title+" "+err)
+		scans = slices.Clone(real)
+		scans[1].take = take
+		require.ErrorContains(t, runJSON(o), scans[1].title+" "+err)
 	}
 }

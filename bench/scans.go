@@ -2,11 +2,11 @@ package main
 
 import _ "unsafe" // for go:linkname
 
-// acomm looks through the arguments and results that it sends and receives. These
+// acomm scans through the arguments and results that it sends and receives. These
 // are its own functions for that, reached through the linker: what acomm exports
 // is fixed, and a benchmark is no reason to add to it. A function that has another
 // name there fails the link, and one that does something else
-// TestLooks_AreTheFunctionsOfTheLibrary. The empty looks.s has the compiler accept
+// TestScans_AreTheFunctionsOfTheLibrary. The empty scans.s has the compiler accept
 // functions without a body.
 
 // isValue reports whether data is one valid JSON value: it is asked about what was

@@ -1,1 +1,0 @@
-// This file is empty: see looks.go.
