@@ -150,10 +150,13 @@ func (t laterTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	if r.Method != http.MethodPost {
 		return t.RoundTripper.RoundTrip(r)
 	}
-	var connected atomic.Bool
-	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected.Store(true) }}
+	var asked, got atomic.Bool // a transport that does not tell, such as that of NATS, leaves both false
+	trace := &httptrace.ClientTrace{
+		GetConn: func(string) { asked.Store(true) },
+		GotConn: func(httptrace.GotConnInfo) { got.Store(true) },
+	}
 	answer, err := t.RoundTripper.RoundTrip(r.WithContext(httptrace.WithClientTrace(r.Context(), trace)))
-	if err != nil && !connected.Load() {
+	if err != nil && asked.Load() && !got.Load() {
 		return nil, unsentError{err}
 	}
 	if err != nil {
