@@ -60,7 +60,8 @@
 // Errors say what was being done and to what, and match the standard library's
 // sentinels with [errors.Is]:
 //
-//   - [io/fs.ErrInvalid]: a nil or empty argument; no id, task or hook
+//   - [io/fs.ErrInvalid]: a nil or empty argument; no id, task or hook, or one that is
+//     not UTF-8; a unix hook that is not an absolute path; JSON nested too deep
 //   - [io/fs.ErrExist]: an id already tracked, a name already used
 //   - [net.ErrClosed]: the tracker or listener is not running
 //   - [errors.ErrUnsupported]: a URL scheme nobody handles

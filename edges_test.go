@@ -2,14 +2,19 @@ package acomm_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
+	"io"
 	"io/fs"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -19,9 +24,15 @@ import (
 // What services of 2016 and public bug reports have taught at the edges: which
 // paths, ids and values work, and that those that can't are refused.
 
+// oddNames are file names of which url.Parse takes a part for something else.
+var oddNames = []string{
+	"a?b.sock", "a%41.sock", "a#b.sock", "a b.sock", "a%3Fb?c%41#d.sock", "ä?.sock", "a?", "a%20b.sock", "ä%C3%A4.sock",
+	"a b?c.sock", "a#b c.sock", "a?b?", "a?b=%41&c#%41", "a+b?.sock",
+}
+
 // Services have always written "unix://" + path.
 func TestSend_PathsBehindUnixSlashSlashAreFound(t *testing.T) {
-	for _, name := range []string{"a?b.sock", "a%41.sock", "a#b.sock", "a b.sock", "a%3Fb?c%41#d.sock", "ä?.sock", "a?", "a%20b.sock", "ä%C3%A4.sock"} {
+	for _, name := range oddNames {
 		t.Run(name, func(t *testing.T) {
 			dir := shortDir(t)
 			path := filepath.Join(dir, name)
@@ -54,16 +65,65 @@ func TestSend_PathsBehindUnixSlashSlashAreFound(t *testing.T) {
 }
 
 func TestStream_PathsBehindUnixSlashSlashAreFound(t *testing.T) {
-	tracker := newTracker(t)
-	dir := filepath.Join(shortDir(t), "a?b%41")
-	require.NoError(t, os.Mkdir(dir, 0o700))
-	made, err := tracker.NewStreamUnix(dir, bytesSource([]byte("the data")))
+	coordinator := httptest.NewServer(http.HandlerFunc(acomm.ProxyStreamHandler))
+	defer coordinator.Close()
+	base, err := url.Parse(coordinator.URL + "/stream")
 	require.NoError(t, err)
-	addr, err := url.Parse("unix://" + made.Path)
+	tracker, err := acomm.NewTracker("", base, patience)
 	require.NoError(t, err)
-	var got bytes.Buffer
-	require.NoError(t, acomm.Stream(&got, addr))
-	require.Equal(t, "the data", got.String())
+	require.NoError(t, tracker.Start())
+	t.Cleanup(tracker.Stop)
+	direct := func(addr *url.URL) (*url.URL, error) { return addr, nil }
+	for _, name := range oddNames {
+		t.Run(name, func(t *testing.T) {
+			for what, read := range map[string]func(*url.URL) (*url.URL, error){"direct": direct, "published": tracker.ProxyStreamHTTPURL} {
+				dir := filepath.Join(shortDir(t), name)
+				require.NoError(t, os.Mkdir(dir, 0o700))
+				made, err := tracker.NewStreamUnix(dir, bytesSource([]byte("the data")))
+				require.NoError(t, err)
+				addr, err := url.Parse("unix://" + made.Path)
+				require.NoError(t, err)
+				addr, err = read(addr)
+				require.NoError(t, err, what)
+				var got bytes.Buffer
+				require.NoError(t, acomm.Stream(&got, addr), what)
+				require.Equal(t, "the data", got.String(), what)
+			}
+		})
+	}
+}
+
+// Hazard: a service that looks at the Path of a hook allows one that leads elsewhere
+// by its RawPath.
+func TestSend_RawPathOfAnotherPathLeadsNowhere(t *testing.T) {
+	dir := shortDir(t)
+	other := startListener(t, filepath.Join(dir, "other.sock"), 0)
+	for _, raw := range []string{other.Addr(), strings.Replace(other.Addr(), "other", "o%74her", 1)} {
+		hook := &url.URL{Scheme: "unix", Path: filepath.Join(dir, "allowed.sock"), RawPath: raw}
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		require.ErrorIs(t, acomm.SendContext(ctx, hook, 1), fs.ErrNotExist)
+		require.ErrorIs(t, acomm.Stream(io.Discard, hook), fs.ErrNotExist)
+	}
+}
+
+// Hazard: the handler looks at one path and opens another.
+func TestProxyStreamHandler_OpensThePathItHasLookedAt(t *testing.T) {
+	dir := shortDir(t)
+	tracker := newStreamTracker(t, &url.URL{Scheme: "http", Host: "localhost", Path: "/stream"})
+	published, err := tracker.ProxyStreamHTTPURL(unixURL(filepath.Join(dir, "a%41")))
+	require.NoError(t, err)
+	other := acomm.NewUnixListener(filepath.Join(dir, "a%2541"), 0) // is the text of that URL
+	require.NoError(t, other.Start())
+	t.Cleanup(func() { other.Stop(0) })
+	go func() {
+		for conn := other.NextConn(); conn != nil; conn = other.NextConn() {
+			other.DoneConn(conn)
+		}
+	}()
+	answer := httptest.NewRecorder()
+	acomm.ProxyStreamHandler(answer, httptest.NewRequest(http.MethodGet, published.String(), nil))
+	require.Equal(t, http.StatusNotFound, answer.Code)
 }
 
 // Hazard: the text behind the question mark leads away from the socket that is meant.
@@ -102,6 +162,7 @@ func TestNotUTF8_IsRefused(t *testing.T) {
 			require.ErrorIs(t, second(tracker.ProxyUnix(req, patience)), fs.ErrInvalid)
 			require.ErrorIs(t, acomm.NewMultiRequest(tracker, patience).AddRequest("a", req), fs.ErrInvalid)
 			require.ErrorIs(t, acomm.Send(listener.URL(), req), fs.ErrInvalid)
+			require.ErrorIs(t, acomm.Send(listener.URL(), *req), fs.ErrInvalid, "by value")
 			require.Zero(t, tracker.NumRequests())
 		})
 	}
@@ -138,6 +199,16 @@ func TestUnixHook_IsAnAbsolutePathAndNothingElse(t *testing.T) {
 	req := &acomm.Request{ID: "1", Task: "task", ResponseHook: &url.URL{Scheme: "unix", Path: "r.sock"}}
 	require.ErrorIs(t, req.Validate(), fs.ErrInvalid)
 	require.ErrorIs(t, acomm.Send(tracker.URL(), req), fs.ErrInvalid)
+	require.ErrorIs(t, req.Respond(&acomm.Response{ID: "1"}), fs.ErrInvalid, "it would be taken from the provider's directory")
+}
+
+// Hazard: what is no hook, because it depends on the process's directory, is still an
+// address that a process may send to.
+func TestSend_RelativePathIsTakenFromTheDirectoryOfNow(t *testing.T) {
+	dir := shortDir(t)
+	ul := startListener(t, filepath.Join(dir, "a.sock"), 0)
+	t.Chdir(dir)
+	require.NoError(t, exchange(ul, unixURL("a.sock")))
 }
 
 // Hazard: the peer's decoder allows 10,000 levels, of which the envelope is one.
@@ -157,6 +228,7 @@ func TestSend_RefusesWhatIsNestedTooDeepToRead(t *testing.T) {
 				&acomm.Request{ID: "1", Task: "task", ResponseHook: hook, Args: raw},
 				&acomm.Response{ID: "1", Result: raw},
 				acomm.Response{ID: "1", Result: raw},
+				acomm.Request{ID: "1", Task: "task", ResponseHook: hook, Args: raw},
 			} {
 				err := acomm.Send(ul.URL(), payload)
 				if ok {
@@ -207,10 +279,30 @@ func TestUnixListener_StopReleasesWhoWaitsForTheFirstStart(t *testing.T) {
 	within(t, served, "the loop, after a Stop without a Start")
 }
 
-// wrapped is a connection with something around it, such as a counter.
-type wrapped struct{ net.Conn }
+// wrapped is a connection with something around it, which counts its calls.
+type wrapped struct {
+	net.Conn
+	reads, writes, closes *counter
+}
+
+func wrap(conn net.Conn) wrapped { return wrapped{conn, &counter{}, &counter{}, &counter{}} }
 
 func (w wrapped) NetConn() net.Conn { return w.Conn }
+
+func (w wrapped) Read(p []byte) (int, error) {
+	w.reads.add()
+	return w.Conn.Read(p)
+}
+
+func (w wrapped) Write(p []byte) (int, error) {
+	w.writes.add()
+	return w.Conn.Write(p)
+}
+
+func (w wrapped) Close() error {
+	w.closes.add()
+	return w.Conn.Close()
+}
 
 // wrapsItself is what DoneConn must not follow for ever.
 type wrapsItself struct{ net.Conn }
@@ -230,12 +322,109 @@ func TestUnixListener_DoneConnCompletesWhatAWrapperWraps(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			ul := startListener(t, "", 0)
+			ul, other := startListener(t, "", 0), startListener(t, "", 0)
 			senders(ul)
 			conn := take(t, ul)
 			ul.DoneConn(wrapsItself{conn})
-			ul.DoneConn(wrapped{wrapped{conn}})
+			ul.DoneConn(wrap(nil))
+			other.DoneConn(wrap(conn))
+			require.NoError(t, stillOpen(conn))
+			outer := wrap(wrap(conn))
+			ul.DoneConn(outer)
+			ul.DoneConn(outer)
+			require.ErrorIs(t, stillOpen(conn), net.ErrClosed)
+			require.Equal(t, 1, outer.closes.load(), "as in 2016: it may have something to write yet")
 			within(t, async(func() { ul.Stop(0) }), "Stop")
 		})
 	}
+}
+
+// What the migration notes say of services that were written on the library of 2016.
+func TestMigrationNotes_MayNeedAChange(t *testing.T) {
+	text := strings.Join(strings.Fields(document(t, "CHANGELOG.md")), " ")
+	_, text, _ = strings.Cut(text, "### What may need a change in a service")
+	notes, _, _ := strings.Cut(text, "###")
+	for note, check := range map[string]func(*testing.T){
+		"Returned errors are wrapped":                           returnedErrorsAreWrapped,
+		"Settings of `http.DefaultClient` itself are not used":  defaultClientIsNotUsed,
+		"`MultiRequest.AddRequest` refuses a name that is used": namesAreUsedOnce,
+		"handlers that are set after it don't run":              handlersSetAfterAddRequestDoNotRun,
+		"A failed acknowledgement is returned by `Send`":        failedAcknowledgementIsReturned,
+	} {
+		t.Run(note, func(t *testing.T) {
+			require.True(t, strings.Contains(notes, note), "the note is missing")
+			check(t)
+		})
+	}
+}
+
+func returnedErrorsAreWrapped(t *testing.T) {
+	near, far := connPair(t)
+	require.NoError(t, near.SetReadDeadline(time.Unix(1, 0)))
+	err := acomm.UnmarshalConnData(near, new(any))
+	require.NotImplements(t, (*net.Error)(nil), err)
+	var timeout net.Error
+	require.ErrorAs(t, err, &timeout)
+	require.True(t, timeout.Timeout())
+
+	require.NoError(t, far.Close())
+	require.NoError(t, near.SetReadDeadline(time.Time{}))
+	err = acomm.UnmarshalConnData(near, new(any))
+	require.NotEqual(t, io.EOF, err)
+	require.ErrorIs(t, err, io.ErrUnexpectedEOF)
+
+	err = acomm.Send(unixURL(filepath.Join(shortDir(t), "none.sock")), 1)
+	require.False(t, os.IsNotExist(err))
+	require.ErrorIs(t, err, fs.ErrNotExist)
+}
+
+// refusingTransport answers every request with an error.
+type refusingTransport struct{}
+
+func (refusingTransport) RoundTrip(*http.Request) (*http.Response, error) {
+	return nil, fs.ErrPermission
+}
+
+func defaultClientIsNotUsed(t *testing.T) {
+	hooks := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	defer hooks.Close()
+	hook, err := url.Parse(hooks.URL)
+	require.NoError(t, err)
+	client, transport := *http.DefaultClient, http.DefaultTransport
+	defer func() { *http.DefaultClient, http.DefaultTransport = client, transport }()
+	*http.DefaultClient = http.Client{Transport: refusingTransport{}, Timeout: time.Nanosecond}
+	require.NoError(t, acomm.Send(hook, 1))
+	http.DefaultTransport = refusingTransport{}
+	require.ErrorIs(t, acomm.Send(hook, 1), fs.ErrPermission)
+}
+
+func namesAreUsedOnce(t *testing.T) {
+	tracker := newTracker(t)
+	multi := acomm.NewMultiRequest(tracker, patience)
+	req := namedRequest(t, multi, tracker, "a")
+	other, _ := newRequest(t, tracker.URL(), nil)
+	require.ErrorIs(t, multi.AddRequest("a", other), fs.ErrExist)
+	multi.RemoveRequest(req)
+}
+
+func handlersSetAfterAddRequestDoNotRun(t *testing.T) {
+	tracker := newTracker(t)
+	multi := acomm.NewMultiRequest(tracker, patience)
+	req := namedRequest(t, multi, tracker, "a")
+	req.SuccessHandler = func(*acomm.Request, *acomm.Response) { t.Error("the handler runs") }
+	tracker.HandleResponse(answerTo(t, req, 1, nil))
+	require.Contains(t, allResponses(t, multi), "a")
+}
+
+func failedAcknowledgementIsReturned(t *testing.T) {
+	log := captureLog(t)
+	ul := startListener(t, "", 0)
+	sent := make(chan error, 1)
+	go func() { sent <- acomm.Send(ul.URL(), 1) }()
+	conn := take(t, ul)
+	require.NoError(t, acomm.UnmarshalConnData(conn, new(any)))
+	ul.DoneConn(conn)
+	require.ErrorIs(t, within(t, sent, "Send"), io.ErrUnexpectedEOF)
+	require.Error(t, acomm.SendConnData(conn, &acomm.Response{}))
+	require.Empty(t, log.String())
 }

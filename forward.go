@@ -96,10 +96,11 @@ func (t *Tracker) publish(resp *Response) *url.URL {
 // socket: the tracker's HTTP stream URL, with the address and this process's
 // signature of it as query parameters. Whoever has the URL can read the stream,
 // through a [ProxyStreamHandler] of this process and no other. The address can
-// be read from it, so it must not hold a password.
+// be read from it, so it must not hold a password. A unix socket is looked for as by
+// [Send], here and not when the stream is read.
 //
-// A nil address, and a tracker without an HTTP stream URL, give an error that
-// matches [io/fs.ErrInvalid].
+// A nil address, a unix one with a host, and a tracker without an HTTP stream URL,
+// give an error that matches [io/fs.ErrInvalid].
 func (t *Tracker) ProxyStreamHTTPURL(addr *url.URL) (*url.URL, error) {
 	if addr == nil {
 		return nil, fmt.Errorf("proxy stream: address is nil: %w", fs.ErrInvalid)
@@ -107,9 +108,13 @@ func (t *Tracker) ProxyStreamHTTPURL(addr *url.URL) (*url.URL, error) {
 	if t.streamURL == nil {
 		return nil, fmt.Errorf("proxy stream %s: the tracker has no HTTP stream URL: %w", addr.Redacted(), fs.ErrInvalid)
 	}
+	located, err := locate(addr)
+	if err != nil {
+		return nil, fmt.Errorf("proxy stream: %w", err)
+	}
 	u := *t.streamURL
 	query := u.Query()
-	bare := *addr
+	bare := *located
 	bare.Fragment, bare.RawFragment = "", "" // never sent over HTTP, no part of a socket's path
 	text := bare.String()
 	query.Set(streamAddrParam, text)

@@ -33,12 +33,12 @@ const (
 // any more, as it does where a socket has room for it. The second answer to a
 // message is an error that matches [io.ErrUnexpectedEOF]: a sender waits for one.
 //
-// A nil connection or payload, and what no peer could read as it is (an id that is
-// not UTF-8, JSON nested more than 10,000 levels deep), give an error that matches
-// [io/fs.ErrInvalid], a payload of more than 64 MiB of JSON [syscall.EMSGSIZE]
-// (nothing is written in these cases), a peer that has closed [io.ErrUnexpectedEOF], and a deadline
-// that has passed [os.ErrDeadlineExceeded]. After an error while writing, the
-// connection is of no further use.
+// A nil connection or payload, and a payload that no peer could read as it is (see
+// [Send]), give an error that matches [io/fs.ErrInvalid], a payload of more than 64
+// MiB of JSON [syscall.EMSGSIZE] (nothing is written in these cases), a peer that has
+// closed [io.ErrUnexpectedEOF], and a deadline that has passed
+// [os.ErrDeadlineExceeded]. After an error while writing, the connection is of no
+// further use.
 func SendConnData(conn net.Conn, payload interface{}) error {
 	if conn == nil {
 		return fmt.Errorf("send frame: connection is nil: %w", fs.ErrInvalid)
@@ -151,6 +151,8 @@ func encodeFrame(room int, payload interface{}) (*message, error) {
 		}
 		m = newMessage(front, p.StreamURL, p.Result)
 		ok = m.addResponse(p)
+	case Request:
+		return encodeFrame(room, &p)
 	case Response:
 		return encodeFrame(room, &p) // only the pointer has the methods that carry the error
 	}

@@ -42,11 +42,11 @@ func NewMultiRequest(tracker *Tracker, timeout time.Duration) *MultiRequest {
 // responsibility of the caller. Requests may also be added while Responses
 // waits, and after.
 //
-// Any name will do, the empty one too, but each once. A nil request or one without
-// an id gives an error that matches [io/fs.ErrInvalid], a name that is used or an id
-// that is tracked already [io/fs.ErrExist], a tracker that is not running
-// [net.ErrClosed]. After an error neither the MultiRequest nor the request has
-// changed.
+// Any name will do, the empty one too, but each once. A nil request, and one that
+// [Tracker.TrackRequest] refuses as invalid, give an error that matches
+// [io/fs.ErrInvalid], a name that is used or an id that is tracked already
+// [io/fs.ErrExist], a tracker that is not running [net.ErrClosed]. After an error
+// neither the MultiRequest nor the request has changed.
 func (m *MultiRequest) AddRequest(name string, req *Request) error {
 	if m.tracker == nil || req == nil {
 		return fmt.Errorf("add request %q: tracker or request is missing: %w", name, fs.ErrInvalid)
@@ -73,9 +73,9 @@ func (m *MultiRequest) AddRequest(name string, req *Request) error {
 
 // RemoveRequest removes a request from the MultiRequest and from the tracker.
 // Useful if the send fails. Responses does not wait for it any more and leaves it
-// out. A response or time-out that came first stays: a Send may fail because the
-// acknowledgement was lost, and the response not. A request that was not added,
-// and nil, is ignored.
+// out. A response or time-out that came first stays: where a Send has failed, only
+// the acknowledgement may have been lost. A request that was not added, and nil, is
+// ignored.
 func (m *MultiRequest) RemoveRequest(req *Request) {
 	if req == nil {
 		return
@@ -83,8 +83,12 @@ func (m *MultiRequest) RemoveRequest(req *Request) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	name, ok := m.names[req.ID]
-	if !ok || !m.tracker.remove(m.requests[name]) {
-		return // if it was added, its response is here, or waits for mu
+	if !ok {
+		return
+	}
+	removed := m.tracker.remove(m.requests[name])
+	if _, answered := m.responses[name]; answered || !removed {
+		return // its response is here, or waits for mu
 	}
 	delete(m.names, req.ID)
 	delete(m.requests, name)

@@ -304,6 +304,21 @@ func TestMultiRequest_RemovedRequestIsNotWaitedForNorReported(t *testing.T) {
 	})
 }
 
+// Hazard: a response that is left behind without its request counts for another one.
+func TestMultiRequest_RemovalAfterAResponseThatTheTrackerHasNotSeen(t *testing.T) {
+	tracker := newTracker(t)
+	multi := acomm.NewMultiRequest(tracker, patience)
+	req, other := namedRequest(t, multi, tracker, "handled"), namedRequest(t, multi, tracker, "other")
+	req.HandleResponse(answerTo(t, req, nil, nil))
+	multi.RemoveRequest(req)
+	require.Equal(t, 1, tracker.NumRequests())
+	got := make(chan map[string]*acomm.Response, 1)
+	go func() { got <- multi.Responses() }()
+	awaitBlocked(t, "acomm.(*MultiRequest).Responses", 1)
+	tracker.HandleResponse(answerTo(t, other, nil, nil))
+	require.Len(t, within(t, got, "Responses"), 2)
+}
+
 // Hazard: a request that the user has taken from the tracker is waited for for ever.
 func TestMultiRequest_RemovalFromBothLeavesNothing(t *testing.T) {
 	tracker := newTracker(t)

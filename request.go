@@ -40,8 +40,8 @@ type ResponseHandler func(*Request, *Response)
 // anything that marshals to JSON, nil becomes null. Either handler may be nil:
 // there is nothing to be done then.
 //
-// An empty task, a hook that does not parse, and what [Request.Validate] refuses, give
-// an error that matches [io/fs.ErrInvalid].
+// A hook that does not parse, and what [Request.Validate] refuses, give an error that
+// matches [io/fs.ErrInvalid].
 func NewRequest(task, responseHook string, args interface{}, sh ResponseHandler, eh ResponseHandler) (*Request, error) {
 	hook, err := url.ParseRequestURI(responseHook)
 	if err != nil {
@@ -70,10 +70,10 @@ func NewRequest(task, responseHook string, args interface{}, sh ResponseHandler,
 	return req, nil
 }
 
-// Validate checks that the request has an id, a task and a response hook, and that
-// they arrive as they are: JSON would change what is not UTF-8, and a hook with the
-// scheme unix has nothing but an absolute path. What is missing or wrong gives an
-// error that matches [io/fs.ErrInvalid].
+// Validate checks that the request has an id, a task and a response hook, that all
+// three are UTF-8 (JSON would change anything else), and that a hook with the scheme
+// unix has an absolute path and no host: unix:///run/a.sock. What is missing or wrong
+// gives an error that matches [io/fs.ErrInvalid].
 func (req *Request) Validate() error {
 	switch {
 	case req == nil:
@@ -159,13 +159,17 @@ func (req *Request) HandleResponse(resp *Response) {
 
 // Respond sends a Response to the request's ResponseHook. It blocks until the
 // response has been acknowledged, a minute at most, and returns the errors of
-// [Send]. A nil response or hook gives one that matches [io/fs.ErrInvalid].
+// [Send]. A nil response, and a hook that is nil or that [Request.Validate] refuses,
+// give one that matches [io/fs.ErrInvalid].
 func (req *Request) Respond(resp *Response) error {
 	if req == nil || resp == nil {
 		return fmt.Errorf("respond: request or response is nil: %w", fs.ErrInvalid)
 	}
 	if req.ResponseHook == nil {
 		return fmt.Errorf("respond: request %s has no response hook: %w", req.ID, fs.ErrInvalid)
+	}
+	if err := checkURL(req.ResponseHook); err != nil {
+		return fmt.Errorf("respond to request %s: response hook: %w", req.ID, err)
 	}
 	return Send(req.ResponseHook, resp)
 }

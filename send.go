@@ -38,8 +38,8 @@ const (
 // the Stop of all trackers and listeners.
 //
 // A URL with the scheme unix is the socket at the URL's Path, or, where none is there,
-// at the path as it was written: in "unix://" + path a question mark in the path begins
-// a query for the parser, and %41 is an A. On Linux, while a
+// at the path as it was written: in "unix://" + path a question mark begins a query for
+// the parser, and %41 is an A. On Linux, while a
 // [Tracker] or [UnixListener] of this process is started, the connection to a
 // socket whose process has this library too is kept, and shared by all goroutines:
 // one for each path, 256 of them, each with up to 1,024 exchanges at a time of up

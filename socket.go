@@ -49,20 +49,39 @@ func randomSocketPath(name string) string {
 // Where the parser took a part of "unix://" + path for a query, a fragment or an
 // escape, and no socket is at what is left, it is the text as it was written.
 func socketPath(u *url.URL) string {
-	written := u.RawPath
-	if written == "" {
-		written = u.EscapedPath()
-	}
+	written := asWritten(u.Path, u.RawPath, u.EscapedPath())
 	if u.RawQuery != "" || u.ForceQuery {
 		written += "?" + u.RawQuery
 	}
 	if u.Fragment != "" {
-		written += "#" + u.EscapedFragment()
+		written += "#" + asWritten(u.Fragment, u.RawFragment, u.EscapedFragment())
 	}
 	if written == u.Path || isSocket(u.Path) || !isSocket(written) {
 		return u.Path
 	}
 	return written
+}
+
+// asWritten returns the text that was parsed: raw, or else escaped. Raw text that
+// decodes to something else was never parsed: a peer has made it up, for those who
+// look at the path and not at it.
+func asWritten(decoded, raw, escaped string) string {
+	if text, err := url.PathUnescape(raw); raw != "" && err == nil && text == decoded {
+		return raw
+	}
+	return escaped
+}
+
+// locate returns a URL of the scheme unix with nothing but the path of its socket;
+// others as they are.
+func locate(u *url.URL) (*url.URL, error) {
+	if u.Scheme != "unix" {
+		return u, nil
+	}
+	if err := checkUnixURL(u); err != nil {
+		return nil, err
+	}
+	return &url.URL{Scheme: u.Scheme, Path: socketPath(u)}, nil
 }
 
 func isSocket(path string) bool {

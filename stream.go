@@ -77,9 +77,10 @@ type unixStream struct {
 // Read of src blocks, so Close has to end it), when nobody has come within an
 // hour, or when the tracker stops. A failure of src is logged.
 //
-// A nil src and a dir that is not UTF-8 give an error that matches [io/fs.ErrInvalid], a tracker that is
-// not started or is stopping [net.ErrClosed]; the other errors are those of
-// [UnixListener.Start]. After an error src is still the caller's.
+// A nil src and a dir that is not UTF-8 give an error that matches
+// [io/fs.ErrInvalid], a tracker that is not started or is stopping [net.ErrClosed];
+// the other errors are those of [UnixListener.Start]. After an error src is still the
+// caller's.
 func (t *Tracker) NewStreamUnix(dir string, src io.ReadCloser) (*url.URL, error) {
 	if src == nil {
 		return nil, fmt.Errorf("new stream: source is nil: %w", fs.ErrInvalid)
@@ -286,15 +287,19 @@ func (s *unixStream) end(stall, end time.Duration) {
 // Over HTTP the bytes are asked for as they are (Accept-Encoding: identity), up to 10
 // redirects are followed, and none carries a Referer: the URL is a secret.
 //
-// A nil argument gives an error that matches [io/fs.ErrInvalid], a stream that is
-// gone [io/fs.ErrNotExist] or [syscall.ECONNREFUSED], a scheme that nobody
-// handles [errors.ErrUnsupported]. An error of dest ends the stream and is
-// returned.
+// A unix socket is found as by [Send]. A nil argument, and a unix URL with a host, give
+// an error that matches [io/fs.ErrInvalid], a stream that is gone
+// [io/fs.ErrNotExist] or [syscall.ECONNREFUSED], a scheme that nobody handles
+// [errors.ErrUnsupported]. An error of dest ends the stream and is returned.
 func Stream(dest io.Writer, addr *url.URL) error {
 	if dest == nil || addr == nil {
 		return fmt.Errorf("stream: destination or URL is nil: %w", fs.ErrInvalid)
 	}
-	src, err := openStream(context.Background(), &getClient, addr)
+	located, err := locate(addr)
+	if err != nil {
+		return fmt.Errorf("stream: %w", err)
+	}
+	src, err := openStream(context.Background(), &getClient, located)
 	if err != nil {
 		return fmt.Errorf("stream from %s: %w", addr.Redacted(), timedOut(closedEarly(err)))
 	}
@@ -317,23 +322,19 @@ func (r sourceReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// openStream connects to the source of a stream. It stays open until it is
-// closed or the context ends.
+// openStream connects to the source of a stream, a unix socket at the very Path of
+// the URL. It stays open until it is closed or the context ends.
 func openStream(ctx context.Context, client *http.Client, addr *url.URL) (io.ReadCloser, error) {
 	if addr.Scheme != "unix" {
 		return openStreamHTTP(ctx, client, addr)
 	}
-	if err := checkUnixURL(addr); err != nil {
-		return nil, err
-	}
-	path := socketPath(addr)
 	dialCtx, cancel := context.WithTimeout(ctx, sendTimeout)
 	defer cancel()
-	conn, err := dialUnix(dialCtx, &net.Dialer{}, path)
+	conn, err := dialUnix(dialCtx, &net.Dialer{}, addr.Path)
 	if err != nil {
 		return nil, err
 	}
-	if strings.HasSuffix(path, streamSuffix) {
+	if strings.HasSuffix(addr.Path, streamSuffix) {
 		if _, err := conn.Write([]byte{0}); err != nil { // fits any buffer: it can't block
 			_ = conn.Close()
 			return nil, err

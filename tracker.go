@@ -205,9 +205,10 @@ func (t *Tracker) NumRequests() int {
 // After the timeout the request is handled with a Response whose error has the
 // text "response timeout" and matches [os.ErrDeadlineExceeded].
 //
-// A nil request, one without an id, and one whose id, task or hook is not UTF-8, give
-// an error that matches [io/fs.ErrInvalid], an id that is tracked already
-// [io/fs.ErrExist], a tracker that is not started or is stopping [net.ErrClosed].
+// A nil request, one without an id, and one whose id, task or hook [Request.Validate]
+// refuses (task and hook may be missing), give an error that matches
+// [io/fs.ErrInvalid], an id that is tracked already [io/fs.ErrExist], a tracker that
+// is not started or is stopping [net.ErrClosed].
 func (t *Tracker) TrackRequest(req *Request, timeout time.Duration) error {
 	_, err := t.track(req, timeout, (*pendingRequest).runHandler)
 	return err

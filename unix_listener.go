@@ -222,20 +222,21 @@ func (ul *UnixListener) NextConn() net.Conn {
 	return conn
 }
 
-// DoneConn completes the handling of a connection and closes it. A connection that
-// wraps another and says which, with a method NetConn() net.Conn as that of
-// [crypto/tls.Conn], completes what it wraps. With nil, a connection that is done
-// already or one that is not from this listener it does nothing. It does not block.
+// DoneConn completes the handling of a connection and closes it. A wrapper whose
+// method NetConn() net.Conn returns what it wraps, as that of [crypto/tls.Conn] does,
+// is closed and completes what is inside, through up to 100 wrappers. With nil, a
+// connection that is done already or one that is not from this listener it does
+// nothing. It does not block, unless the Close of a wrapper does.
 //
 // A connection that its sender keeps goes on without the handler: only the
 // exchange ends, and a sender that was not answered learns it at once. One that was
 // offered to its sender, with the acknowledgement, is closed 200 ms later if the
 // sender does not take it. The connection is of no use to the caller in each case.
 func (ul *UnixListener) DoneConn(conn net.Conn) {
-	conn = unwrap(conn)
-	switch c := conn.(type) { // what NextConn returns
+	inner := unwrap(conn)
+	switch c := inner.(type) { // what NextConn returns
 	case *exchange:
-		ul.doneExchange(c)
+		ul.doneExchange(c, conn)
 		return
 	case *firstConn, *net.UnixConn:
 	default:
@@ -245,15 +246,15 @@ func (ul *UnixListener) DoneConn(conn net.Conn) {
 	run := ul.run
 	var ok bool
 	if run != nil {
-		_, ok = run.open[conn]
+		_, ok = run.open[inner]
 	}
 	ul.mu.Unlock()
 	if !ok {
 		return
 	}
-	_ = conn.Close() // before Stop can learn that nothing is open
+	closeWrapped(conn, inner) // before Stop can learn that nothing is open
 	ul.mu.Lock()
-	delete(run.open, conn)
+	delete(run.open, inner)
 	run.checkDrainedLocked()
 	ul.mu.Unlock()
 }
@@ -270,12 +271,22 @@ func unwrap(conn net.Conn) net.Conn {
 	return conn
 }
 
-// doneExchange is DoneConn for what came on a connection that is kept.
-func (ul *UnixListener) doneExchange(e *exchange) {
+// closeWrapped closes a connection, first by the wrapper around it if there is one,
+// which may have something to write before the end.
+func closeWrapped(conn, inner net.Conn) {
+	if conn != inner {
+		_ = conn.Close()
+	}
+	_ = inner.Close()
+}
+
+// doneExchange is DoneConn for what came on a connection that is kept. The handler
+// has it as conn.
+func (ul *UnixListener) doneExchange(e *exchange, conn net.Conn) {
 	if e == nil || e.c.ul != ul || e.done.Swap(true) {
 		return
 	}
-	_ = e.Close()
+	closeWrapped(conn, e)
 	ul.mu.Lock()
 	defer ul.mu.Unlock()
 	delete(e.c.run.open, e)
