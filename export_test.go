@@ -169,3 +169,6 @@ func KeptWaiting(path string) int {
 
 // NotDelivered reports whether an error of Send proves that nobody has the payload.
 func NotDelivered(err error) bool { return notDelivered(err) }
+
+// HostOf returns the host that the turns of posts to the URL are of.
+func HostOf(addr *url.URL) string { return hostOf(addr) }

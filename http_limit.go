@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"reflect"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 )
@@ -40,7 +41,7 @@ func (l *postLimit) enter(ctx context.Context, addr *url.URL) (leave func(), err
 	if !isHTTP(addr) {
 		return func() {}, nil // what is registered for another scheme has its own rules
 	}
-	host := addr.Scheme + "://" + addr.Host
+	host := hostOf(addr)
 	l.mu.Lock()
 	h := l.byHost[host]
 	if h == nil {
@@ -63,6 +64,17 @@ func (l *postLimit) enter(ctx context.Context, addr *url.URL) (leave func(), err
 		dropUse()
 		return nil, unsentError{fmt.Errorf("%d posts to the host are under way: %w", cap(h.turns), ctx.Err())}
 	}
+}
+
+// hostOf returns the host of a URL as it is spelled most simply: strangers choose hooks.
+func hostOf(addr *url.URL) string {
+	port := addr.Port()
+	if port == "" {
+		port = addr.Scheme // as good as its number
+	} else if port == "80" && addr.Scheme == "http" || port == "443" && addr.Scheme == "https" {
+		port = addr.Scheme
+	}
+	return addr.Scheme + "://" + strings.TrimSuffix(strings.ToLower(addr.Hostname()), ".") + ":" + port
 }
 
 // idleConnections is how many connections to a host http.DefaultTransport is set to
@@ -106,9 +118,13 @@ func (k *keepingTransport) cloneOf(transport *http.Transport) *http.Transport {
 	if k.clone != nil {
 		k.clone.CloseIdleConnections() // those in use are closed when they are idle next
 	}
-	// A Transport completes its settings at its first use, of which Clone is one.
+	// A Transport completes its settings at its first use, of which Clone is one. From
+	// then on nothing but the service changes them, and what changes inside of these two
+	// is the clone's, too.
 	k.of, k.clone = transport, transport.Clone()
 	k.settings = settingsOf(transport)
+	k.clone.TLSClientConfig, k.clone.ProxyConnectHeader = transport.TLSClientConfig, transport.ProxyConnectHeader
+	k.clone.ForceAttemptHTTP2 = transport.ForceAttemptHTTP2 || transport.TLSNextProto["h2"] != nil
 	k.clone.MaxIdleConnsPerHost = maxPosts
 	return k.clone
 }
@@ -126,14 +142,25 @@ func hasRegistered(transport *http.Transport, scheme string) bool {
 	}
 	value := (*atomic.Value)(field.Addr().UnsafePointer()).Load()
 	protocols, ok := value.(map[string]http.RoundTripper)
-	if !ok || protocols[scheme] == nil {
-		return value != nil && !ok
+	if !ok {
+		return value != nil
 	}
-	return reflect.Indirect(reflect.ValueOf(protocols[scheme])).Type().PkgPath() != "net/http" // its own HTTP/2
+	registered := protocols[scheme]
+	return registered != nil && reflect.TypeOf(registered) != ownHTTP2()
 }
 
+// ownHTTP2 is the type of what net/http registers for https by itself, at the first use
+// of a Transport.
+var ownHTTP2 = sync.OnceValue(func() reflect.Type {
+	transport := &http.Transport{ForceAttemptHTTP2: true}
+	transport.Clone()
+	field := reflect.ValueOf(transport).Elem().FieldByName("altProto")
+	protocols, _ := (*atomic.Value)(field.Addr().UnsafePointer()).Load().(map[string]http.RoundTripper)
+	return reflect.TypeOf(protocols["https"])
+})
+
 // settingsOf returns the exported fields of a Transport; of those that can't be compared,
-// what they point to.
+// where they are.
 func settingsOf(transport *http.Transport) []any {
 	v := reflect.ValueOf(transport).Elem()
 	settings := make([]any, 0, v.NumField())
@@ -141,12 +168,10 @@ func settingsOf(transport *http.Transport) []any {
 		field := v.Field(i)
 		switch {
 		case !v.Type().Field(i).IsExported():
-		case field.Kind() == reflect.Func: // the closure: two of the same code may do different things
-			settings = append(settings, *(*uintptr)(field.Addr().UnsafePointer()))
-		case field.Kind() == reflect.Map:
-			settings = append(settings, field.Pointer())
-		default:
+		case field.Comparable():
 			settings = append(settings, field.Interface())
+		default: // functions, of which two of the same code may do different things; maps
+			settings = append(settings, *(*uintptr)(field.Addr().UnsafePointer()))
 		}
 	}
 	return settings

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -175,14 +176,63 @@ func TestSend_SettingsOfTheDefaultTransportApply(t *testing.T) {
 	require.NoError(t, acomm.Send(&url.URL{Scheme: "http", Host: "hook.test"}, 1))
 	require.Equal(t, "hook.test", <-proxied)
 
-	registered := newTransport(t)
-	other := errors.New("registered")
-	registered.RegisterProtocol("http", roundTripper(func(*http.Request) (*http.Response, error) { return nil, other }))
-	require.ErrorIs(t, acomm.Send(peer, 1), other)
+	denied := errors.New("denied")
+	for name, guard := range map[string]http.RoundTripper{
+		"a type of the service": roundTripper(func(*http.Request) (*http.Response, error) { return nil, denied }),
+		"a Transport": &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) {
+			return nil, denied
+		}},
+	} {
+		registered := newTransport(t)
+		registered.RegisterProtocol("http", guard)
+		require.ErrorIs(t, acomm.Send(peer, 1), denied, name)
+		registered = &http.Transport{} // one that has not spoken HTTP/2
+		replaceTransport(t, registered)
+		registered.RegisterProtocol("https", guard)
+		require.ErrorIs(t, acomm.Send(&url.URL{Scheme: "https", Host: peer.Host}, 1), denied, name)
+	}
 
 	replaced := errors.New("replaced")
 	http.DefaultTransport = roundTripper(func(*http.Request) (*http.Response, error) { return nil, replaced })
 	require.ErrorIs(t, acomm.Send(peer, 1), replaced)
+}
+
+// Hazard: a Transport with no settings speaks HTTP/2, and its clone offers it without
+// speaking it; what is changed inside of its settings is not the clone's.
+func TestSend_PlainTransportSpeaksHTTP2AndKeepsItsSettings(t *testing.T) {
+	protos := make(chan int, 10)
+	secure := httptest.NewUnstartedServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { protos <- r.ProtoMajor }))
+	secure.EnableHTTP2 = true
+	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
+	secure.StartTLS()
+	defer secure.Close()
+	addr, err := url.Parse(secure.URL)
+	require.NoError(t, err)
+	transport := &http.Transport{}
+	replaceTransport(t, transport)
+	require.Error(t, acomm.Send(addr, 1), "the certificate is unknown")
+	transport.TLSClientConfig.RootCAs = secure.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
+	require.NoError(t, acomm.Send(addr, 1))
+	require.Equal(t, 2, <-protos)
+	answer, err := http.Post(secure.URL, "text/plain", nil)
+	require.NoError(t, err)
+	require.NoError(t, answer.Body.Close())
+	require.Equal(t, 2, <-protos, "as the transport itself")
+}
+
+// Strangers choose hooks: a host has as many turns however it is spelled.
+func TestSend_TurnsAreOfAHostHoweverItIsSpelled(t *testing.T) {
+	for _, pair := range [][2]string{
+		{"http://Hook.test/a", "http://hook.test.:80/b"}, {"https://hook.test", "https://hook.test:443/"}, {"http://[::1]/", "http://[::1]:80/"},
+	} {
+		one, err := url.Parse(pair[0])
+		require.NoError(t, err)
+		other, err := url.Parse(pair[1])
+		require.NoError(t, err)
+		require.Equal(t, acomm.HostOf(one), acomm.HostOf(other))
+	}
+	one, other := url.URL{Scheme: "http", Host: "a:81"}, url.URL{Scheme: "http", Host: "a:82"}
+	require.NotEqual(t, acomm.HostOf(&one), acomm.HostOf(&other))
 }
 
 // forwardOnce has a tracker forward a response to the hook, and returns when that has
@@ -274,6 +324,51 @@ func relay(w http.ResponseWriter, host string) {
 		_ = far.(*net.TCPConn).CloseWrite()
 	}()
 	_, _ = io.Copy(near, far)
+}
+
+// Who redirects a post has not kept it, so what follows decides: a hook that nobody can
+// connect to may come back, a redirect that leads nowhere is given up.
+func TestForward_AfterARedirect(t *testing.T) {
+	captureLog(t)
+	for name, test := range map[string]struct {
+		location string
+		again    bool
+	}{
+		"nobody listens":    {"http://" + freePort(t) + "/", true},
+		"in a circle":       {"/", false},
+		"to another scheme": {"ftp://localhost/", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var posts counter
+			taken := httpPeer(t, func(http.ResponseWriter, *http.Request) {})
+			hook := httpPeer(t, func(w http.ResponseWriter, r *http.Request) {
+				posts.add()
+				location := test.location
+				if test.again && posts.load() == 3 {
+					location = taken.String()
+				}
+				http.Redirect(w, r, location, http.StatusTemporaryRedirect)
+			})
+			newTransport(t)
+			forwardOnce(t, hook)
+			switch {
+			case test.again:
+				require.Equal(t, 3, posts.load())
+			case test.location == "/":
+				require.Equal(t, 11, posts.load(), "one post, ten redirects")
+			default:
+				require.Equal(t, 1, posts.load())
+			}
+		})
+	}
+}
+
+// freePort is an address where nobody listens.
+func freePort(t *testing.T) string {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	require.NoError(t, l.Close())
+	return l.Addr().String()
 }
 
 // Hazard: a gateway has passed the response on, and answers 503 because what came back

@@ -59,7 +59,7 @@ const (
 // Any other answer is an error. Redirects are followed where they keep the
 // payload (307 and 308), without a Referer. At most 1 MiB of the answer is read. Up to
 // 100 posts go to a host at a time, more if MaxIdleConnsPerHost of that transport is
-// more; others wait for their turn, within their minute. If MaxIdleConnsPerHost is not
+// more; others wait for their turn, within their minute (a redirect is of the first host's turn). If MaxIdleConnsPerHost is not
 // set, up to 100 idle connections to a host are kept for posts. A hook should keep idle
 // connections open for longer than the transport's IdleConnTimeout (90 s by default): a
 // post that meets one as it is closed may be lost.
@@ -217,9 +217,12 @@ var postClient = http.Client{Transport: &postTransport, CheckRedirect: keepPaylo
 func keepPayload(req *http.Request, via []*http.Request) error {
 	switch req.Response.StatusCode {
 	case http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
-		req.Header.Del("Referer")                     // a hook's URL may hold a secret
-		connectionsOf(req.Context()).got.Store(false) // who answered so did not keep the payload
-		return checkRedirects(via)
+		req.Header.Del("Referer") // a hook's URL may hold a secret
+		if err := checkRedirects(via); err != nil {
+			return err
+		}
+		connectionsOf(req.Context()).reset() // who answered so did not keep the payload
+		return nil
 	}
 	return http.ErrUseLastResponse
 }
@@ -279,6 +282,11 @@ func (e unsentError) Unwrap() error { return e.error }
 // connections is what is known of the connections for a post. A transport that does
 // not say leaves both false.
 type connections struct{ asked, got atomic.Bool }
+
+func (c *connections) reset() {
+	c.asked.Store(false)
+	c.got.Store(false)
+}
 
 type connectionsKey struct{}
 

@@ -113,8 +113,8 @@ func (timeoutError) Is(target error) bool { return target == os.ErrDeadlineExcee
 // reach it; with nil, streams can't be proxied. The defaultTimeout is for
 // requests that are tracked without one; zero or less means a minute.
 //
-// A path that is not UTF-8 gives an error that matches [io/fs.ErrInvalid]: JSON would
-// change it, and no response would arrive.
+// A path or URL that is not UTF-8 gives an error that matches [io/fs.ErrInvalid]: JSON
+// would change it, and nothing would arrive.
 func NewTracker(socketPath string, httpStreamURL *url.URL, defaultTimeout time.Duration) (*Tracker, error) {
 	responses := NewUnixListener(socketPath, 0)
 	if !utf8.ValidString(responses.path) {
@@ -131,6 +131,9 @@ func NewTracker(socketPath string, httpStreamURL *url.URL, defaultTimeout time.D
 		pending:         make(map[uint64]*pendingRequest),
 		timeouts:        make(map[time.Duration]*timeoutList),
 		streams:         make(map[*unixStream]struct{}),
+	}
+	if err := checkURL(httpStreamURL); err != nil {
+		return nil, fmt.Errorf("new tracker: stream URL: %w", err)
 	}
 	if httpStreamURL != nil {
 		u := *withSlash(httpStreamURL)

@@ -27,7 +27,8 @@ func (p *postWatcher) RoundTrip(r *http.Request) (*http.Response, error) {
 	answer, err := p.RoundTripper.RoundTrip(r.WithContext(httptrace.WithClientTrace(r.Context(), trace)))
 	if err == nil {
 		p.status.Store(int32(answer.StatusCode))
-		p.comeBack.Store(answer.Header.Get("Retry-After") != "")
+		_, comeBack := retryAfter(answer.Header.Get("Retry-After"))
+		p.comeBack.Store(comeBack)
 	}
 	return answer, err
 }
