@@ -54,6 +54,7 @@ const (
 	KeptLimit = keptLimit
 	KeptShare = keptShare
 	KeptMost  = keptConns
+	KeptLook  = keptLook
 
 	KeptWindow = keptWindow
 	KeptQueue  = keptQueue

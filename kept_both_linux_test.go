@@ -870,7 +870,8 @@ func TestKeptBoth_PathDecides(t *testing.T) {
 	linkUp(t, r, h.URL())
 	sendMany(t, h.URL(), 1, 10)
 	require.NoError(t, os.Rename(other.URL().Path, h.URL().Path))
-	sendMany(t, h.URL(), 100, 1) // at the same time, the others trust its look
+	lookEnds()
+	sendMany(t, h.URL(), 100, 1)
 	sendMany(t, h.URL(), 101, 9)
 	for i := range 10 {
 		require.Equal(t, []int{1, 0}, []int{h.handled(1 + i), h.handled(100 + i)})

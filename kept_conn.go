@@ -29,11 +29,12 @@ const (
 	keptHeaderSize = 8                   // bytes: kind and length, number
 	keptLimit      = 64 << 10            // bytes of JSON in a message; a longer one gets a connection of its own
 	keptSmall      = 4 << 10             // bytes of a frame that is written together with others
+	keptPart       = 64 << 10            // bytes that a slow peer is given keptPatience for
 	keptShare      = 1024                // exchanges at a time in one direction; one more gets a connection of its own
 	keptWindow     = 2 << 20             // bytes of JSON in them; the same
-	keptConns      = 256                 // connections a process, or a listener, keeps
+	keptConns      = 256                 // connections a process, or a listener, keeps; an eighth of its descriptors, if that is less
 	keptAgree      = time.Second         // the listener has to agree in
-	keptLook       = time.Millisecond    // between looks whether a path still leads to the same socket
+	keptLook       = time.Millisecond    // for which a look is good that found that a path leads to the same socket
 )
 
 // keptKind is what a frame on a kept connection is. Its highest bit is set, so
@@ -232,6 +233,13 @@ func (c *keptConn) checkDoneLocked() bool {
 	return served && sent
 }
 
+// onlyWritesLocked reports whether both directions are over, but for what is still to be
+// written. The caller holds out.mu.
+func (c *keptConn) onlyWritesLocked() bool {
+	sends, serves := c.sends.Load(), c.serves.Load()
+	return (sends == nil || sends.doneLocked()) && (serves == nil || serves.refusing && len(serves.pending) == 0)
+}
+
 // writeFailed lets the messages that were not written go elsewhere, and ends the
 // serving. What was written may yet be answered, or was before the other end closed.
 func (c *keptConn) writeFailed(err error) {
@@ -270,6 +278,7 @@ type batch struct {
 	answers uint64     // of those to be written, bytes of answers
 	writing bool       // a goroutine writes, and takes along what is added
 	held    bool       // the reader is about to flush, see Read
+	last    time.Time  // until then all has to be written, once nothing else is left to do
 	err     error      // of a write; nothing is written after it
 }
 
@@ -391,19 +400,42 @@ func (b *batch) flush(company bool) {
 }
 
 // writeRest writes what the socket did not take at once, and what is added
-// meanwhile. It ends after a minute in which the peer takes nothing, or when the
-// connection is closed.
+// meanwhile. It ends after a minute in which the peer takes nothing, after a minute in
+// all once nothing is left but to write, or when the connection is closed.
 func (b *batch) writeRest(p piece, from int) {
+	defer func() { _ = b.conn.SetWriteDeadline(time.Time{}) }()
 	for ok := true; ok; p, ok = b.begin() {
-		n := 0
-		err := b.conn.SetWriteDeadline(time.Now().Add(keptPatience))
-		if err == nil {
-			n, err = b.conn.Write(p.data[from:])
-			_ = b.conn.SetWriteDeadline(time.Time{})
-		}
+		n, err := b.writeSlowly(p.data[from:])
 		b.end(p, from+n, err)
 		from = 0
 	}
+}
+
+// writeSlowly writes the data in parts, each of which may take its time.
+func (b *batch) writeSlowly(data []byte) (n int, err error) {
+	for n < len(data) && err == nil {
+		if err := b.conn.SetWriteDeadline(b.deadline()); err != nil {
+			return n, err
+		}
+		var part int
+		part, err = b.conn.Write(data[n:min(len(data), n+keptPart)])
+		n += part
+	}
+	return n, err
+}
+
+// deadline is until when the peer has to take what is written next.
+func (b *batch) deadline() time.Time {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	end := time.Now().Add(keptPatience)
+	if !b.owner.onlyWritesLocked() {
+		return end
+	}
+	if b.last.IsZero() {
+		b.last = end
+	}
+	return b.last
 }
 
 // begin returns what is to be written next. If there is nothing, writing has

@@ -1313,6 +1313,7 @@ func TestKept_PathDecides(t *testing.T) {
 	sendMany(t, first.URL(), 0, 10)
 
 	require.NoError(t, os.Rename(second.URL().Path, first.URL().Path))
+	lookEnds()
 	for i := range 10 {
 		require.NoError(t, acomm.Send(first.URL(), note{ID: 100 + i}))
 		require.Equal(t, 0, first.handled(100+i))
@@ -1321,6 +1322,7 @@ func TestKept_PathDecides(t *testing.T) {
 	keep(t, first.URL())
 	require.NoError(t, os.Remove(first.URL().Path))
 	for range 3 {
+		lookEnds()
 		require.ErrorIs(t, acomm.Send(first.URL(), note{ID: 200}), fs.ErrNotExist)
 	}
 	require.Equal(t, 0, first.handled(200)+second.handled(200))

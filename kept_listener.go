@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/url"
@@ -37,6 +38,7 @@ type firstConn struct {
 	run  *listenerRun
 
 	mu      sync.Mutex // guards the fields below
+	reading int        // calls of Read that are under way
 	read    int        // bytes read by the handler
 	frame   int        // of them, a frame read by UnmarshalConnData
 	written bool       // by the handler, other than the acknowledgement with the offer
@@ -91,7 +93,7 @@ func (f *firstConn) acknowledge(frame []byte) error {
 func (f *firstConn) mayOffer(size int) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.frame == 0 || f.frame != f.read || f.written || f.state != firstAlone || f.closed || size > keptLimit {
+	if f.frame == 0 || f.frame != f.read || f.reading > 0 || f.written || f.state != firstAlone || f.closed || size > keptLimit {
 		return false
 	}
 	if !f.ul.mayOffer(f) {
@@ -180,9 +182,11 @@ func (f *firstConn) Read(p []byte) (int, error) {
 		f.peeked = f.peeked[n:]
 		return n, nil
 	}
+	f.reading++ // it would be given the sender's word
 	f.mu.Unlock()
 	n, err := f.conn.Read(p)
 	f.mu.Lock()
+	f.reading--
 	f.read += n
 	f.mu.Unlock()
 	return n, err
@@ -239,7 +243,21 @@ func (f *firstConn) LocalAddr() net.Addr  { return f.conn.LocalAddr() }
 func (f *firstConn) RemoteAddr() net.Addr { return f.conn.RemoteAddr() }
 
 // SyscallConn gives access to the socket, for the peer's credentials.
-func (f *firstConn) SyscallConn() (syscall.RawConn, error) { return f.conn.SyscallConn() }
+func (f *firstConn) SyscallConn() (syscall.RawConn, error) { return controlOf(f.conn) }
+
+// controlOf returns what gives access to a socket that others read and write, too.
+func controlOf(conn *net.UnixConn) (syscall.RawConn, error) {
+	raw, err := conn.SyscallConn()
+	return controlOnly{raw}, err
+}
+
+// controlOnly refuses to wait for the socket: whoever does keeps all others from it.
+type controlOnly struct{ syscall.RawConn }
+
+func (controlOnly) Read(func(uintptr) bool) error  { return errShared }
+func (controlOnly) Write(func(uintptr) bool) error { return errShared }
+
+var errShared = fmt.Errorf("the socket may be shared with other exchanges, use the connection's own methods: %w", errors.ErrUnsupported)
 
 func (f *firstConn) SetDeadline(t time.Time) error {
 	return f.setDeadline(f.conn.SetDeadline, t)
@@ -361,6 +379,14 @@ func (c *keptListener) refuse() {
 	}
 }
 
+// rests reports whether nothing is served, nor sent the other way.
+func (c *keptListener) rests() bool {
+	c.out.mu.Lock()
+	defer c.out.mu.Unlock()
+	sends := c.sends.Load()
+	return !c.refusing && len(c.pending) == 0 && (sends == nil || len(sends.waiting) == 0)
+}
+
 // refuseLocked reports whether it was not so before. The caller holds out.mu.
 func (c *keptListener) refuseLocked() bool {
 	if c.refusing {
@@ -447,9 +473,9 @@ func (c *keptListener) readLink(r *bufio.Reader) error {
 	}
 	var answer uint32
 	const name = len(keptToken{})
-	file := fileID{binary.BigEndian.Uint64(question[name:]), binary.BigEndian.Uint64(question[name+8:])}
+	device, inode := binary.BigEndian.Uint64(question[name:]), binary.BigEndian.Uint64(question[name+8:])
 	on := kept.called(keptToken(question[:name]))
-	if on != nil && on.file == file && on.peer == c.peer && on.peer != (peerID{}) && c.ul.serveOn(on.keptConn, c) {
+	if on != nil && on.file.isFile(device, inode) && on.peer == c.peer && on.peer != (peerID{}) && c.ul.serveOn(on.keptConn, c) {
 		answer = 1
 	}
 	c.out.mu.Lock()
@@ -648,7 +674,7 @@ func (e *exchange) RemoteAddr() net.Addr { return e.c.remote }
 
 // SyscallConn gives access to the socket that the exchange shares with others, for
 // the peer's credentials.
-func (e *exchange) SyscallConn() (syscall.RawConn, error) { return e.c.conn.SyscallConn() }
+func (e *exchange) SyscallConn() (syscall.RawConn, error) { return controlOf(e.c.conn) }
 
 func (e *exchange) SetDeadline(t time.Time) error      { return e.setDeadlines(t, true, true) }
 func (e *exchange) SetReadDeadline(t time.Time) error  { return e.setDeadlines(t, true, false) }

@@ -2,8 +2,21 @@
 
 package acomm
 
-import "net"
+import (
+	"errors"
+	"net"
+	"os"
+	"syscall"
+)
 
-// peerOf returns the process at the other end of a connection, which is not asked for
-// where no connection is kept.
+// Where no connection is kept nothing of this is asked for.
+
 func peerOf(*net.UnixConn) peerID { return peerID{} }
+
+func thisThread() threadID { return threadID{} }
+
+func openSocketFile(string) (*os.File, string, fileID, error) {
+	return nil, "", fileID{}, errors.ErrUnsupported
+}
+
+func changeTime(*syscall.Stat_t) syscall.Timespec { return syscall.Timespec{} }

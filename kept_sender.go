@@ -32,7 +32,8 @@ type keptSender struct {
 	*keptConn
 	path string
 	file fileID
-	made bool // for it, by this process
+	as   threadID // who connected
+	made bool     // for it, by this process
 
 	// Guarded by out.mu.
 	agreed   bool // by the listener
@@ -40,7 +41,7 @@ type keptSender struct {
 	last     uint32
 	waiting  map[uint32]*waiter
 	size     int       // bytes of the messages that are waiting
-	looked   time.Time // when the path led to the listener's socket
+	looked   time.Time // when a look had found that the path leads to the listener's socket
 	expiry   *time.Timer
 	expires  time.Time // when expiry is set for; zero: it is not
 	linking  *keptConn // the listener is asked for
@@ -84,13 +85,14 @@ func (c *keptSender) exchange(deadline time.Time, m *message) (*Response, error)
 func (c *keptSender) await(deadline time.Time, frame []byte) outcome {
 	w := waiters.Get().(*waiter)
 	c.out.mu.Lock()
-	if !c.trustedLocked() {
+	if now := time.Now(); now.Sub(c.looked) >= keptLook {
 		c.out.mu.Unlock()
 		if file, err := statFile(c.path); err != nil || file != c.file {
 			c.retire()
 			return outcome{err: errUnsent}
 		}
 		c.out.mu.Lock()
+		c.looked = now // before the look: what it found was so after that
 	}
 	full := len(c.waiting) >= keptShare || c.size+len(frame) > keptWindow || c.out.queued-c.out.written > keptWindow
 	if !c.agreed || c.retired || c.out.err != nil || full {
@@ -111,18 +113,6 @@ func (c *keptSender) await(deadline time.Time, frame []byte) outcome {
 	o := <-w.outcome
 	waiters.Put(w)
 	return o
-}
-
-// trustedLocked reports whether the path is trusted to lead to the listener's socket
-// still. Among messages sent at the same time one in keptLook is not, and looks. The
-// caller holds out.mu.
-func (c *keptSender) trustedLocked() bool {
-	now := time.Now()
-	if len(c.waiting) > 0 && now.Sub(c.looked) < keptLook {
-		return true
-	}
-	c.looked = now
-	return false
 }
 
 // expireLocked sees to it that what has passed its deadline is given up then. One
@@ -367,6 +357,16 @@ func (k *keeper) to(path string) *keptSender {
 	return k.conns[path]
 }
 
+// forThread is to, unless the calling thread has other rights than the one that
+// connected: the kernel would have asked for them.
+func (k *keeper) forThread(path string) *keptSender {
+	c := k.to(path)
+	if c == nil || c.as != thisThread() {
+		return nil
+	}
+	return c
+}
+
 // wants reports whether a connection to the path would be kept.
 func (k *keeper) wants(path string) bool {
 	k.mu.Lock()
@@ -375,7 +375,44 @@ func (k *keeper) wants(path string) bool {
 }
 
 func (k *keeper) wantsLocked(path string) bool {
-	return keepsConns && k.users > 0 && k.made < keptConns && k.conns[path] == nil
+	return keepsConns && k.users > 0 && k.made < mostKept() && k.conns[path] == nil
+}
+
+// mostKept is how many connections are kept, as sender or by a listener.
+func mostKept() int {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return keptConns
+	}
+	return int(min(keptConns, limit.Cur/8))
+}
+
+// makeRoom closes the connections that are at rest, where a descriptor is needed. It
+// reports whether there were any.
+func (k *keeper) makeRoom() bool {
+	k.mu.Lock()
+	var resting []*keptSender
+	for c := range k.live {
+		c.out.mu.Lock()
+		if c.made && len(c.waiting) == 0 {
+			resting = append(resting, c)
+		}
+		c.out.mu.Unlock()
+	}
+	k.mu.Unlock()
+	room := false
+	for _, c := range resting {
+		if c.retire() {
+			<-c.ended
+			room = true
+		}
+	}
+	return room
+}
+
+// lacksDescriptor reports whether an error says that there is no descriptor left.
+func lacksDescriptor(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
 }
 
 // keep tells the listener that the connection is kept, if it is, and reports so.
@@ -384,7 +421,7 @@ func (k *keeper) keep(path string, file fileID, conn *net.UnixConn) bool {
 	if err != nil {
 		return false
 	}
-	c := &keptSender{keptConn: on, path: path, file: file, made: true, waiting: make(map[uint32]*waiter)}
+	c := &keptSender{keptConn: on, path: path, file: file, as: thisThread(), made: true, waiting: make(map[uint32]*waiter)}
 	on.sends.Store(c)
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		return false
@@ -431,7 +468,7 @@ func (k *keeper) sendOn(on *keptConn, instead *keptSender) {
 		return
 	}
 	c := &keptSender{
-		keptConn: on, path: instead.path, file: instead.file, agreed: true, waiting: make(map[uint32]*waiter),
+		keptConn: on, path: instead.path, file: instead.file, as: instead.as, agreed: true, waiting: make(map[uint32]*waiter),
 	}
 	on.sends.Store(c)
 	k.conns[c.path], k.live[c] = c, struct{}{}
@@ -478,9 +515,16 @@ func namedKeeper(conn *net.UnixConn) bool {
 	return ok && strings.HasPrefix(addr.Name, keptName)
 }
 
-// fileID tells the socket files that exist at one time apart. A connection keeps
-// the file of its listener's socket in existence, so its number is not used again.
-type fileID struct{ device, inode uint64 }
+// fileID tells socket files apart, and a file before its mode, owner or name changed
+// from the same file after it. The number of a file that is gone is used again, the
+// time is then another.
+type fileID struct {
+	device, inode uint64
+	changed       syscall.Timespec
+}
+
+// isFile reports whether it is the file with these numbers.
+func (f fileID) isFile(device, inode uint64) bool { return f.device == device && f.inode == inode }
 
 func statFile(path string) (fileID, error) {
 	var st syscall.Stat_t
@@ -490,12 +534,18 @@ func statFile(path string) (fileID, error) {
 	return newFileID(&st), nil
 }
 
-func newFileID(st *syscall.Stat_t) fileID { return fileID{uint64(st.Dev), uint64(st.Ino)} }
+func newFileID(st *syscall.Stat_t) fileID {
+	return fileID{uint64(st.Dev), uint64(st.Ino), changeTime(st)}
+}
+
+// threadID is what the kernel asks for when a thread opens a file.
+type threadID struct{ fsuid, fsgid uintptr }
 
 // peerID is a process and its rights.
 type peerID struct {
 	pid      int32
 	uid, gid uint32
+	groups   string // the supplementary ones, as the kernel writes them
 }
 
 // keptToken is what a listener calls a kept connection, and tells nobody but who

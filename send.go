@@ -42,15 +42,17 @@ const (
 // the parser, and %41 is an A. On Linux, while a
 // [Tracker] or [UnixListener] of this process is started, the connection to a
 // socket whose process has this library too is kept, and shared by all goroutines:
-// one for each path, 256 of them, each with up to 1,024 exchanges at a time of up
+// one for each path, 256 of them or an eighth of the descriptors, each with up to 1,024 exchanges at a time of up
 // to 64 KiB of JSON, together 2 MiB. What is over that goes on a connection of its
 // own. Where that process keeps a connection to this one, and requests have come by it
 // whose hook is the path, messages to the path take that one. A kept
 // connection is closed after 5 to 10 s without an exchange, and when the last
 // tracker and listener have stopped. When it ends, a message that can't have been
 // read is sent again, on a new connection and within the same minute; one that may
-// have been is not. A socket file that was replaced or removed is noticed at each
-// Send; while others are under way, within a millisecond.
+// have been is not. A socket file that was replaced, removed, or given another mode or
+// owner is noticed within a millisecond, and connected to again. A thread with another
+// file-system user or group than the one that connected has a connection of its own.
+// Where there is no descriptor left, connections at rest are closed.
 //
 // Everything else goes out as an HTTP POST with the JSON as its body, through
 // [net/http.DefaultTransport] as it is at that moment, so its settings for TLS,
@@ -108,7 +110,7 @@ func send(deadline time.Time, addr *url.URL, payload interface{}) error {
 // kept connection.
 func sendUnix(deadline time.Time, path string, m *message) (*Response, error) {
 	if len(m.text) <= keptHeaderSize+keptLimit {
-		if c := kept.to(path); c != nil {
+		if c := kept.forThread(path); c != nil {
 			ack, err := c.exchange(deadline, m)
 			if err != errUnsent {
 				return ack, err
@@ -127,17 +129,13 @@ func sendUnix(deadline time.Time, path string, m *message) (*Response, error) {
 func sendAlone(deadline time.Time, path string, frame []byte) (*Response, error) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
-	var file fileID
-	var statErr error
+	var file fileID // the one that is connected to, if the connection may be kept
+	dial := dialPath(path)
 	keep := kept.wants(path)
 	if keep {
-		file, statErr = statFile(path)
+		dial = dialToKeep(path, &file)
 	}
-	var dialer net.Dialer
-	if keep {
-		dialer.Control = nameKeeper
-	}
-	conn, err := dialUnix(ctx, &dialer, path)
+	conn, err := dialUnix(ctx, path, dial)
 	if err != nil {
 		return nil, err
 	}
@@ -163,7 +161,7 @@ func sendAlone(deadline time.Time, path string, frame []byte) (*Response, error)
 	if err != nil {
 		return nil, fmt.Errorf("acknowledgement: %w", err)
 	}
-	if keep && statErr == nil && writeErr == nil && offersToKeep(data) {
+	if file != (fileID{}) && writeErr == nil && offersToKeep(data) {
 		if now, err := statFile(path); err == nil && now == file && kept.keep(path, file, conn) {
 			conn = nil
 		}
@@ -187,16 +185,46 @@ func parseAck(answer []byte) (*Response, error) {
 	return ack, nil
 }
 
-// dialUnix connects to a stream socket. Where its backlog is full it tries again
-// until the context ends.
-func dialUnix(ctx context.Context, dialer *net.Dialer, path string) (*net.UnixConn, error) {
+// dialPath connects to the socket at the path.
+func dialPath(path string) func(context.Context) (net.Conn, error) {
+	return func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "unix", path) }
+}
+
+// dialToKeep connects to the socket at the path with a name that says that the
+// connection can be kept, and notes which file it was. Where the file can't be told it
+// connects without.
+func dialToKeep(path string, file *fileID) func(context.Context) (net.Conn, error) {
+	return func(ctx context.Context) (net.Conn, error) {
+		opened, name, id, err := openSocketFile(path)
+		if err != nil {
+			*file = fileID{}
+			return dialPath(path)(ctx)
+		}
+		defer opened.Close()
+		*file = id
+		dialer := net.Dialer{Control: nameKeeper}
+		conn, err := dialer.DialContext(ctx, "unix", name)
+		if err != nil && !errors.Is(err, syscall.EAGAIN) { // such as no /proc, or a thread that may not use it
+			*file = fileID{}
+			return dialPath(path)(ctx)
+		}
+		return conn, err
+	}
+}
+
+// dialUnix connects to a stream socket at the path. Where its backlog is full it
+// tries again until the context ends.
+func dialUnix(ctx context.Context, path string, dial func(context.Context) (net.Conn, error)) (*net.UnixConn, error) {
 	if err := checkSocketPath(path); err != nil {
 		return nil, err
 	}
 	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
-		conn, err := dialer.DialContext(ctx, "unix", path)
+		conn, err := dial(ctx)
 		if err == nil {
 			return conn.(*net.UnixConn), nil
+		}
+		if lacksDescriptor(err) && kept.makeRoom() {
+			continue
 		}
 		if !errors.Is(err, syscall.EAGAIN) {
 			return nil, err

@@ -178,8 +178,9 @@ func (ul *UnixListener) checkStopped() error {
 // concurrency. When done, the connection MUST be finished with a call to DoneConn.
 //
 // The connection has no deadline. A peer may connect and stay silent, so set one
-// before reading. It has the SyscallConn method of [net.UnixConn], through which
-// the peer's credentials can be read; it may be of another type.
+// before reading. It has the SyscallConn method of [net.UnixConn], for the peer's
+// credentials: Control works, and where the socket may be shared Read and Write give
+// an error that matches [errors.ErrUnsupported]. It may be of another type.
 //
 // On Linux, and without an accept limit, senders that have this library too keep
 // their connections, 256 to a listener: then what is returned stands for one
@@ -429,6 +430,9 @@ func (ul *UnixListener) accept(run *listenerRun) {
 		if errors.Is(err, net.ErrClosed) {
 			break
 		}
+		if err != nil && lacksDescriptor(err) && (kept.makeRoom() || ul.makeRoom(run)) {
+			continue
+		}
 		if err != nil {
 			failures.log(logrus.ErrorLevel, "failed to accept a connection", err, "", ul.addr)
 			run.waitToAccept(delay)
@@ -515,7 +519,23 @@ func (ul *UnixListener) serveOn(on *keptConn, like *keptListener) bool {
 
 // mayKeepLocked reports whether another connection may be kept. The caller holds the
 // listener's mu.
-func (run *listenerRun) mayKeepLocked() bool { return len(run.offered)+len(run.kept) < keptConns }
+func (run *listenerRun) mayKeepLocked() bool { return len(run.offered)+len(run.kept) < mostKept() }
+
+// makeRoom ends the connections that are kept and at rest. It reports whether there were
+// any.
+func (ul *UnixListener) makeRoom(run *listenerRun) bool {
+	ul.mu.Lock()
+	keeping := slices.Collect(maps.Keys(run.kept))
+	ul.mu.Unlock()
+	room := false
+	for _, c := range keeping {
+		if c.rests() {
+			c.refuse() // which closes it, if its peer reads
+			room = true
+		}
+	}
+	return room
+}
 
 // addKeptLocked adds a connection that is kept. The caller holds the listener's mu.
 func (run *listenerRun) addKeptLocked(c *keptListener) {

@@ -1,0 +1,365 @@
+package acomm_test
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+	"unsafe"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/mistifyio/acomm"
+)
+
+// asStranger runs f on a thread of its own, with the rights of another user and group.
+func asStranger(t *testing.T, become func() syscall.Errno, f func()) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("only root can become somebody else")
+	}
+	within(t, async(func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		if errno := become(); errno != 0 {
+			t.Error(errno)
+			return
+		}
+		f()
+	}), "the thread with other rights")
+}
+
+const nobody = 65534
+
+func becomeNobody() syscall.Errno {
+	_, _, errno := syscall.RawSyscall(syscall.SYS_SETRESGID, nobody, nobody, nobody)
+	if errno == 0 {
+		_, _, errno = syscall.RawSyscall(syscall.SYS_SETRESUID, nobody, nobody, nobody)
+	}
+	return errno
+}
+
+func setFileUser() syscall.Errno {
+	_, _, _ = syscall.RawSyscall(syscall.SYS_SETFSUID, nobody, 0, 0)
+	return 0
+}
+
+// Hazard: a thread that may not open the socket gets in on the connection of those who
+// may; servers that act for their users have such threads.
+func TestKept_AThreadWithoutTheRightGetsNowhere(t *testing.T) {
+	for name, become := range map[string]func() syscall.Errno{"setresuid": becomeNobody, "setfsuid": setFileUser} {
+		t.Run(name, func(t *testing.T) {
+			s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
+			require.NoError(t, os.Chmod(s.Addr(), 0o600))
+			keep(t, s.URL())
+			asStranger(t, become, func() {
+				for i := range 100 {
+					if err := acomm.Send(s.URL(), note{ID: 1000 + i}); !errors.Is(err, fs.ErrPermission) {
+						t.Errorf("message %d: %v", i, err)
+					}
+				}
+			})
+			for i := range 100 {
+				require.Zero(t, s.handled(1000+i))
+			}
+			require.True(t, acomm.KeptAgreed(s.Addr()), "others go on")
+			require.NoError(t, acomm.Send(s.URL(), note{ID: 1}))
+		})
+	}
+}
+
+// lookEnds waits until a look at a path is good no more.
+func lookEnds() { time.Sleep(10 * acomm.KeptLook) }
+
+// Hazard: taking the right to connect away does nothing to a connection that is kept.
+// Who has the right connects again, so that the kernel decides.
+func TestKept_ChangedModeOrOwnerHasTheKernelAskedAgain(t *testing.T) {
+	for name, change := range map[string]func(path string) error{
+		"mode":  func(path string) error { return os.Chmod(path, 0o600) },
+		"owner": func(path string) error { return os.Chown(path, os.Getuid(), os.Getgid()) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
+			keep(t, s.URL())
+			before := len(s.peersNow())
+			require.NoError(t, change(s.Addr()))
+			lookEnds()
+			require.NoError(t, acomm.Send(s.URL(), note{ID: 2}))
+			require.Greater(t, len(s.peersNow()), before)
+		})
+	}
+}
+
+// Hazard: a look at the path is noted before it is done, so those who send meanwhile go
+// to the socket that was replaced.
+func TestKept_ReplacedSocketGetsNothingFromABurst(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(4))
+	for range 20 {
+		dir := shortDir(t)
+		inHand, release := make(chan struct{}), make(chan struct{})
+		slow := func(conn net.Conn, _ note) {
+			close(inHand)
+			<-release
+			_ = acomm.SendConnData(conn, &acomm.Response{})
+		}
+		old := startKept(t, filepath.Join(dir, "s.sock"), 0, map[string]keptHandling{"slow": slow})
+		replacing := startKept(t, filepath.Join(dir, "new.sock"), 0, nil)
+		keep(t, old.URL())
+		sent := sendAsync(old.URL(), note{How: "slow"})
+		within(t, inHand, "the slow exchange")
+		require.NoError(t, os.Rename(replacing.Addr(), old.Addr()))
+		lookEnds()
+		var ready, sending sync.WaitGroup
+		ready.Add(16)
+		for i := range 16 {
+			sending.Go(func() {
+				ready.Done()
+				ready.Wait()
+				if err := acomm.Send(old.URL(), note{ID: 100 + i}); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		sending.Wait()
+		for i := range 16 {
+			require.Zero(t, old.handled(100+i))
+			require.Equal(t, 1, replacing.handled(100+i))
+		}
+		close(release)
+		require.NoError(t, within(t, sent, "the slow exchange"))
+		old.Stop(0)
+		replacing.Stop(0)
+	}
+}
+
+// Hazard: a path that led elsewhere between two looks keeps a connection made meanwhile.
+func TestKept_FileThatWasElsewhereIsConnectedToAgain(t *testing.T) {
+	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
+	keep(t, s.URL())
+	before := len(s.peersNow())
+	require.NoError(t, os.Rename(s.Addr(), s.Addr()+"2"))
+	require.NoError(t, os.Rename(s.Addr()+"2", s.Addr()))
+	lookEnds()
+	require.NoError(t, acomm.Send(s.URL(), note{ID: 1}))
+	require.Greater(t, len(s.peersNow()), before)
+}
+
+// Hazard: a handler that waits for the socket itself holds it up for all others.
+func TestKept_NobodyWaitsForTheSocketItself(t *testing.T) {
+	results := make(chan error, 10)
+	waits := func(conn net.Conn, _ note) {
+		raw, err := conn.(syscall.Conn).SyscallConn()
+		if err != nil {
+			results <- err
+			return
+		}
+		results <- raw.Read(func(uintptr) bool { return false })
+		results <- raw.Write(func(uintptr) bool { return false })
+		results <- raw.Control(func(uintptr) {})
+		_ = acomm.SendConnData(conn, &acomm.Response{})
+	}
+	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{"waits": waits})
+	keepingProcess(t)
+	for range 2 { // on the first connection, and on one that is kept
+		sent := sendAsync(s.URL(), note{How: "waits"})
+		require.ErrorIs(t, within(t, results, "Read"), errors.ErrUnsupported)
+		require.ErrorIs(t, within(t, results, "Write"), errors.ErrUnsupported)
+		require.NoError(t, within(t, results, "Control"))
+		require.NoError(t, within(t, sent, "the acknowledgement"))
+		keep(t, s.URL())
+	}
+}
+
+// Hazard: a handler that reads on before it acknowledges is given the sender's agreement
+// as data.
+func TestKept_AHandlerThatReadsOnSeesTheEnd(t *testing.T) {
+	type end struct {
+		n   int
+		err error
+	}
+	ends := make(chan end, 1)
+	readsOn := func(conn net.Conn, _ note) {
+		reading := make(chan struct{})
+		read := async(func() {
+			close(reading)
+			n, err := conn.Read(make([]byte, 100))
+			ends <- end{n, err}
+		})
+		<-reading
+		await(t, "the handler to read on", func() bool { return blockedIn("acomm.(*firstConn).Read") > 0 })
+		_ = acomm.SendConnData(conn, &acomm.Response{})
+		<-read
+	}
+	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{"reads on": readsOn})
+	keepingProcess(t)
+	require.NoError(t, acomm.Send(s.URL(), note{How: "reads on"}))
+	got := within(t, ends, "the end")
+	require.Zero(t, got.n)
+	require.Error(t, got.err)
+}
+
+func init() { roles["few sender"] = fewSender }
+
+// fewSender has few descriptors, and sends to each of many sockets.
+func fewSender() {
+	var limit syscall.Rlimit
+	orExit(syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
+	limit.Cur = 64
+	orExit(syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit))
+	ul := acomm.NewUnixListener(filepath.Join(os.TempDir(), "own.sock"), 0) // so that connections are kept
+	orExit(ul.Start())
+	failed := 0
+	for line := range commands {
+		if err := acomm.Send(unixURL(line), note{}); err != nil {
+			failed++
+		}
+		fmt.Println(failed)
+	}
+}
+
+// Hazard: connections at rest use up the descriptors, and what needs one fails.
+func TestKept_ConnectionsAtRestGiveWay(t *testing.T) {
+	sender := startProcess(t, "few sender")
+	dir := shortDir(t)
+	for i := range 120 {
+		s := startKept(t, filepath.Join(dir, strconv.Itoa(i)+".sock"), 0, nil)
+		require.NoError(t, sender.WriteLine(s.Addr()))
+		require.Equal(t, "0", sender.ReadLine(), "sends that failed, of %d", i+1)
+	}
+}
+
+// Hazard: the time of a write is that of a whole answer, so a peer that takes something
+// all the time is cut off.
+func TestKept_SlowReaderOfALargeAnswerIsServed(t *testing.T) {
+	const pause = 50 * time.Millisecond
+	setPatience(t, 10*pause)
+	answer := errors.New(strings.Repeat("y", 3<<20))
+	large := func(conn net.Conn, _ note) { _ = acomm.SendConnData(conn, &acomm.Response{Error: answer}) }
+	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{"large": large})
+	conn := keepRaw(t, s.Addr())
+	require.NoError(t, conn.SetReadDeadline(time.Now().Add(patience)))
+	message := `{"how":"large"}`
+	_, err := conn.Write(keptFrame(keptMessage, uint32(len(message)), 1, message))
+	require.NoError(t, err)
+	buf := make([]byte, 128<<10)
+	for read := 0; read < 3<<20; {
+		time.Sleep(pause) // a slow peer: it takes longer in all than the patience
+		n, err := conn.Read(buf)
+		require.NoError(t, err, "after %d bytes", read)
+		read += n
+	}
+}
+
+// setPatience sets how long a peer may take nothing of what is written to it.
+func setPatience(t testing.TB, d time.Duration) {
+	old := acomm.SetKeptPatience(d)
+	t.Cleanup(func() { acomm.SetKeptPatience(old) })
+}
+
+// Hazard: a peer that reads slowly holds up Stop for many times the patience of a write.
+func TestKept_SlowReaderHoldsUpStopForOnePatience(t *testing.T) {
+	const wait = 300 * time.Millisecond
+	setPatience(t, wait)
+	const number = 34
+	answer := errors.New(strings.Repeat("y", 256<<10)) // less than is read in the patience
+	answered := make(chan struct{}, number)
+	large := func(conn net.Conn, _ note) {
+		_ = acomm.SendConnData(conn, &acomm.Response{Error: answer})
+		answered <- struct{}{}
+	}
+	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{"large": large})
+	conn := keepRaw(t, s.Addr())
+	message := `{"how":"large"}`
+	for i := range uint32(number) {
+		_, err := conn.Write(keptFrame(keptMessage, uint32(len(message)), i+1, message))
+		require.NoError(t, err)
+	}
+	for range number {
+		within(t, answered, "an answer to be queued")
+	}
+	start := time.Now()
+	stopped := async(func() { s.Stop(0) })
+	reading := async(func() { // something in each patience, so that no write takes longer
+		buf := make([]byte, 25<<10)
+		for {
+			select {
+			case <-stopped:
+				return
+			case <-time.After(wait / 16):
+			}
+			if _, err := conn.Read(buf); err != nil {
+				return
+			}
+		}
+	})
+	within(t, stopped, "Stop")
+	require.Less(t, time.Since(start), 5*wait)
+	require.NoError(t, conn.Close())
+	within(t, reading, "the peer")
+}
+
+func init() { roles["other groups"] = otherGroups }
+
+// otherGroups listens with a supplementary group, and gives it up before it serves.
+func otherGroups() {
+	ul := acomm.NewUnixListener(os.Getenv("SOCKET"), 0)
+	orExit(syscall.Setgroups([]int{4242}))
+	orExit(ul.Start())
+	orExit(syscall.Setgroups(nil))
+	fmt.Println("ready")
+	for conn := ul.NextConn(); conn != nil; conn = ul.NextConn() {
+		req, err := takeRequest(ul, conn, func(*acomm.Request) {})
+		if err == nil {
+			err = req.Respond(&acomm.Response{ID: req.ID})
+		}
+		orExit(err)
+	}
+}
+
+// Hazard: on a connection that goes the other way the kernel names the groups that a
+// process had when it began to listen, not those of the sender of the message.
+func TestKeptBoth_HandlersSeeTheGroupsOfTheSender(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("only root can set its groups")
+	}
+	const soPeerGroups = 59
+	groups := make(chan int, 1)
+	hook := startListener(t, filepath.Join(shortDir(t), "hook.sock"), 0)
+	go func() {
+		for conn := hook.NextConn(); conn != nil; conn = hook.NextConn() {
+			number := -1
+			raw, err := conn.(syscall.Conn).SyscallConn()
+			if err == nil {
+				_ = raw.Control(func(fd uintptr) {
+					var buf [64]byte
+					size := uint32(len(buf))
+					_, _, errno := syscall.Syscall6(syscall.SYS_GETSOCKOPT, fd, syscall.SOL_SOCKET, soPeerGroups,
+						uintptr(unsafe.Pointer(&buf)), uintptr(unsafe.Pointer(&size)), 0)
+					if errno == 0 {
+						number = int(size) / 4
+					}
+				})
+			}
+			if acomm.UnmarshalConnData(conn, &acomm.Response{}) == nil {
+				_ = acomm.SendConnData(conn, &acomm.Response{})
+			}
+			hook.DoneConn(conn)
+			groups <- number
+		}
+	}()
+	socket := filepath.Join(shortDir(t), "s.sock")
+	provider := startProcess(t, "other groups", "SOCKET="+socket)
+	require.Equal(t, "ready", provider.ReadLine())
+	for i := range 30 {
+		require.NoError(t, acomm.Send(unixURL(socket), &acomm.Request{ID: strconv.Itoa(i), Task: "task", ResponseHook: hook.URL()}))
+		require.Zero(t, within(t, groups, "the response"), "response %d", i)
+	}
+}
