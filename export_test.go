@@ -63,9 +63,7 @@ const (
 // KeptAgreed reports whether the process keeps a connection to the path that its
 // listener has agreed to keep.
 func KeptAgreed(path string) bool {
-	kept.mu.Lock()
-	c := kept.conns[path]
-	kept.mu.Unlock()
+	c := kept.to(path)
 	if c == nil {
 		return false
 	}
@@ -77,9 +75,7 @@ func KeptAgreed(path string) bool {
 // KeptTo reports whether the process keeps a connection to the path, or is about
 // to.
 func KeptTo(path string) bool {
-	kept.mu.Lock()
-	defer kept.mu.Unlock()
-	return kept.conns[path] != nil
+	return kept.to(path) != nil
 }
 
 // KeptLinked reports whether messages to the path go by a connection that was made
@@ -114,9 +110,7 @@ func SetKeptRest(d time.Duration) (old time.Duration) {
 // SetKeptNumber sets the number of the last message on the connection kept to the
 // path, and SetKeptNumbers that of those the listener keeps.
 func SetKeptNumber(path string, number uint32) {
-	kept.mu.Lock()
-	c := kept.conns[path]
-	kept.mu.Unlock()
+	c := kept.to(path)
 	c.out.mu.Lock()
 	defer c.out.mu.Unlock()
 	c.last = number
@@ -157,9 +151,7 @@ func KeptConns() int {
 // KeptWaiting counts the messages on the connection kept to the path that wait for
 // their acknowledgement.
 func KeptWaiting(path string) int {
-	kept.mu.Lock()
-	c := kept.conns[path]
-	kept.mu.Unlock()
+	c := kept.to(path)
 	if c == nil {
 		return 0
 	}

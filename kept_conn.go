@@ -33,6 +33,7 @@ const (
 	keptShare      = 1024                // exchanges at a time in one direction; one more gets a connection of its own
 	keptWindow     = 2 << 20             // bytes of JSON in them; the same
 	keptConns      = 256                 // connections a process, or a listener, keeps; an eighth of its descriptors, if that is less
+	keptRoutes     = 4 * keptConns       // paths that lead to them
 	keptAgree      = time.Second         // the listener has to agree in
 	keptLook       = time.Millisecond    // for which a look is good that found that a path leads to the same socket
 )

@@ -363,3 +363,32 @@ func TestKeptBoth_HandlersSeeTheGroupsOfTheSender(t *testing.T) {
 		require.Zero(t, within(t, groups, "the response"), "response %d", i)
 	}
 }
+
+// Hazard: each spelling of a path has a connection of its own.
+func TestKept_PathsAreComparedByWhatTheyLeadTo(t *testing.T) {
+	dir := shortDir(t)
+	s := startKept(t, filepath.Join(dir, "s.sock"), 0, nil)
+	other := startKept(t, filepath.Join(dir, "o.sock"), 0, nil)
+	keep(t, s.URL())
+	before := len(s.peersNow())
+	link := filepath.Join(dir, "link")
+	require.NoError(t, os.Symlink(s.Addr(), link))
+	for i := range 50 {
+		spelling := dir + strings.Repeat("/.", i) + "/s.sock"
+		if len(spelling) > acomm.MaxPath {
+			break
+		}
+		require.NoError(t, acomm.Send(unixURL(spelling), note{ID: i}))
+	}
+	require.NoError(t, acomm.Send(unixURL(link), note{}))
+	require.Len(t, s.peersNow(), before)
+
+	// One of them leads elsewhere by now, the others do not.
+	require.NoError(t, os.Remove(link))
+	require.NoError(t, os.Symlink(other.Addr(), link))
+	lookEnds()
+	require.NoError(t, acomm.Send(unixURL(link), note{ID: 1000}))
+	require.Equal(t, 1, other.handled(1000))
+	require.NoError(t, acomm.Send(s.URL(), note{ID: 1001}))
+	require.Len(t, s.peersNow(), before, "the connection is kept for the others")
+}

@@ -30,7 +30,6 @@ var errUnsent = errors.New("not sent")
 // this one.
 type keptSender struct {
 	*keptConn
-	path string
 	file fileID
 	as   threadID // who connected
 	made bool     // for it, by this process
@@ -40,8 +39,7 @@ type keptSender struct {
 	retired  bool // no further exchange
 	last     uint32
 	waiting  map[uint32]*waiter
-	size     int       // bytes of the messages that are waiting
-	looked   time.Time // when a look had found that the path leads to the listener's socket
+	size     int // bytes of the messages that are waiting
 	expiry   *time.Timer
 	expires  time.Time // when expiry is set for; zero: it is not
 	linking  *keptConn // the listener is asked for
@@ -64,11 +62,22 @@ type outcome struct {
 	written bool // the message; it is not looked at any more
 }
 
+// route is a path that leads to the socket of a sender's listener, as one that is spelled
+// otherwise may, too.
+type route struct {
+	*keptSender
+	path   string
+	looked time.Time // when a look had found that it does; guarded by out.mu
+}
+
 // exchange sends a message, behind room for a header, and returns its
 // acknowledgement. The error is errUnsent where the message can't have been read;
 // in all other cases it is released.
-func (c *keptSender) exchange(deadline time.Time, m *message) (*Response, error) {
-	o := c.await(deadline, m.text)
+func (r *route) exchange(deadline time.Time, m *message) (*Response, error) {
+	o := errNoRoute
+	if r.leads() {
+		o = r.await(deadline, m.text)
+	}
 	if o.err != errUnsent && (o.written || len(m.text) <= keptSmall) {
 		m.release()
 	}
@@ -81,19 +90,34 @@ func (c *keptSender) exchange(deadline time.Time, m *message) (*Response, error)
 	return parseAck(o.answer)
 }
 
+var errNoRoute = outcome{err: errUnsent}
+
+// leads reports whether the path leads to the listener's socket still. A look that found
+// that is good for a moment.
+func (r *route) leads() bool {
+	r.out.mu.Lock()
+	now := time.Now()
+	good := now.Sub(r.looked) < keptLook
+	r.out.mu.Unlock()
+	if good {
+		return true
+	}
+	if file, err := statFile(r.path); err != nil || file != r.file {
+		if kept.drop(r) {
+			r.retire()
+		}
+		return false
+	}
+	r.out.mu.Lock()
+	defer r.out.mu.Unlock()
+	r.looked = now // before the look: what it found was so after that
+	return true
+}
+
 // await sends a message and returns what becomes of it.
 func (c *keptSender) await(deadline time.Time, frame []byte) outcome {
 	w := waiters.Get().(*waiter)
 	c.out.mu.Lock()
-	if now := time.Now(); now.Sub(c.looked) >= keptLook {
-		c.out.mu.Unlock()
-		if file, err := statFile(c.path); err != nil || file != c.file {
-			c.retire()
-			return outcome{err: errUnsent}
-		}
-		c.out.mu.Lock()
-		c.looked = now // before the look: what it found was so after that
-	}
 	full := len(c.waiting) >= keptShare || c.size+len(frame) > keptWindow || c.out.queued-c.out.written > keptWindow
 	if !c.agreed || c.retired || c.out.err != nil || full {
 		c.out.mu.Unlock()
@@ -314,14 +338,14 @@ func (c *keptSender) linked(yes bool) error {
 type keeper struct {
 	mu    sync.Mutex                // guards the fields below; taken before out.mu
 	users int                       // listeners that are started
-	conns map[string]*keptSender    // by path; messages go there
+	conns map[string]*route         // by path; messages go there
 	live  map[*keptSender]struct{}  // not ended yet, those that only wait for answers included
 	made  int                       // of them, on connections of their own
 	named map[keptToken]*keptSender // those by what their listeners call the connection
 }
 
 var kept = keeper{
-	conns: make(map[string]*keptSender),
+	conns: make(map[string]*route),
 	live:  make(map[*keptSender]struct{}),
 	named: make(map[keptToken]*keptSender),
 }
@@ -352,19 +376,67 @@ func (k *keeper) leave() {
 
 // to returns what sends to the socket at the path, if there is something.
 func (k *keeper) to(path string) *keptSender {
+	if r := k.route(path); r != nil {
+		return r.keptSender
+	}
+	return nil
+}
+
+func (k *keeper) route(path string) *route {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.conns[path]
 }
 
-// forThread is to, unless the calling thread has other rights than the one that
-// connected: the kernel would have asked for them.
-func (k *keeper) forThread(path string) *keptSender {
-	c := k.to(path)
-	if c == nil || c.as != thisThread() {
+// find returns the route of another path to the same socket as one for this path, too.
+func (k *keeper) find(path string) *route {
+	k.mu.Lock()
+	none := len(k.conns) == 0 || len(k.conns) >= keptRoutes
+	k.mu.Unlock()
+	if none {
 		return nil
 	}
-	return c
+	file, err := statFile(path)
+	if err != nil {
+		return nil
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, r := range k.conns {
+		if r.file == file {
+			k.conns[path] = &route{keptSender: r.keptSender, path: path}
+			return k.conns[path]
+		}
+	}
+	return nil
+}
+
+// drop forgets that a path leads to a sender. It reports whether no other does.
+func (k *keeper) drop(r *route) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.conns[r.path] == r {
+		delete(k.conns, r.path)
+	}
+	for _, other := range k.conns {
+		if other.keptSender == r.keptSender {
+			return false
+		}
+	}
+	return true
+}
+
+// forThread returns the route of the path, unless the calling thread has other rights
+// than the one that connected: the kernel would have asked for them.
+func (k *keeper) forThread(path string) *route {
+	r := k.route(path)
+	if r == nil {
+		r = k.find(path)
+	}
+	if r == nil || r.as != thisThread() {
+		return nil
+	}
+	return r
 }
 
 // wants reports whether a connection to the path would be kept.
@@ -421,7 +493,7 @@ func (k *keeper) keep(path string, file fileID, conn *net.UnixConn) bool {
 	if err != nil {
 		return false
 	}
-	c := &keptSender{keptConn: on, path: path, file: file, as: thisThread(), made: true, waiting: make(map[uint32]*waiter)}
+	c := &keptSender{keptConn: on, file: file, as: thisThread(), made: true, waiting: make(map[uint32]*waiter)}
 	on.sends.Store(c)
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		return false
@@ -431,7 +503,7 @@ func (k *keeper) keep(path string, file fileID, conn *net.UnixConn) bool {
 	if !k.wantsLocked(path) || !writeAtOnce(conn, []byte(keptHello)) {
 		return false
 	}
-	k.conns[path], k.live[c] = c, struct{}{}
+	k.conns[path], k.live[c] = &route{keptSender: c, path: path}, struct{}{}
 	k.made++
 	go on.read(c.awaitAgreement) // ends with the connection; leave, and the time of rest, close it
 	return true
@@ -464,23 +536,28 @@ func (k *keeper) sendOn(on *keptConn, instead *keptSender) {
 	defer on.out.mu.Unlock()
 	serves := on.serves.Load()
 	over := on.finishing || on.stopped || serves == nil || serves.refusing
-	if k.users == 0 || k.conns[instead.path] != instead || over || on.sends.Load() != nil {
+	if k.users == 0 || over || on.sends.Load() != nil {
 		return
 	}
 	c := &keptSender{
-		keptConn: on, path: instead.path, file: instead.file, as: instead.as, agreed: true, waiting: make(map[uint32]*waiter),
+		keptConn: on, file: instead.file, as: instead.as, agreed: true, waiting: make(map[uint32]*waiter),
 	}
-	on.sends.Store(c)
-	k.conns[c.path], k.live[c] = c, struct{}{}
+	for path, r := range k.conns {
+		if r.keptSender == instead {
+			k.conns[path] = &route{keptSender: c, path: path}
+			k.live[c] = struct{}{}
+		}
+	}
+	if _, ok := k.live[c]; ok { // a path leads to instead still
+		on.sends.Store(c)
+	}
 }
 
 // forget lets no message go to a sender any more.
 func (k *keeper) forget(c *keptSender) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.conns[c.path] == c {
-		delete(k.conns, c.path)
-	}
+	maps.DeleteFunc(k.conns, func(_ string, r *route) bool { return r.keptSender == c })
 }
 
 // gone forgets a sender whose connection is closed.

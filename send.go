@@ -42,7 +42,7 @@ const (
 // the parser, and %41 is an A. On Linux, while a
 // [Tracker] or [UnixListener] of this process is started, the connection to a
 // socket whose process has this library too is kept, and shared by all goroutines:
-// one for each path, 256 of them or an eighth of the descriptors, each with up to 1,024 exchanges at a time of up
+// one for each socket, 256 of them or an eighth of the descriptors, each with up to 1,024 exchanges at a time of up
 // to 64 KiB of JSON, together 2 MiB. What is over that goes on a connection of its
 // own. Where that process keeps a connection to this one, and requests have come by it
 // whose hook is the path, messages to the path take that one. A kept
