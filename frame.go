@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -55,7 +54,7 @@ func SendConnData(conn net.Conn, payload interface{}) error {
 		_, err = conn.Write(frame)
 	}
 	if err != nil {
-		return fmt.Errorf("send frame of %d bytes: %w", len(frame), closedEarly(err))
+		return fmt.Errorf("send frame of %d bytes: %w", len(frame), asUnexpectedEOF(err))
 	}
 	return nil
 }
@@ -247,7 +246,7 @@ func decodeFrame(data []byte, dest interface{}) error {
 func readFrame(r io.Reader) ([]byte, error) {
 	var header [headerSize]byte
 	if _, err := io.ReadFull(r, header[:]); err != nil {
-		return nil, fmt.Errorf("header: %w", closedEarly(err))
+		return nil, fmt.Errorf("header: %w", asUnexpectedEOF(err))
 	}
 	announced := binary.BigEndian.Uint32(header[:])
 	if err := checkSize(uint64(announced)); err != nil {
@@ -274,7 +273,7 @@ func readPayload(r io.Reader, size int) ([]byte, error) {
 		releaseBuffer(data)
 		data = grown
 		if n, err := io.ReadFull(r, data[have:]); err != nil {
-			return nil, fmt.Errorf("payload, %d of %d bytes: %w", have+n, size, closedEarly(err))
+			return nil, fmt.Errorf("payload, %d of %d bytes: %w", have+n, size, asUnexpectedEOF(err))
 		}
 	}
 	return data, nil
@@ -329,20 +328,6 @@ func checkSize(size uint64) error {
 		return fmt.Errorf("payload of %d bytes is over the limit of %d: %w", size, maxPayload, syscall.EMSGSIZE)
 	}
 	return nil
-}
-
-// closedEarly gives a connection that the peer has closed too early one name,
-// in whichever way the system reports it.
-func closedEarly(err error) error {
-	switch {
-	case errors.Is(err, io.ErrUnexpectedEOF):
-		return err
-	case err == io.EOF:
-		return io.ErrUnexpectedEOF
-	case errors.Is(err, io.EOF), errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNRESET):
-		return fmt.Errorf("%w: %w", io.ErrUnexpectedEOF, err)
-	}
-	return err
 }
 
 // growStack makes room on the stack of the goroutine. That of a handler is often

@@ -301,7 +301,7 @@ func Stream(dest io.Writer, addr *url.URL) error {
 	}
 	src, err := openStream(context.Background(), &getClient, located)
 	if err != nil {
-		return fmt.Errorf("stream from %s: %w", addr.Redacted(), timedOut(closedEarly(err)))
+		return fmt.Errorf("stream from %s: %w", addr.Redacted(), asTimeout(asUnexpectedEOF(err)))
 	}
 	defer src.Close()
 	if n, err := io.Copy(dest, sourceReader{src}); err != nil {
@@ -317,7 +317,7 @@ type sourceReader struct{ io.Reader }
 func (r sourceReader) Read(p []byte) (int, error) {
 	n, err := r.Reader.Read(p)
 	if err != io.EOF {
-		err = closedEarly(err)
+		err = asUnexpectedEOF(err)
 	}
 	return n, err
 }

@@ -17,7 +17,7 @@ import (
 
 // Hazard: without a sign of it, every message takes the long way, or a member
 // that url.URL gains is not written.
-func TestEnvelope_OwnFormTakesTheShortWay(t *testing.T) {
+func TestCodec_OwnFormTakesTheShortWay(t *testing.T) {
 	require.True(t, urlKnown, "url.URL has new members: see appendURL")
 	files, err := filepath.Glob("testdata/wire/*.bin")
 	require.NoError(t, err)
@@ -58,7 +58,7 @@ func TestEnvelope_OwnFormTakesTheShortWay(t *testing.T) {
 }
 
 // Hazard: whoever appends to the args writes over what follows them.
-func TestEnvelope_ValuesEndWhereTheyEnd(t *testing.T) {
+func TestCodec_ValuesEndWhereTheyEnd(t *testing.T) {
 	data := []byte(`{"error":"","id":"1","result":[1],"stream_url":null}`)
 	var resp Response
 	require.NoError(t, decodeFrame(data, &resp))

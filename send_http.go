@@ -1,0 +1,227 @@
+package acomm
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+const (
+	maxAnswer    = 1 << 20 // bytes read of an HTTP answer
+	maxRedirects = 10
+)
+
+// postClient uses http.DefaultTransport, whatever it is at the time of a request.
+var postClient = http.Client{Transport: &postTransport, CheckRedirect: keepPayload}
+
+// keepPayload follows the redirects that send the payload again; of the others
+// the answer itself is returned, which is no success.
+func keepPayload(req *http.Request, via []*http.Request) error {
+	switch req.Response.StatusCode {
+	case http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+		req.Header.Del("Referer") // a hook's URL may hold a secret
+		if err := checkRedirects(via); err != nil {
+			return err
+		}
+		connectionsOf(req.Context()).reset() // who answered so did not keep the payload
+		return nil
+	}
+	return http.ErrUseLastResponse
+}
+
+// sendHTTP posts the payload and returns what the answer acknowledges.
+func sendHTTP(deadline time.Time, addr *url.URL, payload []byte) (*Response, error) {
+	ctx, cancel := context.WithDeadline(context.Background(), deadline)
+	defer cancel()
+	leave, err := posts.enter(ctx, addr)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	ctx, connections := traceConnections(ctx)
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "", bytes.NewReader(payload))
+	if err != nil {
+		return nil, err
+	}
+	req.URL = requestURL(addr)
+	req.Header.Set("Content-Type", "application/json")
+	answer, err := doHTTP(req, &postClient)
+	if err != nil {
+		if connections.asked.Load() && !connections.got.Load() {
+			err = unsentError{err}
+		}
+		return nil, err
+	}
+	defer answer.Body.Close()
+	var body []byte
+	if answer.Body != http.NoBody {
+		body, err = io.ReadAll(io.LimitReader(answer.Body, maxAnswer+1))
+	}
+	ack := &Response{}
+	if answer.StatusCode < 200 || answer.StatusCode > 299 {
+		return nil, newStatusError(answer, body)
+	}
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("answer: %w", err)
+	case len(body) > maxAnswer:
+		return nil, fmt.Errorf("answer is over the limit of %d bytes: %w", maxAnswer, syscall.EMSGSIZE)
+	case len(bytes.TrimSpace(body)) == 0:
+		return ack, nil
+	}
+	if err := json.Unmarshal(body, ack); err != nil {
+		return nil, fmt.Errorf("answer %s: %w", answer.Status, err)
+	}
+	return ack, nil
+}
+
+// unsentError is the error of a post for which there was no connection: nobody has the
+// payload.
+type unsentError struct{ error }
+
+func (e unsentError) Unwrap() error { return e.error }
+
+// connections is what is known of the connections for a post. A transport that does
+// not say leaves both false.
+type connections struct{ asked, got atomic.Bool }
+
+func (c *connections) reset() {
+	c.asked.Store(false)
+	c.got.Store(false)
+}
+
+type connectionsKey struct{}
+
+// traceConnections returns a context in which it is noted whether a request has a
+// connection.
+func traceConnections(ctx context.Context) (context.Context, *connections) {
+	c := &connections{}
+	trace := &httptrace.ClientTrace{
+		GetConn: func(string) { c.asked.Store(true) },
+		GotConn: func(httptrace.GotConnInfo) { c.got.Store(true) },
+	}
+	return httptrace.WithClientTrace(context.WithValue(ctx, connectionsKey{}, c), trace), c
+}
+
+func connectionsOf(ctx context.Context) *connections {
+	return ctx.Value(connectionsKey{}).(*connections)
+}
+
+// doHTTP sends the request through http.DefaultTransport. Its errors say nothing
+// of the URL: the caller does.
+func doHTTP(req *http.Request, client *http.Client) (*http.Response, error) {
+	if isHTTP(req.URL) && req.URL.Host == "" {
+		return nil, fmt.Errorf("URL has no host: %w", fs.ErrInvalid)
+	}
+	answer, err := client.Do(req)
+	if err == nil {
+		return answer, nil
+	}
+	var request *url.Error
+	if errors.As(err, &request) {
+		err = request.Err
+	}
+	if !isHTTP(req.URL) && unsupported(req.URL, err) {
+		return nil, fmt.Errorf("scheme %q: %w", req.URL.Scheme, errors.ErrUnsupported)
+	}
+	return nil, err
+}
+
+// unsupported tells the lack of a transport for a scheme from an error of that
+// transport. The standard library has no error value for it, so a transport with
+// nothing registered is asked what it says of the scheme.
+func unsupported(addr *url.URL, err error) bool {
+	_, lack := new(http.Transport).RoundTrip(&http.Request{URL: addr, Header: http.Header{}})
+	return lack != nil && err.Error() == lack.Error()
+}
+
+// requestURL returns the URL as net/http's client would have parsed it from its text.
+// The user information that a URL has after it has come over the wire is empty, and
+// would be sent as a login without a name.
+func requestURL(addr *url.URL) *url.URL {
+	u := *withSlash(addr)
+	if u.User != nil && u.User.String() == "" {
+		u.User = nil
+	}
+	return &u
+}
+
+// withSlash returns a URL with a host and a relative path, as url.JoinPath makes it of
+// a base without a path, with the slash that its text has between the two.
+func withSlash(u *url.URL) *url.URL {
+	path := u.EscapedPath() // its slash counts: that of %2Fa is another one
+	if u.Host == "" || path == "" || path[0] == '/' {
+		return u
+	}
+	rooted := *u
+	rooted.Path = "/" + u.Path
+	if u.RawPath != "" {
+		rooted.RawPath = "/" + u.RawPath
+	}
+	return &rooted
+}
+
+// statusError is an HTTP answer that is no success.
+type statusError struct {
+	code       int
+	status     string        // code and text
+	words      string        // the peer's error, if it sent a Response
+	comeBack   bool          // the peer said when, with Retry-After
+	retryAfter time.Duration // then
+}
+
+func newStatusError(answer *http.Response, body []byte) *statusError {
+	e := &statusError{code: answer.StatusCode, status: answer.Status}
+	var resp Response
+	if json.Unmarshal(body, &resp) == nil && resp.Error != nil {
+		e.words = resp.Error.Error()
+	}
+	after := strings.TrimSpace(answer.Header.Get("Retry-After"))
+	if seconds, err := strconv.ParseUint(after, 10, 31); err == nil {
+		e.comeBack, e.retryAfter = true, time.Duration(seconds)*time.Second
+	} else if at, err := http.ParseTime(after); err == nil {
+		e.comeBack, e.retryAfter = true, max(0, time.Until(at))
+	}
+	return e
+}
+
+func (e *statusError) Error() string {
+	if e.words == "" {
+		return "answered " + e.status
+	}
+	return "answered " + e.status + ": " + e.words
+}
+
+// notDelivered reports whether an error of send proves that the peer has not
+// taken the payload and might take it later: no connection was got for it, or the
+// peer itself said to come back. A 503 that does not say when may come from a gateway
+// that has passed the payload on.
+func notDelivered(err error) bool {
+	var status *statusError
+	if errors.As(err, &status) {
+		return status.code == http.StatusTooManyRequests || status.code == http.StatusServiceUnavailable && status.comeBack
+	}
+	var unsent unsentError
+	if errors.As(err, &unsent) {
+		return true
+	}
+	var op *net.OpError
+	if errors.As(err, &op) && op.Op == "dial" {
+		return true
+	}
+	var dns *net.DNSError
+	return errors.As(err, &dns) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist)
+}
