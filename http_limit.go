@@ -119,14 +119,25 @@ func (k *keepingTransport) cloneOf(transport *http.Transport) *http.Transport {
 		k.clone.CloseIdleConnections() // those in use are closed when they are idle next
 	}
 	// A Transport completes its settings at its first use, of which Clone is one. From
-	// then on nothing but the service changes them, and what changes inside of these two
-	// is the clone's, too.
+	// then on nothing but the service changes them.
 	k.of, k.clone = transport, transport.Clone()
 	k.settings = settingsOf(transport)
-	k.clone.TLSClientConfig, k.clone.ProxyConnectHeader = transport.TLSClientConfig, transport.ProxyConnectHeader
 	k.clone.ForceAttemptHTTP2 = transport.ForceAttemptHTTP2 || transport.TLSNextProto["h2"] != nil
+	k.clone.Clone() // writes into the TLSClientConfig, which is the clone's own as yet
+	shareSettings(k.clone, transport)
 	k.clone.MaxIdleConnsPerHost = maxPosts
 	return k.clone
+}
+
+// shareSettings has changes inside of the service's settings apply to the clone, too. A
+// TLSClientConfig is shared unless the clone had to add its protocols: the service's
+// requests read it, so nobody may write there.
+func shareSettings(clone, transport *http.Transport) {
+	clone.ProxyConnectHeader = transport.ProxyConnectHeader
+	own, services := clone.TLSClientConfig, transport.TLSClientConfig
+	if own != nil && services != nil && slices.Equal(own.NextProtos, services.NextProtos) {
+		clone.TLSClientConfig = services
+	}
 }
 
 // hasRegistered reports whether a Transport leaves the scheme to another one

@@ -220,6 +220,42 @@ func TestSend_PlainTransportSpeaksHTTP2AndKeepsItsSettings(t *testing.T) {
 	require.Equal(t, 2, <-protos, "as the transport itself")
 }
 
+// Hazard: the first use of a clone writes into the TLS settings that the service's own
+// requests read meanwhile. It shows only under -race.
+func TestSend_DoesNotRaceWithTheServicesOwnRequests(t *testing.T) {
+	secure := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	secure.EnableHTTP2 = true
+	secure.StartTLS()
+	defer secure.Close()
+	addr, err := url.Parse(secure.URL)
+	require.NoError(t, err)
+	get := func() error { // on a new connection, so that it reads the settings
+		req, err := http.NewRequest(http.MethodGet, secure.URL, nil)
+		if err != nil {
+			return err
+		}
+		req.Close = true
+		answer, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return err
+		}
+		return answer.Body.Close()
+	}
+	for range 5 {
+		newTransport(t).TLSClientConfig = &tls.Config{RootCAs: secure.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs}
+		require.NoError(t, get(), "the transport is complete")
+		start, errs := make(chan struct{}), make(chan error, 5)
+		for range 4 {
+			go func() { <-start; errs <- get() }()
+		}
+		go func() { <-start; errs <- acomm.Send(addr, 1) }()
+		close(start)
+		for range 5 {
+			require.NoError(t, within(t, errs, "the requests"))
+		}
+	}
+}
+
 // Strangers choose hooks: a host has as many turns however it is spelled.
 func TestSend_TurnsAreOfAHostHoweverItIsSpelled(t *testing.T) {
 	for _, pair := range [][2]string{
