@@ -1,6 +1,7 @@
 package acomm
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/http"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // Posts to hooks come in bursts. A limit of posts to a host at a time keeps a hook that
@@ -20,6 +22,10 @@ import (
 // kept idle. http.DefaultTransport keeps two, unless the service sets
 // MaxIdleConnsPerHost; with more than maxPosts as many may post.
 const maxPosts = 100
+
+// idleTimeout closes the idle connections of a clone where the service has set no time:
+// CloseIdleConnections of its transport does not reach them.
+const idleTimeout = 90 * time.Second
 
 // posts counts the posts that are under way.
 var posts = postLimit{byHost: make(map[string]*hostPosts)}
@@ -126,6 +132,7 @@ func (k *keepingTransport) cloneOf(transport *http.Transport) *http.Transport {
 	k.clone.Clone() // writes into the TLSClientConfig, which is the clone's own as yet
 	shareSettings(k.clone, transport)
 	k.clone.MaxIdleConnsPerHost = maxPosts
+	k.clone.IdleConnTimeout = cmp.Or(transport.IdleConnTimeout, idleTimeout)
 	return k.clone
 }
 
