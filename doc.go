@@ -53,7 +53,8 @@
 // tracked or being sent. Handlers run in goroutines of their own when a response
 // arrives over the socket or a request times out, in the caller's when it is
 // handed in with [Tracker.HandleResponse]; a slow handler delays nobody. A
-// handler may call any method of the tracker except Stop.
+// handler may call any method of the tracker except Stop. A panic in a handler ends the
+// process.
 //
 // # Errors
 //

@@ -1,6 +1,7 @@
 package acomm
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/http"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // Posts to hooks come in bursts. A limit of posts to a host at a time keeps a hook that
@@ -20,6 +22,10 @@ import (
 // kept idle. http.DefaultTransport keeps two, unless the service sets
 // MaxIdleConnsPerHost; with more than maxPosts as many may post.
 const maxPosts = 100
+
+// idleTimeout closes the idle connections of a clone where the service has set no time:
+// CloseIdleConnections of its transport does not reach them.
+const idleTimeout = 90 * time.Second
 
 // posts counts the posts that are under way.
 var posts = postLimit{byHost: make(map[string]*hostPosts)}
@@ -119,14 +125,26 @@ func (k *keepingTransport) cloneOf(transport *http.Transport) *http.Transport {
 		k.clone.CloseIdleConnections() // those in use are closed when they are idle next
 	}
 	// A Transport completes its settings at its first use, of which Clone is one. From
-	// then on nothing but the service changes them, and what changes inside of these two
-	// is the clone's, too.
+	// then on nothing but the service changes them.
 	k.of, k.clone = transport, transport.Clone()
 	k.settings = settingsOf(transport)
-	k.clone.TLSClientConfig, k.clone.ProxyConnectHeader = transport.TLSClientConfig, transport.ProxyConnectHeader
 	k.clone.ForceAttemptHTTP2 = transport.ForceAttemptHTTP2 || transport.TLSNextProto["h2"] != nil
+	k.clone.Clone() // writes into the TLSClientConfig, which is the clone's own as yet
+	shareSettings(k.clone, transport)
 	k.clone.MaxIdleConnsPerHost = maxPosts
+	k.clone.IdleConnTimeout = cmp.Or(transport.IdleConnTimeout, idleTimeout)
 	return k.clone
+}
+
+// shareSettings has changes inside of the service's settings apply to the clone, too. A
+// TLSClientConfig is shared unless the clone had to add its protocols: the service's
+// requests read it, so nobody may write there.
+func shareSettings(clone, transport *http.Transport) {
+	clone.ProxyConnectHeader = transport.ProxyConnectHeader
+	own, services := clone.TLSClientConfig, transport.TLSClientConfig
+	if own != nil && services != nil && slices.Equal(own.NextProtos, services.NextProtos) {
+		clone.TLSClientConfig = services
+	}
 }
 
 // hasRegistered reports whether a Transport leaves the scheme to another one

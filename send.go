@@ -49,10 +49,12 @@ const sendTimeout = time.Minute // bounds a Send: dial, write and acknowledgemen
 // Any other answer is an error. Redirects are followed where they keep the
 // payload (307 and 308), without a Referer. At most 1 MiB of the answer is read. Up to
 // 100 posts go to a host at a time, more if MaxIdleConnsPerHost of that transport is
-// more; others wait for their turn, within their minute (a redirect is of the first host's turn). If MaxIdleConnsPerHost is not
-// set, up to 100 idle connections to a host are kept for posts. A hook should keep idle
-// connections open for longer than the transport's IdleConnTimeout (90 s by default): a
-// post that meets one as it is closed may be lost.
+// more; others wait for their turn, within their minute. A redirect counts for the first
+// host. If MaxIdleConnsPerHost is not set, up to 100 idle connections to a host are kept
+// for posts. They are closed after the transport's IdleConnTimeout, or 90 s if it has
+// none; its CloseIdleConnections does not close them. A hook should keep idle
+// connections open for longer than that: a post that meets one as it is closed may be
+// lost.
 //
 // The peer's refusal is returned with its text unchanged. The other errors match
 // [io/fs.ErrInvalid] (nil URL or payload, no host in an HTTP URL or one in a unix URL, a
