@@ -329,16 +329,14 @@ func forwardOnce(t *testing.T, hook *url.URL) {
 func TestForward_TriesAgainWhereNoConnectionWasGot(t *testing.T) {
 	t.Run("the hook resets the TLS handshake", func(t *testing.T) {
 		captureLog(t)
-		var taken counter
-		hook := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { taken.add() }))
-		l := &failingListener{Listener: hook.Listener, failures: 2}
-		hook.Listener = l
-		hook.StartTLS()
-		defer hook.Close()
-		newTransport(t).TLSClientConfig = hook.Client().Transport.(*http.Transport).TLSClientConfig
-		addr, err := url.Parse(hook.URL)
-		require.NoError(t, err)
-		forwardOnce(t, addr)
+		hook, taken := handshakeResettingHook(t)
+		forwardOnce(t, hook)
+		require.Equal(t, 1, taken.load())
+	})
+	t.Run("the hook of a redirect resets the TLS handshake", func(t *testing.T) {
+		captureLog(t)
+		hook, taken := handshakeResettingHook(t)
+		forwardOnce(t, redirectingHook(t, hook))
 		require.Equal(t, 1, taken.load())
 	})
 	t.Run("a proxy refuses to connect", func(t *testing.T) {
@@ -362,6 +360,28 @@ func TestForward_TriesAgainWhereNoConnectionWasGot(t *testing.T) {
 		forwardOnce(t, addr)
 		require.Equal(t, 1, taken.load())
 		require.Equal(t, 3, asked.load())
+	})
+}
+
+// handshakeResettingHook is a hook that resets its first two TLS handshakes, and a
+// transport that trusts it.
+func handshakeResettingHook(t *testing.T) (addr *url.URL, taken *counter) {
+	t.Helper()
+	taken = &counter{}
+	hook := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { taken.add() }))
+	hook.Listener = &failingListener{Listener: hook.Listener, failures: 2}
+	hook.StartTLS()
+	t.Cleanup(hook.Close)
+	newTransport(t).TLSClientConfig = hook.Client().Transport.(*http.Transport).TLSClientConfig
+	addr, err := url.Parse(hook.URL)
+	require.NoError(t, err)
+	return addr, taken
+}
+
+// redirectingHook is a hook that sends posts on, with their payload.
+func redirectingHook(t *testing.T, location *url.URL) *url.URL {
+	return httpPeer(t, func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, location.String(), http.StatusTemporaryRedirect)
 	})
 }
 
@@ -491,6 +511,19 @@ func TestForward_ATransportThatSaysNothingIsNotTriedAgain(t *testing.T) {
 		return nil, errors.New("broken off")
 	}))
 	forwardOnce(t, &url.URL{Scheme: "http", Host: "hook.test"})
+	require.Equal(t, 1, tries.load())
+}
+
+// Hazard: what the transport of a redirect's first host has said of its connection is
+// taken for a word of the second's, and a response is forwarded twice.
+func TestForward_ARedirectToATransportThatSaysNothingIsNotTriedAgain(t *testing.T) {
+	captureLog(t)
+	var tries counter
+	newTransport(t).RegisterProtocol("quiet", roundTripper(func(*http.Request) (*http.Response, error) {
+		tries.add()
+		return nil, errors.New("broken off")
+	}))
+	forwardOnce(t, redirectingHook(t, &url.URL{Scheme: "quiet", Host: "hook.test"}))
 	require.Equal(t, 1, tries.load())
 }
 
