@@ -21,9 +21,10 @@ OTHER_JSON = $$($(GO) list -f '{{context.ToolTags}}' . | grep -q goexperiment.js
 # each runs a command in every module.
 each = set -e; for dir in $(MODULES); do echo "== $$dir: $(1)"; (cd $$dir && $(1)); done
 
-# abreast runs it in two modules at a time, since tests wait more than they work.
-# The root, which takes longest, comes first.
-abreast = printf '%s\n' $(MODULES) | xargs -P 2 -I {} sh -c \
+# abreast runs one of the go command in two modules at a time, since tests wait more
+# than they work. The root, which takes longest, comes first. What they share of the
+# standard library is compiled before, as two at a time would each compile it.
+abreast = $(GO) build $(filter -race,$(1)) . && printf '%s\n' $(MODULES) | xargs -P 2 -I {} sh -c \
 	'out=$$(cd {} && $(1) 2>&1); code=$$?; printf "== {}: $(1)\n%s\n" "$$out"; exit $$code'
 
 .DEFAULT_GOAL := help
