@@ -33,9 +33,9 @@ const (
 // certainly has not arrived: no connection was got (nobody listens, DNS, TLS handshake,
 // a proxy's refusal), or the hook answers with the status 429, or 503 with a
 // Retry-After. A 503 without one may come from a gateway that has passed the response
-// on. (A Retry-After is heeded, but for the last
-// try when the request would have timed out). A forward that fails is logged. How long a
-// hook should keep idle connections open is said at [Send].
+// on. A Retry-After is heeded, but the last try comes when the request would have timed
+// out. A forward that fails is logged. How long a hook should keep idle connections open
+// is said at [Send].
 //
 // A request that is not valid gives an error that matches [io/fs.ErrInvalid], an
 // id that is tracked already [io/fs.ErrExist], a tracker that is not started or

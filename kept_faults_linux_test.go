@@ -3,6 +3,7 @@ package acomm_test
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -391,4 +392,47 @@ func TestKept_PathsAreComparedByWhatTheyLeadTo(t *testing.T) {
 	require.Equal(t, 1, other.handled(1000))
 	require.NoError(t, acomm.Send(s.URL(), note{ID: 1001}))
 	require.Len(t, s.peersNow(), before, "the connection is kept for the others")
+}
+
+func init() { roles["few listener"] = fewListener }
+
+// fewListener serves with few descriptors.
+func fewListener() {
+	var limit syscall.Rlimit
+	orExit(syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
+	limit.Cur = 64
+	orExit(syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit))
+	ul := acomm.NewUnixListener(os.Getenv("SOCKET"), 0)
+	orExit(ul.Start())
+	fmt.Println("ready")
+	serveAll(ul)
+}
+
+// Hazard: senders that keep their connections use up the descriptors of a listener, and
+// those who come after them starve.
+func TestKept_ListenerKeepsAnEighthOfItsDescriptors(t *testing.T) {
+	socket := filepath.Join(shortDir(t), "s.sock")
+	listener := startProcess(t, "few listener", "SOCKET="+socket)
+	require.Equal(t, "ready", listener.ReadLine())
+	kept := 0
+	for range 100 { // senders that stay, if they may
+		conn := dialNamed(t, socket)
+		require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
+		require.NoError(t, acomm.SendConnData(conn, note{}))
+		var ack struct {
+			Keep int `json:"keep"`
+		}
+		require.NoError(t, acomm.UnmarshalConnData(conn, &ack))
+		if ack.Keep != 1 {
+			require.NoError(t, conn.Close())
+			continue
+		}
+		_, err := conn.Write([]byte(acomm.KeptHello))
+		require.NoError(t, err)
+		_, err = io.ReadFull(conn, make([]byte, len(acomm.KeptHello)+len(rawToken)))
+		require.NoError(t, err)
+		kept++
+	}
+	require.Equal(t, 64/8, kept)
+	require.NoError(t, acomm.Send(unixURL(socket), note{}), "one who comes after them")
 }
