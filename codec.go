@@ -54,7 +54,7 @@ var messages = sync.Pool{New: func() any { return new(message) }}
 // release keeps the memory of a message, which nobody looks at any more, for
 // another one.
 func (m *message) release() {
-	if cap(m.text) > 2*keptLimit {
+	if cap(m.text) > 2*maxMessage {
 		releaseBuffer(m.text)
 		m.text = nil
 	}

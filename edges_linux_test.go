@@ -36,13 +36,12 @@ func TestConnData_GoesThroughWrappersOfEveryConnection(t *testing.T) {
 	asItIs := func(conn net.Conn) net.Conn { return conn }
 
 	first := send(asWrapped).(wrapped)
-	require.False(t, acomm.KeptTo(ul.Addr()), "the wrapper's writes are all there is on the connection")
-	for !acomm.KeptAgreed(ul.Addr()) {
+	for !acomm.SessionTo(ul.Addr()).Open {
 		send(asItIs)
-		await(t, "agreement, or none", func() bool { return acomm.KeptAgreed(ul.Addr()) || !acomm.KeptTo(ul.Addr()) })
+		await(t, "the session, or none", func() bool { return acomm.SessionTo(ul.Addr()).Open || !acomm.SessionTo(ul.Addr()).Opening })
 	}
 	exchange := send(asWrapped).(wrapped)
-	require.True(t, acomm.KeptAgreed(ul.Addr()))
+	require.True(t, acomm.SessionTo(ul.Addr()).Open)
 	inner := func(w wrapped) net.Conn { return w.Conn.(wrapped).Conn }
 	require.NotEqual(t, fmt.Sprintf("%T", inner(first)), fmt.Sprintf("%T", inner(exchange)), "one of each kind")
 	for _, conn := range []wrapped{first, exchange} {

@@ -2,9 +2,7 @@ package acomm
 
 import (
 	"context"
-	"maps"
 	"net/url"
-	"slices"
 	"time"
 )
 
@@ -49,115 +47,88 @@ func HostsPostedTo() int {
 }
 
 const (
-	KeptName  = keptName
-	KeptHello = keptHello
-	KeptLimit = keptLimit
-	KeptShare = keptShare
-	KeptMost  = keptConns
-	KeptLook  = keptLook
+	SenderName  = senderName
+	SessionName = sessionName
+	Greeting    = greeting
+	MaxMessage  = maxMessage
+	MaxInFlight = maxInFlight
+	MaxSessions = maxSessions
+	CheckedFor  = checkedFor
 
-	KeptWindow = keptWindow
-	KeptQueue  = keptQueue
+	MaxInFlightBytes = maxInFlightBytes
+	MaxUnsentAnswers = maxUnsentAnswers
 )
 
-// KeptAgreed reports whether the process keeps a connection to the path that its
-// listener has agreed to keep.
-func KeptAgreed(path string) bool {
-	c := kept.to(path)
-	if c == nil {
-		return false
+// SessionStatus is what sessions the process has, to a path and to its own listener
+// there.
+type SessionStatus struct {
+	Opening   bool // one is being opened, or that failed a moment ago
+	Known     bool // messages to the path go by a session
+	Open      bool // and more may be sent
+	Carried   bool // by one that the listener's process has opened
+	InFlight  int  // messages to the path that are not answered
+	Unwritten uint64
+
+	Accepted      int    // by the listener at the path
+	UnsentAnswers uint64 // bytes, of that listener
+	Opened        int    // by the process, to any path
+}
+
+// SessionTo returns the status of the sessions to the path.
+func SessionTo(path string) (st SessionStatus) {
+	file, _ := statFile(path)
+	sessions.mu.Lock()
+	defer sessions.mu.Unlock()
+	for s := range sessions.all {
+		if s.opened {
+			st.Opened++
+			continue
+		}
+		s.mu.Lock()
+		if s.file.isFile(file.device, file.inode) {
+			st.Accepted++
+			st.UnsentAnswers += s.out.answers
+		}
+		s.mu.Unlock()
 	}
-	c.out.mu.Lock()
-	defer c.out.mu.Unlock()
-	return c.agreed && !c.retired
+	st.Opening = time.Now().Before(sessions.avoid[path])
+	r := sessions.routes[path]
+	if r == nil {
+		return st
+	}
+	st.Known, st.Carried = true, r.carrier != nil
+	for _, s := range []*session{r.own, r.carrier} {
+		if s == nil {
+			continue
+		}
+		s.mu.Lock()
+		st.Open = st.Open || s.calls.state == open
+		st.InFlight += len(s.calls.pending)
+		st.Unwritten += s.out.unwritten()
+		s.mu.Unlock()
+	}
+	return st
 }
 
-// KeptTo reports whether the process keeps a connection to the path, or is about
-// to.
-func KeptTo(path string) bool {
-	return kept.to(path) != nil
-}
-
-// KeptLinked reports whether messages to the path go by a connection that was made
-// by the process that listens there.
-func KeptLinked(path string) bool {
-	c := kept.to(path)
-	return c != nil && !c.made
-}
-
-// KeptUnwritten returns how many bytes wait to be written to the path.
-func KeptUnwritten(path string) uint64 {
-	c := kept.to(path)
-	c.out.mu.Lock()
-	defer c.out.mu.Unlock()
-	return c.out.queued - c.out.written
-}
-
-// SetKeptPatience sets how long a peer may take nothing of what is written to it,
-// and returns the time that was. Nothing may be kept meanwhile.
-func SetKeptPatience(d time.Duration) (old time.Duration) {
-	old, keptPatience = keptPatience, d
+// SetSessionWriteTimeout sets how long a peer may take nothing of what is written to
+// it, and returns the time that was. There may be no session meanwhile.
+func SetSessionWriteTimeout(d time.Duration) (old time.Duration) {
+	old, sessionWriteTimeout = sessionWriteTimeout, d
 	return old
 }
 
-// SetKeptRest sets how long a connection rests before its sender closes it, and
-// returns the time that was. Nothing may be kept meanwhile.
-func SetKeptRest(d time.Duration) (old time.Duration) {
-	old, keptRest = keptRest, d
+// SetSessionIdleTimeout sets how long a session is idle before who opened it closes it,
+// and returns the time that was. There may be no session meanwhile.
+func SetSessionIdleTimeout(d time.Duration) (old time.Duration) {
+	old, sessionIdleTimeout = sessionIdleTimeout, d
 	return old
 }
 
-// SetKeptNumber sets the number of the last message on the connection kept to the
-// path, and SetKeptNumbers that of those the listener keeps.
-func SetKeptNumber(path string, number uint32) {
-	c := kept.to(path)
-	c.out.mu.Lock()
-	defer c.out.mu.Unlock()
-	c.last = number
-}
-
-func (ul *UnixListener) SetKeptNumbers(number uint32) {
-	ul.mu.Lock()
-	keeping := slices.Collect(maps.Keys(ul.run.kept))
-	ul.mu.Unlock()
-	for _, c := range keeping {
-		c.out.mu.Lock()
-		c.last = number
-		c.out.mu.Unlock()
-	}
-}
-
-// KeptAnswers returns how many bytes of answers wait to be written on the
-// connections the listener keeps.
-func (ul *UnixListener) KeptAnswers() (waiting uint64) {
-	ul.mu.Lock()
-	keeping := slices.Collect(maps.Keys(ul.run.kept))
-	ul.mu.Unlock()
-	for _, c := range keeping {
-		c.out.mu.Lock()
-		waiting += c.out.answers
-		c.out.mu.Unlock()
-	}
-	return waiting
-}
-
-// KeptConns counts the connections that the process keeps.
-func KeptConns() int {
-	kept.mu.Lock()
-	defer kept.mu.Unlock()
-	return len(kept.live)
-}
-
-// KeptWaiting counts the messages on the connection kept to the path that wait for
-// their acknowledgement.
-func KeptWaiting(path string) int {
-	c := kept.to(path)
-	if c == nil {
-		return 0
-	}
-	c.out.mu.Lock()
-	defer c.out.mu.Unlock()
-	return len(c.waiting)
+// SetFirstMessage sets the number of the first message of each session, and returns the
+// one that was. There may be no session meanwhile.
+func SetFirstMessage(number uint32) (old uint32) {
+	old, firstMessage = firstMessage, number
+	return old
 }
 
 // NotDelivered reports whether an error of Send proves that nobody has the payload.

@@ -48,12 +48,10 @@ func SendConnData(conn net.Conn, payload interface{}) error {
 	}
 	defer m.release()
 	frame := m.text
-	if first, ok := conn.(*firstConn); ok && isResponse(payload) {
-		err = first.acknowledge(frame)
-	} else {
-		_, err = conn.Write(frame)
+	if isResponse(payload) && len(frame) <= maxCopied && takesSession(conn) {
+		frame = withSessionsMember(frame)
 	}
-	if err != nil {
+	if _, err = conn.Write(frame); err != nil {
 		return fmt.Errorf("send frame of %d bytes: %w", len(frame), asUnexpectedEOF(err))
 	}
 	return nil
@@ -95,30 +93,15 @@ func UnmarshalConnData(conn net.Conn, dest interface{}) error {
 	if err != nil {
 		return fmt.Errorf("read frame: %w", err)
 	}
-	if err := decodeFrame(data, dest); err != nil {
-		return err
-	}
-	if e, ok := conn.(*exchange); ok {
-		if req, ok := dest.(*Request); ok {
-			e.c.hookIs(req.ResponseHook)
-		}
-	}
-	return nil
+	return decodeFrame(data, dest)
 }
 
 // receiveFrame reads one frame from a connection of any kind.
 func receiveFrame(conn net.Conn) ([]byte, error) {
-	switch c := conn.(type) {
-	case *exchange:
+	if c, ok := conn.(interface{ takeFrame() []byte }); ok { // it has arrived as a whole
 		if data := c.takeFrame(); data != nil {
 			return data, nil
 		}
-	case *firstConn:
-		data, err := readFrame(c)
-		if err == nil {
-			c.framed(len(data))
-		}
-		return data, err
 	}
 	return readFrame(conn)
 }
@@ -166,8 +149,13 @@ func encodeFrame(room int, payload interface{}) (*message, error) {
 	if err := checkSize(uint64(size)); err != nil {
 		return nil, err
 	}
-	binary.BigEndian.PutUint32(m.text[room:], uint32(size))
+	putFrameHeader(m.text[room:])
 	return m, nil
+}
+
+// putFrameHeader writes the header of a frame, whose payload is behind the room for it.
+func putFrameHeader(frame []byte) {
+	binary.BigEndian.PutUint32(frame, uint32(len(frame)-headerSize))
 }
 
 // encodeJSON returns the JSON of the payload, behind so many bytes that are zero. It
@@ -288,7 +276,7 @@ func bufferClass(size int) int { return bits.Len(uint(size)) - 1 }
 
 // takeBuffer returns so many bytes, whatever is in them.
 func takeBuffer(size int) []byte {
-	if class := bufferClass(size); size > keptSmall && class < len(buffers) {
+	if class := bufferClass(size); size > firstChunk && class < len(buffers) {
 		if b, ok := buffers[class].Get().(*[]byte); ok && cap(*b) >= size {
 			return (*b)[:size]
 		}
@@ -299,9 +287,9 @@ func takeBuffer(size int) []byte {
 // releaseBuffer keeps the memory of a buffer, which nobody looks at any more, for
 // another one.
 func releaseBuffer(b []byte) {
-	if class := bufferClass(cap(b)); cap(b) > keptSmall && class < len(buffers) {
-		kept := b // so that b does not escape where it is not kept
-		buffers[class].Put(&kept)
+	if class := bufferClass(cap(b)); cap(b) > firstChunk && class < len(buffers) {
+		put := b // so that b does not escape where it is not put
+		buffers[class].Put(&put)
 	}
 }
 

@@ -204,42 +204,46 @@ func TestProtocolDocument_HexDumpsAreFrames(t *testing.T) {
 	require.Len(t, written(t, &acomm.Response{}), frameHeader+0x34, "the acknowledgement shown is the library's own")
 }
 
-// keptDumps returns what PROTOCOL.md shows of a kept connection: all that its
-// sender and its listener write.
-func keptDumps(t *testing.T) (sender, listener []byte) {
+// sessionDumps returns what PROTOCOL.md shows of a session: the acknowledgement before
+// it, and all that its sender and its listener write.
+func sessionDumps(t *testing.T) (offer, sender, listener []byte) {
 	t.Helper()
 	if runtime.GOOS != "linux" {
-		t.Skip("connections are kept on Linux only")
+		t.Skip("there are sessions on Linux only")
 	}
 	dumps := codeBlocks(document(t, "PROTOCOL.md"), "hexdump")
-	require.Len(t, dumps, 2)
-	return dumpedBytes(t, dumps[0]), dumpedBytes(t, dumps[1])
+	require.Len(t, dumps, 3)
+	return dumpedBytes(t, dumps[0]), dumpedBytes(t, dumps[1]), dumpedBytes(t, dumps[2])
 }
 
 const (
-	keptHello      = "\xffacomm\x00\x02"
-	keptFirst      = frameHeader + 0x33 // bytes of the first message's frame
-	keptOffer      = frameHeader + 0x3d // of the acknowledgement with the offer
-	tokenSize      = 16
-	keptAgreed     = keptOffer + 8 + tokenSize
-	keptSenderName = "@acomm-keep-2/" // Go's spelling of the zero byte
+	sessionGreeting = "\xffacomm\x00\x03"
+	greeted         = len(sessionGreeting) + 16 // bytes: and a token
+	senderSocket    = "@acomm-3/"               // Go's spelling of the zero byte
+	sessionSocket   = "@acomm-3s/"
+	plainMessage    = `{"error":"","id":"a1","result":3,"stream_url":null}`
 )
 
-// keptPair is a listener of the library and a sender of the test's, connected.
-func keptPair(t *testing.T, name string) (*acomm.UnixListener, *net.UnixConn) {
+// dialDocumented is a listener of the library and a socket of the test's, connected.
+func dialDocumented(t *testing.T, name string) (*acomm.UnixListener, *net.UnixConn) {
 	t.Helper()
 	listener := acomm.NewUnixListener(filepath.Join(shortDir(t), "l.sock"), 0)
 	require.NoError(t, listener.Start())
 	t.Cleanup(func() { listener.Stop(time.Nanosecond) })
+	return listener, dialAs(t, listener.Addr(), name)
+}
+
+func dialAs(t *testing.T, path, name string) *net.UnixConn {
+	t.Helper()
 	var local *net.UnixAddr
 	if name != "" {
 		local = &net.UnixAddr{Net: "unix", Name: name}
 	}
-	conn, err := net.DialUnix("unix", local, &net.UnixAddr{Net: "unix", Name: listener.Addr()})
+	conn, err := net.DialUnix("unix", local, &net.UnixAddr{Net: "unix", Name: path})
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = conn.Close() })
 	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
-	return listener, conn
+	return conn
 }
 
 // acceptNext reads the next message and acknowledges it, as a provider does.
@@ -263,28 +267,28 @@ func requireBytes(t *testing.T, want []byte, from io.Reader) {
 }
 
 // A sender that follows the document, byte for byte, at the library's listener.
-func TestProtocolDocument_KeptConnectionSender(t *testing.T) {
-	sender, answers := keptDumps(t)
-	require.Equal(t, keptHello, string(sender[keptFirst:keptFirst+8]))
-	require.Contains(t, document(t, "PROTOCOL.md"), fmt.Sprintf("`% x`", keptHello))
-	listener, conn := keptPair(t, keptSenderName+rand.Text())
-
-	_, err := conn.Write(sender[:keptFirst])
+func TestProtocolDocument_SessionSender(t *testing.T) {
+	offer, sender, answers := sessionDumps(t)
+	require.Equal(t, sessionGreeting, string(sender[:len(sessionGreeting)]))
+	require.Contains(t, document(t, "PROTOCOL.md"), fmt.Sprintf("`% x`", sessionGreeting))
+	listener, plain := dialDocumented(t, senderSocket+rand.Text())
+	_, err := plain.Write(framed([]byte(plainMessage)))
 	require.NoError(t, err)
 	require.Equal(t, "a1", acceptNext(t, listener).ID)
-	requireBytes(t, answers[:keptOffer], conn)
-	_, err = conn.Write(sender[keptFirst : keptFirst+8])
+	got, err := io.ReadAll(plain)
 	require.NoError(t, err)
-	requireBytes(t, answers[keptOffer:keptOffer+8], conn)
-	token := make([]byte, tokenSize)
+	require.Equal(t, hex.Dump(offer), hex.Dump(got), "and that connection is closed")
+
+	conn := dialAs(t, listener.Addr(), sessionSocket+rand.Text())
+	requireBytes(t, answers[:len(sessionGreeting)], conn) // before anything was said
+	token := make([]byte, greeted-len(sessionGreeting))
 	_, err = io.ReadFull(conn, token)
 	require.NoError(t, err)
-	require.NotEqual(t, string(answers[keptOffer+8:keptAgreed]), string(token), "it is random")
-
-	_, err = conn.Write(sender[keptFirst+8:])
+	require.NotEqual(t, string(answers[len(sessionGreeting):greeted]), string(token), "it is random")
+	_, err = conn.Write(sender)
 	require.NoError(t, err)
 	require.Equal(t, "a2", acceptNext(t, listener).ID)
-	requireBytes(t, answers[keptAgreed:], conn)
+	requireBytes(t, answers[greeted:], conn)
 
 	// Message 2 is given up, message 3 is not handed to a handler before the stop.
 	text := document(t, "PROTOCOL.md")
@@ -292,11 +296,11 @@ func TestProtocolDocument_KeptConnectionSender(t *testing.T) {
 	_, err = conn.Write([]byte("\x80\x00\x00\x02\x00\x00\x00\x02{}\x90\x00\x00\x00\x00\x00\x00\x02"))
 	require.NoError(t, err)
 	cancelled := listener.NextConn()
-	plain := make([]byte, frameHeader+2)
-	_, err = io.ReadFull(cancelled, plain)
+	frame := make([]byte, frameHeader+2)
+	_, err = io.ReadFull(cancelled, frame)
 	require.NoError(t, err)
-	require.Equal(t, "\x00\x00\x00\x02{}", string(plain), "a handler reads a plain frame")
-	_, err = cancelled.Read(plain)
+	require.Equal(t, "\x00\x00\x00\x02{}", string(frame), "a handler reads a plain frame")
+	_, err = cancelled.Read(frame)
 	require.ErrorIs(t, err, io.EOF, "as if the sender had closed")
 	listener.DoneConn(cancelled)
 
@@ -317,9 +321,9 @@ func TestProtocolDocument_KeptConnectionSender(t *testing.T) {
 }
 
 // A listener that follows the document, byte for byte, for the library's Send.
-func TestProtocolDocument_KeptConnectionListener(t *testing.T) {
-	sender, answers := keptDumps(t)
-	newTracker(t) // a process without one keeps nothing
+func TestProtocolDocument_SessionListener(t *testing.T) {
+	offer, sender, answers := sessionDumps(t)
+	newTracker(t) // a process without one has no sessions
 	addr := &net.UnixAddr{Net: "unix", Name: filepath.Join(shortDir(t), "l.sock")}
 	listener, err := net.ListenUnix("unix", addr)
 	require.NoError(t, err)
@@ -331,23 +335,33 @@ func TestProtocolDocument_KeptConnectionListener(t *testing.T) {
 		}()
 		return done
 	}
+	accept := func(name string) *net.UnixConn {
+		conn, err := listener.AcceptUnix()
+		require.NoError(t, err)
+		t.Cleanup(func() { _ = conn.Close() })
+		require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
+		require.Regexp(t, "^"+name+"[0-9A-Z]{26}$", conn.RemoteAddr().String())
+		return conn
+	}
 
 	first := send("a1", "3")
-	conn, err := listener.AcceptUnix()
+	plain := accept(senderSocket)
+	requireBytes(t, framed([]byte(plainMessage)), plain)
+	_, err = plain.Write(offer)
 	require.NoError(t, err)
-	t.Cleanup(func() { _ = conn.Close() })
-	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
-	require.Regexp(t, "^"+keptSenderName+"[0-9A-Z]{26}$", conn.RemoteAddr().String())
-	requireBytes(t, sender[:keptFirst], conn)
-	_, err = conn.Write(answers[:keptOffer])
-	require.NoError(t, err)
-	requireBytes(t, sender[keptFirst:keptFirst+8], conn)
 	require.NoError(t, within(t, first, "Send"))
-	_, err = conn.Write(answers[keptOffer:keptAgreed])
+	rest, err := io.ReadAll(plain)
+	require.NoError(t, err)
+	require.Empty(t, rest, "it is closed, as ever")
+
+	conn := accept(sessionSocket)
+	_, err = conn.Write(answers[:greeted])
+	require.NoError(t, err)
+	requireBytes(t, sender[:len(sessionGreeting)], conn)
+	_, err = io.ReadFull(conn, make([]byte, greeted-len(sessionGreeting)))
 	require.NoError(t, err)
 
-	// Until the library has read the agreement, a message comes on a connection of
-	// its own.
+	// Until the library has read the greeting, messages come on plain connections.
 	accepting := async(func() {
 		for {
 			alone, err := listener.AcceptUnix()
@@ -359,7 +373,7 @@ func TestProtocolDocument_KeptConnectionListener(t *testing.T) {
 			_ = alone.Close()
 		}
 	})
-	message := make([]byte, len(sender)-keptFirst-8)
+	message := make([]byte, len(sender)-greeted)
 	arrived := async(func() { _, err = io.ReadFull(conn, message) })
 	var second <-chan error
 	for waiting := true; waiting; {
@@ -372,20 +386,19 @@ func TestProtocolDocument_KeptConnectionListener(t *testing.T) {
 		}
 	}
 	require.NoError(t, err)
-	require.Equal(t, hex.Dump(sender[keptFirst+8:]), hex.Dump(message))
-	_, err = conn.Write(answers[keptAgreed:])
+	require.Equal(t, hex.Dump(sender[greeted:]), hex.Dump(message))
+	_, err = conn.Write(answers[greeted:])
 	require.NoError(t, err)
 	require.NoError(t, within(t, second, "Send"))
 	require.NoError(t, listener.Close())
 	within(t, accepting, "the accept loop")
 }
 
-// Nothing of it reaches a sender that has not said it can keep connections.
-func TestProtocolDocument_KeptConnectionIsOfferedToNamedSendersOnly(t *testing.T) {
-	sender, _ := keptDumps(t)
-	for _, name := range []string{"", "@acomm-keep-1/" + rand.Text(), "@" + rand.Text()} {
-		listener, conn := keptPair(t, name)
-		_, err := conn.Write(sender[:keptFirst])
+// Nothing of it reaches a sender that has not said that it can have sessions.
+func TestProtocolDocument_OtherSendersSeeNothingOfSessions(t *testing.T) {
+	for _, name := range []string{"", "@acomm-2/" + rand.Text(), "@acomm-4s/" + rand.Text(), "@" + rand.Text()} {
+		listener, conn := dialDocumented(t, name)
+		_, err := conn.Write(framed([]byte(plainMessage)))
 		require.NoError(t, err)
 		acceptNext(t, listener)
 		answer, err := io.ReadAll(conn)
@@ -394,10 +407,10 @@ func TestProtocolDocument_KeptConnectionIsOfferedToNamedSendersOnly(t *testing.T
 	}
 }
 
-// What the document calls a broken connection is closed, whoever sends it, and
+// What the document calls a broken session is closed, whoever sends it, and
 // what is at a limit is not.
-func TestProtocolDocument_KeptConnectionLimits(t *testing.T) {
-	sender, answers := keptDumps(t)
+func TestProtocolDocument_SessionLimits(t *testing.T) {
+	_, sender, answers := sessionDumps(t)
 	header := func(kind, length, number uint32) string {
 		b := binary.BigEndian.AppendUint32(nil, kind<<28|length)
 		return string(binary.BigEndian.AppendUint32(b, number))
@@ -427,15 +440,11 @@ func TestProtocolDocument_KeptConnectionLimits(t *testing.T) {
 		"1,025 messages":          {sent: many(1025), ends: true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			listener, conn := keptPair(t, keptSenderName+rand.Text())
-			_, err := conn.Write(sender[:keptFirst])
+			_, conn := dialDocumented(t, sessionSocket+rand.Text())
+			requireBytes(t, answers[:len(sessionGreeting)], conn)
+			_, err := io.ReadFull(conn, make([]byte, greeted-len(sessionGreeting)))
 			require.NoError(t, err)
-			acceptNext(t, listener)
-			requireBytes(t, answers[:keptOffer], conn)
-			_, err = conn.Write([]byte(keptHello))
-			require.NoError(t, err)
-			requireBytes(t, []byte(keptHello), conn)
-			_, err = io.ReadFull(conn, make([]byte, tokenSize))
+			_, err = conn.Write(sender[:greeted])
 			require.NoError(t, err)
 			_, err = io.WriteString(conn, c.sent)
 			require.True(t, err == nil || c.ends && errors.Is(err, syscall.EPIPE), "%v", err)

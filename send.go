@@ -1,15 +1,11 @@
 package acomm
 
 import (
-	"bytes"
 	"context"
-	"encoding/binary"
-	"errors"
+	"crypto/rand"
 	"fmt"
 	"io/fs"
-	"net"
 	"net/url"
-	"syscall"
 	"time"
 )
 
@@ -77,7 +73,7 @@ func send(deadline time.Time, addr *url.URL, payload interface{}) error {
 	if err := checkUnixURL(addr); err != nil {
 		return fmt.Errorf("send: %w", err)
 	}
-	const room = keptHeaderSize - headerSize
+	const room = sessionHeaderSize - headerSize
 	m, err := encodeFrame(room, payload)
 	if err != nil {
 		return fmt.Errorf("send to %s: %w", addr.Redacted(), err)
@@ -86,7 +82,7 @@ func send(deadline time.Time, addr *url.URL, payload interface{}) error {
 	if addr.Scheme == "unix" {
 		ack, err = sendUnix(deadline, socketPath(addr), m)
 	} else {
-		ack, err = sendHTTP(deadline, addr, m.text[keptHeaderSize:])
+		ack, err = sendHTTP(deadline, addr, m.text[sessionHeaderSize:])
 	}
 	if err != nil {
 		return fmt.Errorf("send to %s: %w", addr.Redacted(), asTimeout(asUnexpectedEOF(err)))
@@ -94,46 +90,37 @@ func send(deadline time.Time, addr *url.URL, payload interface{}) error {
 	return ack.Error
 }
 
-// sendUnix carries out one exchange with the listener at the path, on the
-// connection that is kept to it or else on one of its own, and returns the
-// acknowledgement. In front of the frame there is room for the longer header of a
-// kept connection.
+// sendUnix carries out one exchange with the listener at the path, by a session or else
+// on a connection of its own, and returns the acknowledgement. In front of the frame
+// there is room for the longer header of a session.
 func sendUnix(deadline time.Time, path string, m *message) (*Response, error) {
-	if len(m.text) <= keptHeaderSize+keptLimit {
-		if c := kept.forThread(path); c != nil {
-			ack, err := c.exchange(deadline, m)
-			if err != errUnsent {
-				return ack, err
-			}
-			m = &message{text: bytes.Clone(m.text)} // the other one may yet be looked at
+	if len(m.text) <= sessionHeaderSize+maxMessage {
+		ack, err := sessions.send(deadline, path, m)
+		if err != errUnsent {
+			return ack, err
 		}
 	}
 	defer m.release()
-	const room = keptHeaderSize - headerSize
-	binary.BigEndian.PutUint32(m.text[room:], uint32(len(m.text)-keptHeaderSize))
-	return sendAlone(deadline, path, m.text[room:])
+	const room = sessionHeaderSize - headerSize
+	frame := m.text[room:]
+	putFrameHeader(frame)
+	return sendAlone(deadline, path, frame)
 }
 
-// sendAlone carries out one exchange on a new connection, which is closed after
-// it, or kept if the listener offers that.
+// sendAlone carries out one exchange on a connection of its own.
 func sendAlone(deadline time.Time, path string, frame []byte) (*Response, error) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
-	var file fileID // the one that is connected to, if the connection may be kept
-	dial := dialPath(path)
-	keep := kept.wants(path)
-	if keep {
-		dial = dialToKeep(path, &file)
+	name := "" // none: the system picks it
+	wants := sessions.wants(path)
+	if wants {
+		name = senderName + rand.Text()
 	}
-	conn, err := dialUnix(ctx, path, dial)
+	conn, err := dialUnix(ctx, path, name)
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if conn != nil {
-			_ = conn.Close()
-		}
-	}()
+	defer conn.Close()
 	if err := conn.SetDeadline(deadline); err != nil {
 		return nil, err
 	}
@@ -151,78 +138,11 @@ func sendAlone(deadline time.Time, path string, frame []byte) (*Response, error)
 	if err != nil {
 		return nil, fmt.Errorf("acknowledgement: %w", err)
 	}
-	if file != (fileID{}) && writeErr == nil && offersToKeep(data) {
-		if now, err := statFile(path); err == nil && now == file && kept.keep(path, file, conn) {
-			conn = nil
-		}
+	if wants && hasSessionsMember(data) {
+		sessions.open(path)
 	}
 	return ack, nil
 }
 
 // accepted is the acknowledgement that nearly all are.
 var accepted = &Response{}
-
-// parseAck returns the acknowledgement in what a listener has written.
-func parseAck(answer []byte) (*Response, error) {
-	data, err := parseFrame(answer)
-	ack := &Response{}
-	if err == nil {
-		err = decodeFrame(data, ack)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("acknowledgement: %w", err)
-	}
-	return ack, nil
-}
-
-// dialPath connects to the socket at the path.
-func dialPath(path string) func(context.Context) (net.Conn, error) {
-	return func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "unix", path) }
-}
-
-// dialToKeep connects to the socket at the path with a name that says that the
-// connection can be kept, and notes which file it was. Where the file can't be told it
-// connects without.
-func dialToKeep(path string, file *fileID) func(context.Context) (net.Conn, error) {
-	return func(ctx context.Context) (net.Conn, error) {
-		opened, name, id, err := openSocketFile(path)
-		if err != nil {
-			*file = fileID{}
-			return dialPath(path)(ctx)
-		}
-		defer opened.Close()
-		*file = id
-		dialer := net.Dialer{Control: nameKeeper}
-		conn, err := dialer.DialContext(ctx, "unix", name)
-		if err != nil && !errors.Is(err, syscall.EAGAIN) { // such as no /proc, or a thread that may not use it
-			*file = fileID{}
-			return dialPath(path)(ctx)
-		}
-		return conn, err
-	}
-}
-
-// dialUnix connects to a stream socket at the path. Where its backlog is full it
-// tries again until the context ends.
-func dialUnix(ctx context.Context, path string, dial func(context.Context) (net.Conn, error)) (*net.UnixConn, error) {
-	if err := checkSocketPath(path); err != nil {
-		return nil, err
-	}
-	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
-		conn, err := dial(ctx)
-		if err == nil {
-			return conn.(*net.UnixConn), nil
-		}
-		if lacksDescriptor(err) && kept.makeRoom() {
-			continue
-		}
-		if !errors.Is(err, syscall.EAGAIN) {
-			return nil, err
-		}
-		select {
-		case <-ctx.Done():
-			return nil, fmt.Errorf("backlog is full: %w", ctx.Err())
-		case <-time.After(wait):
-		}
-	}
-}

@@ -40,6 +40,29 @@ type socket struct {
 	closing sync.Once
 }
 
+// fileID tells socket files apart, and a file before its mode, owner or name changed
+// from the same file after it. The number of a file that is gone is used again, the
+// time is then another.
+type fileID struct {
+	device, inode uint64
+	changed       syscall.Timespec
+}
+
+// isFile reports whether it is the file with these numbers.
+func (f fileID) isFile(device, inode uint64) bool { return f.device == device && f.inode == inode }
+
+func statFile(path string) (fileID, error) {
+	var st syscall.Stat_t
+	if err := syscall.Stat(path, &st); err != nil {
+		return fileID{}, err
+	}
+	return newFileID(&st), nil
+}
+
+func newFileID(st *syscall.Stat_t) fileID {
+	return fileID{uint64(st.Dev), uint64(st.Ino), changeTime(st)}
+}
+
 // randomSocketPath names a socket in a private directory. Nobody can guess it.
 func randomSocketPath(name string) string {
 	return filepath.Join(os.TempDir(), "acomm-"+rand.Text(), name)
@@ -204,6 +227,16 @@ func (s *socket) id() fileID {
 	return newFileID(st)
 }
 
+// accept waits for a connection. Where a descriptor is lacking, idle sessions give way.
+func (s *socket) accept() (*net.UnixConn, error) {
+	for {
+		conn, err := s.AcceptUnix()
+		if err == nil || !lacksDescriptor(err) || !sessions.makeRoom() {
+			return conn, err
+		}
+	}
+}
+
 // close removes the socket's file and its private directory and ends Accept.
 // Once is enough, more does no harm.
 func (s *socket) close() {
@@ -297,5 +330,44 @@ func lockDir(dir string) (unlock func(), err error) {
 			return nil, fmt.Errorf("lock %s: held by another process: %w", dir, os.ErrDeadlineExceeded)
 		}
 		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// dialUnix connects to a stream socket at the path, by a socket with the name. Where its
+// backlog is full it tries again until the context ends.
+func dialUnix(ctx context.Context, path, name string) (*net.UnixConn, error) {
+	if err := checkSocketPath(path); err != nil {
+		return nil, err
+	}
+	dialer := &net.Dialer{}
+	if name != "" {
+		dialer.Control = bindName(name)
+	}
+	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
+		conn, err := dialer.DialContext(ctx, "unix", path)
+		if err == nil {
+			return conn.(*net.UnixConn), nil
+		}
+		if lacksDescriptor(err) && sessions.makeRoom() {
+			continue
+		}
+		if !errors.Is(err, syscall.EAGAIN) {
+			return nil, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("backlog is full: %w", ctx.Err())
+		case <-time.After(wait):
+		}
+	}
+}
+
+// bindName names a socket that is about to connect. Without the name it connects as
+// well, but there will be no session.
+func bindName(name string) func(_, _ string, c syscall.RawConn) error {
+	return func(_, _ string, c syscall.RawConn) error {
+		return c.Control(func(fd uintptr) {
+			_ = syscall.Bind(int(fd), &syscall.SockaddrUnix{Name: name})
+		})
 	}
 }

@@ -330,7 +330,7 @@ func openStream(ctx context.Context, client *http.Client, addr *url.URL) (io.Rea
 	}
 	dialCtx, cancel := context.WithTimeout(ctx, sendTimeout)
 	defer cancel()
-	conn, err := dialUnix(dialCtx, addr.Path, dialPath(addr.Path))
+	conn, err := dialUnix(dialCtx, addr.Path, "")
 	if err != nil {
 		return nil, err
 	}

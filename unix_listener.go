@@ -1,15 +1,12 @@
 package acomm
 
 import (
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"net"
 	"net/url"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -44,22 +41,13 @@ type UnixListener struct {
 	begun chan struct{} // closed by the first Start or Stop, which NextConn waits for
 }
 
-// listenerRun is what a listener has between Start and Stop. The listener's mu
-// guards the fields below changed.
+// listenerRun is what a listener has between Start and Stop.
 type listenerRun struct {
 	socket   *socket
+	queue    *acceptQueue
 	stopping chan struct{} // closed when Stop begins
-	drained  chan struct{} // closed when Stop has begun and no connection is open
 	stopped  chan struct{} // closed when Stop is done
 	refused  chan struct{} // closed when the accept loop has ended
-	changed  *sync.Cond    // waiting, accepting or reading have changed
-
-	accepting bool                       // the accept loop runs
-	waiting   []net.Conn                 // arrived, not yet handed out; oldest first
-	open      map[net.Conn]struct{}      // arrived, not yet done; nil once Stop has closed them
-	offered   map[*firstConn]struct{}    // may be kept by their senders
-	kept      map[*keptListener]struct{} // are kept
-	reading   int                        // of the kept ones, those on which exchanges may arrive
 }
 
 // NewUnixListener creates and initializes a new UnixListener; nothing is touched
@@ -125,18 +113,12 @@ func (ul *UnixListener) Start() error {
 	}
 
 	run := &listenerRun{
-		socket:    socket,
-		stopping:  make(chan struct{}),
-		drained:   make(chan struct{}),
-		stopped:   make(chan struct{}),
-		refused:   make(chan struct{}),
-		changed:   sync.NewCond(&ul.mu),
-		accepting: true,
-		open:      make(map[net.Conn]struct{}),
-		offered:   make(map[*firstConn]struct{}),
-		kept:      make(map[*keptListener]struct{}),
+		socket:   socket,
+		queue:    newAcceptQueue(socket, ul.limit <= 0),
+		stopping: make(chan struct{}),
+		stopped:  make(chan struct{}),
+		refused:  make(chan struct{}),
 	}
-	kept.join()
 	ul.mu.Lock()
 	defer ul.mu.Unlock()
 	ul.run = run
@@ -201,26 +183,11 @@ func (ul *UnixListener) NextConn() net.Conn {
 		return nil // not made by NewUnixListener, can't be started
 	}
 	<-ul.begun
-	ul.mu.Lock()
-	defer ul.mu.Unlock()
-	run := ul.run
+	run := ul.current()
 	if run == nil {
 		return nil
 	}
-	for len(run.waiting) == 0 && (run.accepting || run.reading > 0) {
-		run.changed.Wait()
-	}
-	if len(run.waiting) == 0 {
-		return nil
-	}
-	conn := run.waiting[0]
-	run.waiting[0] = nil
-	run.waiting = run.waiting[1:]
-	if e, ok := conn.(*exchange); ok {
-		e.c.handed = e.number
-		e.c.queued -= e.size + keptCost
-	}
-	return conn
+	return run.queue.next()
 }
 
 // DoneConn completes the handling of a connection and closes it. A wrapper whose
@@ -235,29 +202,19 @@ func (ul *UnixListener) NextConn() net.Conn {
 // sender does not take it. The connection is of no use to the caller in each case.
 func (ul *UnixListener) DoneConn(conn net.Conn) {
 	inner := unwrap(conn)
-	switch c := inner.(type) { // what NextConn returns
-	case *exchange:
-		ul.doneExchange(c, conn)
-		return
-	case *firstConn, *net.UnixConn:
-	default:
-		return
-	}
-	ul.mu.Lock()
-	run := ul.run
-	var ok bool
-	if run != nil {
-		_, ok = run.open[inner]
-	}
-	ul.mu.Unlock()
-	if !ok {
+	run := ul.current()
+	if run == nil || !run.queue.isOpen(inner) {
 		return
 	}
 	closeWrapped(conn, inner) // before Stop can learn that nothing is open
+	run.queue.done(inner)
+}
+
+// current returns the run of a listener that is started, else nil.
+func (ul *UnixListener) current() *listenerRun {
 	ul.mu.Lock()
-	delete(run.open, inner)
-	run.checkDrainedLocked()
-	ul.mu.Unlock()
+	defer ul.mu.Unlock()
+	return ul.run
 }
 
 // unwrap returns what is wrapped in a connection, or itself.
@@ -279,19 +236,6 @@ func closeWrapped(conn, inner net.Conn) {
 		_ = conn.Close()
 	}
 	_ = inner.Close()
-}
-
-// doneExchange is DoneConn for what came on a connection that is kept. The handler
-// has it as conn.
-func (ul *UnixListener) doneExchange(e *exchange, conn net.Conn) {
-	if e == nil || e.c.ul != ul || e.done.Swap(true) {
-		return
-	}
-	closeWrapped(conn, e)
-	ul.mu.Lock()
-	defer ul.mu.Unlock()
-	delete(e.c.run.open, e)
-	e.c.run.checkDrainedLocked()
 }
 
 // Stop stops listening for new connections, removes the socket file if it is
@@ -332,58 +276,22 @@ func (ul *UnixListener) Stop(timeout time.Duration) {
 
 	run.socket.close()
 	<-run.refused
-	ul.refuseMore(run)
+	run.queue.drain()
 	run.waitDrained(timeout)
-	ul.closeOpen(run)
-	<-run.drained
+	run.queue.abort()
+	<-run.queue.drained
 
 	ul.mu.Lock()
 	ul.run = nil
 	ul.mu.Unlock()
-	kept.leave()
+	run.queue.leave()
 	close(run.stopped)
-}
-
-// refuseMore lets nothing more be sent on the connections that are kept.
-func (ul *UnixListener) refuseMore(run *listenerRun) {
-	ul.mu.Lock()
-	offered, keeping := slices.Collect(maps.Keys(run.offered)), slices.Collect(maps.Keys(run.kept))
-	run.checkDrainedLocked()
-	ul.mu.Unlock()
-	for _, f := range offered {
-		f.withdraw()
-	}
-	for _, c := range keeping {
-		c.refuse()
-	}
-}
-
-// closeOpen closes what is still open.
-func (ul *UnixListener) closeOpen(run *listenerRun) {
-	ul.mu.Lock()
-	left := run.open
-	run.open, run.waiting = nil, nil
-	handed := make(map[*keptListener]uint32)
-	for c := range run.kept {
-		handed[c] = c.handed
-	}
-	run.checkDrainedLocked()
-	ul.mu.Unlock()
-	for c, number := range handed {
-		c.stop(number)
-	}
-	for conn := range left {
-		_ = conn.Close()
-	}
 }
 
 // refuse ends the accepting of connections. Those accepted before are still
 // handed out.
 func (ul *UnixListener) refuse() {
-	ul.mu.Lock()
-	run := ul.run
-	ul.mu.Unlock()
-	if run != nil {
+	if run := ul.current(); run != nil {
 		run.socket.close()
 	}
 }
@@ -391,32 +299,14 @@ func (ul *UnixListener) refuse() {
 // waitDrained waits for the open connections, for as long as Stop's timeout says.
 func (run *listenerRun) waitDrained(timeout time.Duration) {
 	if timeout <= 0 {
-		<-run.drained
+		<-run.queue.drained
 		return
 	}
 	timer := time.NewTimer(timeout)
 	defer timer.Stop()
 	select {
-	case <-run.drained:
+	case <-run.queue.drained:
 	case <-timer.C:
-	}
-}
-
-// checkDrainedLocked tells Stop, once it has begun and the accept loop has ended,
-// when the last connection is done. The caller holds the listener's mu.
-func (run *listenerRun) checkDrainedLocked() {
-	if run.accepting || len(run.open)+len(run.offered)+len(run.kept) > 0 {
-		return
-	}
-	select {
-	case <-run.stopping:
-	default:
-		return // the accept limit is reached, nobody waits
-	}
-	select {
-	case <-run.drained:
-	default:
-		close(run.drained)
 	}
 }
 
@@ -426,12 +316,9 @@ func (ul *UnixListener) accept(run *listenerRun) {
 	var failures logLimit
 	delay := minAcceptDelay
 	for accepted := 0; ul.limit <= 0 || accepted < ul.limit; {
-		unixConn, err := run.socket.AcceptUnix()
+		conn, err := run.socket.accept()
 		if errors.Is(err, net.ErrClosed) {
 			break
-		}
-		if err != nil && lacksDescriptor(err) && (kept.makeRoom() || ul.makeRoom(run)) {
-			continue
 		}
 		if err != nil {
 			failures.log(logrus.ErrorLevel, "failed to accept a connection", err, "", ul.addr)
@@ -440,24 +327,13 @@ func (ul *UnixListener) accept(run *listenerRun) {
 			continue
 		}
 		delay = minAcceptDelay
-		var conn net.Conn = unixConn
-		if keepsConns && ul.limit <= 0 && namedKeeper(unixConn) {
-			conn = &firstConn{conn: unixConn, ul: ul, run: run}
-		}
 		if accepted++; accepted == ul.limit {
 			run.socket.close() // first, so that whoever comes after this one finds nobody
 		}
-		ul.mu.Lock()
-		run.open[conn] = struct{}{}
-		run.waiting = append(run.waiting, conn)
-		run.changed.Signal()
-		ul.mu.Unlock()
+		run.queue.accept(conn)
 	}
 	run.socket.close()
-	ul.mu.Lock()
-	run.accepting = false
-	run.changed.Broadcast()
-	ul.mu.Unlock()
+	run.queue.close()
 	close(run.refused)
 }
 
@@ -468,134 +344,5 @@ func (run *listenerRun) waitToAccept(delay time.Duration) {
 	select {
 	case <-run.stopping:
 	case <-timer.C:
-	}
-}
-
-// mayOffer reports whether the connection may be kept, and counts it as one that
-// may.
-func (ul *UnixListener) mayOffer(f *firstConn) bool {
-	ul.mu.Lock()
-	defer ul.mu.Unlock()
-	if f.run.isStopping() || !f.run.mayKeepLocked() {
-		return false
-	}
-	f.run.offered[f] = struct{}{}
-	return true
-}
-
-// promote makes a connection one that is kept, unless the listener stops.
-func (ul *UnixListener) promote(f *firstConn) *keptListener {
-	on, err := newKeptConn(f.conn, 2*keptRest)
-	if err != nil {
-		return nil
-	}
-	_, _ = rand.Read(on.token[:]) // never fails
-	c := newKeptListener(on, ul, f.run, f.conn.LocalAddr(), f.conn.RemoteAddr())
-	on.serves.Store(c)
-	ul.mu.Lock()
-	defer ul.mu.Unlock()
-	if f.run.isStopping() {
-		return nil
-	}
-	f.run.addKeptLocked(c)
-	return c
-}
-
-// serveOn lets what a sender sends to the listener come by another connection, too.
-func (ul *UnixListener) serveOn(on *keptConn, like *keptListener) bool {
-	on.out.mu.Lock()
-	defer on.out.mu.Unlock()
-	ul.mu.Lock()
-	defer ul.mu.Unlock()
-	if on.finishing || on.serves.Load() != nil || like.run.isStopping() || !like.run.mayKeepLocked() {
-		return false
-	}
-	c := newKeptListener(on, ul, like.run, like.local, like.remote)
-	c.settled.Store(true) // it is the sender who has been found
-	on.serves.Store(c)
-	like.run.addKeptLocked(c)
-	return true
-}
-
-// mayKeepLocked reports whether another connection may be kept. The caller holds the
-// listener's mu.
-func (run *listenerRun) mayKeepLocked() bool { return len(run.offered)+len(run.kept) < mostKept() }
-
-// makeRoom ends the connections that are kept and at rest. It reports whether there were
-// any.
-func (ul *UnixListener) makeRoom(run *listenerRun) bool {
-	ul.mu.Lock()
-	keeping := slices.Collect(maps.Keys(run.kept))
-	ul.mu.Unlock()
-	room := false
-	for _, c := range keeping {
-		if c.rests() {
-			c.refuse() // which closes it, if its peer reads
-			room = true
-		}
-	}
-	return room
-}
-
-// addKeptLocked adds a connection that is kept. The caller holds the listener's mu.
-func (run *listenerRun) addKeptLocked(c *keptListener) {
-	run.kept[c] = struct{}{}
-	run.reading++
-}
-
-// offerEnded counts a connection as one that will not be kept, or is.
-func (ul *UnixListener) offerEnded(f *firstConn) {
-	ul.mu.Lock()
-	defer ul.mu.Unlock()
-	delete(f.run.offered, f)
-	f.run.checkDrainedLocked()
-}
-
-// queuedOf returns how many bytes of the connection are in the queue for NextConn.
-func (ul *UnixListener) queuedOf(c *keptListener) int {
-	ul.mu.Lock()
-	defer ul.mu.Unlock()
-	return c.queued
-}
-
-// handOver puts an exchange in the queue for NextConn, unless the listener has
-// stopped. The caller holds the out.mu of its connection.
-func (ul *UnixListener) handOver(e *exchange) bool {
-	ul.mu.Lock()
-	defer ul.mu.Unlock()
-	run := e.c.run
-	if run.open == nil {
-		return false
-	}
-	e.c.queued += e.size + keptCost
-	run.open[e] = struct{}{}
-	run.waiting = append(run.waiting, e)
-	run.changed.Signal()
-	return true
-}
-
-// readingEnded notes that no more exchanges arrive on a connection. The caller holds
-// its out.mu.
-func (ul *UnixListener) readingEnded(c *keptListener) {
-	ul.mu.Lock()
-	defer ul.mu.Unlock()
-	c.run.reading--
-	c.run.changed.Broadcast()
-}
-
-// keptEnded forgets a connection that was kept. The caller holds its out.mu.
-func (ul *UnixListener) keptEnded(c *keptListener) {
-	ul.mu.Lock()
-	defer ul.mu.Unlock()
-	delete(c.run.kept, c)
-	c.run.checkDrainedLocked()
-}
-
-func (run *listenerRun) isStopping() bool {
-	select {
-	case <-run.stopping:
-		return true
-	default:
-		return false
 	}
 }

@@ -1,6 +1,7 @@
 package acomm_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -33,12 +34,12 @@ type note struct {
 	Data string `json:"data"`
 }
 
-// keptHandling is what a handler does with a note before its connection is done.
-type keptHandling func(conn net.Conn, n note)
+// handling is what a handler does with a note before its connection is done.
+type handling func(conn net.Conn, n note)
 
-// keptService is a listener served as documented, which notes by which connection
+// noteService is a listener served as documented, which notes by which connection
 // each message came.
-type keptService struct {
+type noteService struct {
 	*acomm.UnixListener
 	served <-chan struct{} // closed when NextConn has nothing more
 
@@ -48,14 +49,14 @@ type keptService struct {
 	order []string       // peers as they came
 }
 
-// startKept starts a listener whose handlers acknowledge, except for notes that
+// startNotes starts a listener whose handlers acknowledge, except for notes that
 // say how they are handled.
-func startKept(t testing.TB, path string, limit int, how map[string]keptHandling) *keptService {
+func startNotes(t testing.TB, path string, limit int, how map[string]handling) *noteService {
 	t.Helper()
 	if runtime.GOOS != "linux" {
 		t.Skip("connections are kept on Linux")
 	}
-	s := &keptService{
+	s := &noteService{
 		UnixListener: acomm.NewUnixListener(path, limit),
 		peers:        make(map[string]int),
 		ids:          make(map[int]int),
@@ -66,7 +67,7 @@ func startKept(t testing.TB, path string, limit int, how map[string]keptHandling
 	return s
 }
 
-func (s *keptService) serve(how map[string]keptHandling) {
+func (s *noteService) serve(how map[string]handling) {
 	var handlers sync.WaitGroup
 	s.served = async(func() {
 		for conn := s.NextConn(); conn != nil; conn = s.NextConn() {
@@ -93,28 +94,30 @@ func (s *keptService) serve(how map[string]keptHandling) {
 }
 
 // peersNow returns how many messages came by each connection.
-func (s *keptService) peersNow() map[string]int {
+func (s *noteService) peersNow() map[string]int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return maps.Clone(s.peers)
 }
 
-func (s *keptService) handled(id int) int {
+func (s *noteService) handled(id int) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.ids[id]
 }
 
-// keep sends until the connection to the listener is kept.
-func keep(t testing.TB, addr *url.URL) {
+// openTo sends until there is a session to the listener.
+func openTo(t testing.TB, addr *url.URL) {
 	t.Helper()
-	for attempt := 0; !acomm.KeptAgreed(addr.Path); attempt++ {
-		require.Less(t, attempt, 100, "the connection is not kept")
+	for attempt := 0; !acomm.SessionTo(addr.Path).Open; attempt++ {
+		require.Less(t, attempt, 100, "there is no session")
 		require.NoError(t, acomm.Send(addr, note{ID: -1}))
-		await(t, "agreement, or none", func() bool {
-			return acomm.KeptAgreed(addr.Path) || !acomm.KeptTo(addr.Path)
+		await(t, "the session, or none", func() bool {
+			st := acomm.SessionTo(addr.Path)
+			return st.Open || !st.Opening
 		})
 	}
+	require.NoError(t, acomm.Send(addr, note{ID: -1}))
 }
 
 // sendMany sends notes with ids from first on at the same time. Errors fail the
@@ -148,9 +151,9 @@ func keepingProcess(t testing.TB) {
 	t.Cleanup(func() { ul.Stop(0) })
 }
 
-func TestKept_ManySendsUseOneConnection(t *testing.T) {
-	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
-	keep(t, s.URL())
+func TestSession_ManySendsUseOneConnection(t *testing.T) {
+	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
+	openTo(t, s.URL())
 	before, files := s.peersNow(), openFiles(t)
 	for i := range 300 {
 		require.NoError(t, acomm.Send(s.URL(), note{ID: i}))
@@ -160,7 +163,7 @@ func TestKept_ManySendsUseOneConnection(t *testing.T) {
 		sendMany(t, s.URL(), 1000*(round+1), 64)
 	}
 	after := s.peersNow()
-	require.Len(t, after, len(before), "connections: %v", after)
+	require.Len(t, after, 2, "a plain one, and the session: %v", after)
 	var by []int
 	for peer, n := range after {
 		by = append(by, n-before[peer])
@@ -171,7 +174,7 @@ func TestKept_ManySendsUseOneConnection(t *testing.T) {
 	}
 }
 
-func TestKept_NothingIsKeptWithoutAListener(t *testing.T) {
+func TestSession_NothingIsKeptWithoutAListener(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s.sock")
 	l, err := net.Listen("unix", path)
 	require.NoError(t, err)
@@ -194,19 +197,19 @@ func plainFrame(text string) []byte {
 	return append(frame, text...)
 }
 
-func TestKept_PeersOf2016NoticeNothing(t *testing.T) {
+func TestSession_PeersOf2016NoticeNothing(t *testing.T) {
 	golden, err := os.ReadFile(filepath.Join("testdata", "wire", "ack-accepted.bin"))
 	require.NoError(t, err)
 
 	t.Run("sender", func(t *testing.T) {
-		s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
+		s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
 		requirePlain(t, dial(t, s.UnixListener), golden)
 	})
 	t.Run("named sender, accept limit", func(t *testing.T) {
-		s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 2, nil)
-		requirePlain(t, dialNamed(t, s.URL().Path), golden)
+		s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 2, nil)
+		requirePlain(t, dialNamed(t, s.URL().Path, acomm.SenderName), golden)
 		require.NoError(t, acomm.Send(s.URL(), note{}))
-		require.Zero(t, acomm.KeptConns())
+		require.Zero(t, acomm.SessionTo("").Opened)
 		require.ErrorIs(t, acomm.Send(s.URL(), note{}), fs.ErrNotExist)
 	})
 	t.Run("listener", func(t *testing.T) {
@@ -219,7 +222,7 @@ func TestKept_PeersOf2016NoticeNothing(t *testing.T) {
 			sent := sendAsync(unixURL(path), note{})
 			conn, err := l.Accept()
 			require.NoError(t, err)
-			require.True(t, strings.HasPrefix(conn.RemoteAddr().String(), acomm.KeptName))
+			require.True(t, strings.HasPrefix(conn.RemoteAddr().String(), acomm.SenderName))
 			require.NoError(t, acomm.UnmarshalConnData(conn, &note{}))
 			_, err = conn.Write(golden)
 			require.NoError(t, err)
@@ -228,7 +231,7 @@ func TestKept_PeersOf2016NoticeNothing(t *testing.T) {
 			require.NoError(t, err)
 			require.Empty(t, rest)
 			conn.Close()
-			require.Zero(t, acomm.KeptConns())
+			require.Zero(t, acomm.SessionTo("").Opened)
 		}
 	})
 }
@@ -244,12 +247,13 @@ func requirePlain(t testing.TB, conn net.Conn, golden []byte) {
 	require.Equal(t, string(golden), string(all))
 }
 
-var keptNames atomic.Int64
+var socketNames atomic.Int64
 
-// dialNamed connects as a sender that can keep the connection.
-func dialNamed(t testing.TB, path string) *net.UnixConn {
+// dialNamed connects as a sender that can have sessions, or with the other name, as one
+// that opens a session.
+func dialNamed(t testing.TB, path, name string) *net.UnixConn {
 	t.Helper()
-	name := fmt.Sprintf("%stest-%d-%d", acomm.KeptName, os.Getpid(), keptNames.Add(1))
+	name = fmt.Sprintf("%stest-%d-%d", name, os.Getpid(), socketNames.Add(1))
 	conn, err := net.DialUnix("unix", &net.UnixAddr{Name: name, Net: "unix"}, &net.UnixAddr{Name: path, Net: "unix"})
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = conn.Close() })
@@ -275,15 +279,14 @@ func readOne(conn net.Conn) error {
 	return err
 }
 
-// keptBehaviours is what handlers do, and what comes of it at the sender.
-var keptBehaviours = []struct {
-	name  string
-	first bool  // works as well on the first exchange of a connection that gets kept
-	want  error // of the sender
-	sent  time.Duration
-	do    func(ul *acomm.UnixListener, conn net.Conn, others <-chan struct{}) error // closed when others were served
+// behaviours is what handlers do, and what comes of it at the sender.
+var behaviours = []struct {
+	name string
+	want error // of the sender
+	sent time.Duration
+	do   func(ul *acomm.UnixListener, conn net.Conn, others <-chan struct{}) error // closed when others were served
 }{
-	{name: "reads on after the acknowledgement", first: true, do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
+	{name: "reads on after the acknowledgement", do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		err := acomm.SendConnData(conn, &acomm.Response{})
 		return errors.Join(err, expect("read", readOne(conn), io.EOF), expect("again", readOne(conn), io.EOF))
 	}},
@@ -331,7 +334,7 @@ var keptBehaviours = []struct {
 		_, again := conn.Write(frame)
 		return errors.Join(err, expect("write on", again, syscall.EPIPE))
 	}},
-	{name: "acknowledges twice", first: true, do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
+	{name: "acknowledges twice", do: func(_ *acomm.UnixListener, conn net.Conn, _ <-chan struct{}) error {
 		err := acomm.SendConnData(conn, &acomm.Response{})
 		err2 := expect("read", readOne(conn), io.EOF)
 		return errors.Join(err, err2, expect("second", acomm.SendConnData(conn, &acomm.Response{}), syscall.EPIPE))
@@ -395,7 +398,7 @@ var keptBehaviours = []struct {
 
 // handlerReads waits until a handler waits for something to read.
 func handlerReads() error {
-	for deadline := time.Now().Add(patience); blockedIn("acomm.(*exchange).Read")+blockedIn("acomm.(*firstConn).Read") == 0; {
+	for deadline := time.Now().Add(patience); blockedIn("acomm.(*exchange).Read") == 0; {
 		if time.Now().After(deadline) {
 			return errors.New("the read does not wait")
 		}
@@ -436,30 +439,30 @@ func sendWithin(addr *url.URL, payload any, d time.Duration) <-chan error {
 	return sent
 }
 
-func TestKept_HandlersDoAsTheyLike(t *testing.T) {
+func TestSession_HandlersDoAsTheyLike(t *testing.T) {
 	found, release := make(chan error, 10), make(chan struct{})
 	others := make(map[string]chan struct{})
-	how := map[string]keptHandling{
+	how := map[string]handling{
 		"holds it for ever": func(conn net.Conn, _ note) {
 			_ = acomm.SendConnData(conn, &acomm.Response{})
 			<-release
 		},
 		"holds it unanswered": func(net.Conn, note) { <-release },
 	}
-	var s *keptService
-	for _, b := range keptBehaviours {
+	var s *noteService
+	for _, b := range behaviours {
 		served := make(chan struct{})
 		others[b.name] = served
 		how[b.name] = func(conn net.Conn, _ note) { conclude(found, b.do(s.UnixListener, conn, served)) }
 	}
-	s = startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, how)
+	s = startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, how)
 	defer close(release) // before Stop
-	keep(t, s.URL())
+	openTo(t, s.URL())
 	before := s.peersNow()
 
 	require.NoError(t, acomm.Send(s.URL(), note{How: "holds it for ever"}))
 	unanswered := sendAsync(s.URL(), note{How: "holds it unanswered"})
-	for i, b := range keptBehaviours {
+	for i, b := range behaviours {
 		t.Run(b.name, func(t *testing.T) {
 			sent := sendWithin(s.URL(), note{How: b.name}, b.sent)
 			sendMany(t, s.URL(), 1000*(i+1), 20)
@@ -475,88 +478,21 @@ func TestKept_HandlersDoAsTheyLike(t *testing.T) {
 		})
 	}
 	require.Len(t, s.peersNow(), len(before), "all on the same connection")
-	require.True(t, acomm.KeptAgreed(s.URL().Path))
+	require.True(t, acomm.SessionTo(s.URL().Path).Open)
 	require.Empty(t, unanswered)
 }
 
-func TestKept_FirstHandlersDoAsTheyLike(t *testing.T) {
-	for _, b := range keptBehaviours {
-		t.Run(b.name, func(t *testing.T) {
-			found, others := make(chan error, 1), make(chan struct{})
-			var s *keptService
-			started, began := make(chan struct{}), make(chan struct{})
-			s = startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{
-				"it": func(conn net.Conn, _ note) {
-					<-started
-					close(began)
-					conclude(found, b.do(s.UnixListener, conn, others))
-				},
-			})
-			close(started)
-			if b.name == "writes byte by byte, and on" || b.name == "writes two frames at once" {
-				t.Skip("the socket takes it, as ever")
-			}
-			if b.name == "never acknowledges" {
-				t.Skip("the socket is closed, which is an error to the handler as ever")
-			}
-			sent := sendWithin(s.URL(), note{How: "it"}, b.sent)
-			within(t, began, "the handler") // it comes first, so its connection may be kept
-			sendMany(t, s.URL(), 500, 20)
-			close(others)
-			err := within(t, sent, "the sender")
-			require.NoError(t, within(t, found, "the handler"))
-			if b.want == nil {
-				require.NoError(t, err)
-			} else {
-				require.ErrorIs(t, err, b.want)
-			}
-			if b.first {
-				await(t, "agreement", func() bool { return acomm.KeptAgreed(s.URL().Path) })
-			}
-			sendMany(t, s.URL(), 1000, 20)
-			keep(t, s.URL())
-			sendMany(t, s.URL(), 2000, 20)
-		})
-	}
-}
-
-func TestKept_FirstHandlerHoldsItForEver(t *testing.T) {
-	release, held := make(chan struct{}), make(chan error, 1)
-	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{
-		"hold": func(conn net.Conn, _ note) {
-			_ = acomm.SendConnData(conn, &acomm.Response{})
-			<-release
-			held <- expect("read", readOne(conn), io.EOF)
-		},
-	})
-	require.NoError(t, acomm.Send(s.URL(), note{How: "hold"}))
-	await(t, "agreement", func() bool { return acomm.KeptAgreed(s.URL().Path) })
-	sendMany(t, s.URL(), 0, 100)
-	require.Len(t, s.peersNow(), 1)
-	stopped := async(func() { s.Stop(0) })
-	awaitBlocked(t, "acomm.(*listenerRun).waitDrained", 1) // for the handler
-	require.ErrorIs(t, acomm.Send(s.URL(), note{}), fs.ErrNotExist)
-	select {
-	case <-stopped:
-		require.Fail(t, "Stop waits for the handler")
-	default:
-	}
-	close(release)
-	require.NoError(t, within(t, held, "the handler"))
-	within(t, stopped, "Stop")
-}
-
-func TestKept_LargeMessagesGoAlone(t *testing.T) {
+func TestSession_LargeMessagesGoAlone(t *testing.T) {
 	digest := func(s string) string { return fmt.Sprintf("%d-%s-%s", len(s), s[:3], s[len(s)-3:]) }
 	answer := func(conn net.Conn, n note) {
 		_ = acomm.SendConnData(conn, &acomm.Response{Error: errors.New(digest(n.Data))})
 	}
 	release := make(chan struct{})
-	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{
+	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]handling{
 		"digest": answer,
 		"late":   func(conn net.Conn, n note) { <-release; answer(conn, n) },
 	})
-	keep(t, s.URL())
+	openTo(t, s.URL())
 	before := s.peersNow()
 	var large []<-chan error
 	var want []string
@@ -587,13 +523,13 @@ func TestKept_LargeMessagesGoAlone(t *testing.T) {
 	}
 	mixed.Wait()
 	require.Empty(t, errs)
-	require.True(t, acomm.KeptAgreed(s.URL().Path))
+	require.True(t, acomm.SessionTo(s.URL().Path).Open)
 }
 
 // The answer of a handler may be long, and on a kept connection it goes with others.
-func TestKept_LargeAnswersArrive(t *testing.T) {
+func TestSession_LargeAnswersArrive(t *testing.T) {
 	text := strings.Repeat("y", 1<<20)
-	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{
+	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]handling{
 		"large": func(conn net.Conn, n note) {
 			_ = acomm.SendConnData(conn, &acomm.Response{Error: errors.New(fmt.Sprint(n.ID, text))})
 		},
@@ -601,7 +537,7 @@ func TestKept_LargeAnswersArrive(t *testing.T) {
 			_, _ = conn.Write([]byte(strings.Repeat("z", acomm.MaxPayload+100)))
 		},
 	})
-	keep(t, s.URL())
+	openTo(t, s.URL())
 	before := s.peersNow()
 	var sent []<-chan error
 	for i := range 16 {
@@ -617,90 +553,40 @@ func TestKept_LargeAnswersArrive(t *testing.T) {
 	require.Len(t, s.peersNow(), len(before), "still the same connection")
 }
 
-// Hazard: the deadline that ends the wait for a sender's word was set on a
-// connection at the moment at which it came to be kept, and ended it 200 ms later.
-func TestKept_ADeadlineOfTheOfferDoesNotStay(t *testing.T) {
-	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{
-		"linger": func(conn net.Conn, n note) {
-			_ = acomm.SendConnData(conn, &acomm.Response{})
-			for end := time.Now().Add(time.Duration(n.ID) * 200 * time.Nanosecond); time.Now().Before(end); {
-				runtime.Gosched()
-			}
-		},
-	})
-	const conns = 200
-	rounds := 2
-	if *long {
-		rounds = 50
-	}
-	for range rounds {
-		var peers []*net.UnixConn
-		for i := range conns {
-			conn := dialNamed(t, s.URL().Path)
-			defer conn.Close()
-			// The word is there when the offer is made, so both happen at once.
-			_, err := conn.Write(append(plainFrame(fmt.Sprintf(`{"id":%d,"how":"linger"}`, i)), acomm.KeptHello...))
-			require.NoError(t, err)
-			peers = append(peers, conn)
-		}
-		var agreed []*net.UnixConn
-		for _, conn := range peers {
-			require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
-			require.NoError(t, acomm.UnmarshalConnData(conn, &struct{}{}))
-			hello := make([]byte, len(acomm.KeptHello)+len(rawToken))
-			_, err := io.ReadFull(conn, hello)
-			if errors.Is(err, syscall.ECONNRESET) {
-				continue // on a slow machine the word was not read within 200 ms
-			}
-			require.NoError(t, err)
-			require.Equal(t, acomm.KeptHello, string(hello[:len(acomm.KeptHello)]))
-			agreed = append(agreed, conn)
-		}
-		require.NotEmpty(t, agreed)
-		later := time.Now().Add(250 * time.Millisecond)
-		for _, conn := range agreed {
-			require.NoError(t, conn.SetReadDeadline(later))
-			err := readOne(conn)
-			require.ErrorIs(t, err, os.ErrDeadlineExceeded, "the listener keeps it")
-			conn.Close()
-		}
-	}
-}
-
 // Hazard: answers that the socket did not take at once were written with a
 // deadline, which stayed: a minute later the listener could answer nothing more on
 // that connection, whose senders waited in vain.
-func TestKept_AFullSocketIsForgotten(t *testing.T) {
+func TestSession_AFullSocketIsForgotten(t *testing.T) {
 	const limit = 2 * time.Second // of a write; the socket is empty long before
-	defer acomm.SetKeptPatience(acomm.SetKeptPatience(limit))
+	defer acomm.SetSessionWriteTimeout(acomm.SetSessionWriteTimeout(limit))
 	text := strings.Repeat("y", 1<<20)
-	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{
+	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]handling{
 		"large": func(conn net.Conn, _ note) {
 			_ = acomm.SendConnData(conn, &acomm.Response{Error: errors.New(text)})
 		},
 	})
 	defer s.Stop(0) // before the limit is what it was
-	conn := keepRaw(t, s.URL().Path)
+	conn := openRaw(t, s.URL().Path)
 	ask := func(number uint32, text string) {
-		_, err := conn.Write(keptFrame(keptMessage, uint32(len(text)), number, text))
+		_, err := conn.Write(rawFrame(frameMessage, uint32(len(text)), number, text))
 		require.NoError(t, err)
 	}
 	ask(1, `{"id":1,"how":"large"}`)
-	awaitBlocked(t, "acomm.(*batch).writeRest", 1)
-	_, _, payload, err := readKept(conn)
+	awaitBlocked(t, "acomm.(*session).writeRest", 1)
+	_, _, payload, err := readFrame(conn)
 	require.NoError(t, err)
 	require.Greater(t, len(payload), len(text))
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(limit)))
 	require.ErrorIs(t, readOne(conn), os.ErrDeadlineExceeded, "it stays open while the limit passes")
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(patience)))
 	ask(2, `{"id":2}`)
-	_, answered, _, err := readKept(conn)
+	_, answered, _, err := readFrame(conn)
 	require.NoError(t, err)
 	require.EqualValues(t, 2, answered)
 	require.NoError(t, conn.Close())
 }
 
-func TestKept_StopUnderLoadLosesNothing(t *testing.T) {
+func TestSession_StopUnderLoadLosesNothing(t *testing.T) {
 	dir := shortDir(t)
 	path := filepath.Join(dir, "s.sock")
 	rounds := 15
@@ -708,7 +594,7 @@ func TestKept_StopUnderLoadLosesNothing(t *testing.T) {
 		rounds = 500
 	}
 	keepingProcess(t)
-	s := startKept(t, path, 0, nil)
+	s := startNotes(t, path, 0, nil)
 	var next atomic.Int64
 	for range rounds {
 		type result struct {
@@ -754,7 +640,7 @@ func TestKept_StopUnderLoadLosesNothing(t *testing.T) {
 }
 
 // Those that nobody has taken are told that they were not read.
-func TestKept_StopWithATimeoutTellsWhatWasNotRead(t *testing.T) {
+func TestSession_StopWithATimeoutTellsWhatWasNotRead(t *testing.T) {
 	keepingProcess(t)
 	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 0)
 	require.NoError(t, ul.Start())
@@ -764,14 +650,14 @@ func TestKept_StopWithATimeoutTellsWhatWasNotRead(t *testing.T) {
 	require.NoError(t, acomm.SendConnData(conn, &acomm.Response{}))
 	ul.DoneConn(conn)
 	require.NoError(t, within(t, sent, "the first"))
-	await(t, "agreement", func() bool { return acomm.KeptAgreed(ul.URL().Path) })
+	await(t, "the session", func() bool { return acomm.SessionTo(ul.URL().Path).Open })
 
 	const number, handed = 20, 7
 	outcomes := make(map[int]<-chan error)
 	for id := range number {
 		outcomes[id] = sendAsync(ul.URL(), note{ID: id})
 	}
-	await(t, "all", func() bool { return acomm.KeptWaiting(ul.URL().Path) == number })
+	await(t, "all", func() bool { return acomm.SessionTo(ul.URL().Path).InFlight == number })
 	taken := make(map[int]bool)
 	for range handed {
 		conn := take(t, ul)
@@ -790,29 +676,31 @@ func TestKept_StopWithATimeoutTellsWhatWasNotRead(t *testing.T) {
 		}
 	}
 	require.Len(t, taken, handed)
-	await(t, "the connection to be forgotten", func() bool { return acomm.KeptConns() == 0 })
+	await(t, "the connection to be forgotten", func() bool { return acomm.SessionTo("").Opened == 0 })
 }
 
-// keptFrame is a frame on a kept connection.
-func keptFrame(kind, size, number uint32, payload string) []byte {
+// rawFrame is a frame on a kept connection.
+func rawFrame(kind, size, number uint32, payload string) []byte {
 	frame := binary.BigEndian.AppendUint32(nil, kind<<28|size)
 	frame = binary.BigEndian.AppendUint32(frame, number)
 	return append(frame, payload...)
 }
 
 const (
-	keptMessage = 8
-	keptCancel  = 9
-	keptAnswer  = 10
-	keptStop    = 11
-	keptLink    = 12
-	keptLinked  = 13
+	frameMessage = 8
+	frameCancel  = 9
+	frameAnswer  = 10
+	frameStop    = 11
+	frameTarget  = 12
 
-	rawToken = "0123456789abcdef" // what a listener of these tests calls a connection
+	// The tokens of processes of these tests: one is less than that of the library's
+	// process, nearly always, and one greater.
+	lesserToken  = "\x00\x0023456789abcdef"
+	greaterToken = "\xff\xff23456789abcdef"
 )
 
-// readKept reads a frame.
-func readKept(conn net.Conn) (kind, number uint32, payload string, err error) {
+// readFrame reads a frame.
+func readFrame(conn net.Conn) (kind, number uint32, payload string, err error) {
 	var header [8]byte
 	if _, err := io.ReadFull(conn, header[:]); err != nil {
 		return 0, 0, "", err
@@ -853,30 +741,55 @@ func (l *rawListener) accept() (net.Conn, note) {
 	return conn, n
 }
 
-// keep has a first exchange and agrees to keep its connection.
-func (l *rawListener) keep() net.Conn {
+// offer has a plain exchange, and acknowledges that there may be a session.
+func (l *rawListener) offer() {
 	l.t.Helper()
 	sent := sendAsync(l.addr, note{ID: -1})
 	conn, _ := l.accept()
-	_, err := conn.Write(plainFrame(`{"error":"","keep":1}`))
+	l.write(conn, plainFrame(`{"error":"","sessions":1}`))
+	require.NoError(l.t, within(l.t, sent, "the plain exchange"))
+	require.ErrorIs(l.t, readOne(conn), io.EOF, "that connection stays a plain one")
+	require.NoError(l.t, conn.Close())
+}
+
+// acceptSession takes the connection that is to be a session.
+func (l *rawListener) acceptSession() net.Conn {
+	l.t.Helper()
+	require.NoError(l.t, l.Listener.(*net.UnixListener).SetDeadline(time.Now().Add(patience)))
+	conn, err := l.Accept()
 	require.NoError(l.t, err)
-	require.NoError(l.t, within(l.t, sent, "the first exchange"))
-	hello := make([]byte, len(acomm.KeptHello))
-	_, err = io.ReadFull(conn, hello)
+	l.t.Cleanup(func() { conn.Close() })
+	require.NoError(l.t, conn.SetDeadline(time.Now().Add(patience)))
+	require.True(l.t, strings.HasPrefix(conn.RemoteAddr().String(), acomm.SessionName), conn.RemoteAddr())
+	return conn
+}
+
+// open has a plain exchange, and the session that follows.
+func (l *rawListener) open() net.Conn {
+	l.t.Helper()
+	return l.openWith(lesserToken)
+}
+
+// openWith is open with another token.
+func (l *rawListener) openWith(token string) net.Conn {
+	l.t.Helper()
+	l.offer()
+	conn := l.acceptSession()
+	l.write(conn, []byte(acomm.Greeting+token))
+	greeting := make([]byte, len(acomm.Greeting)+len(lesserToken))
+	_, err := io.ReadFull(conn, greeting)
 	require.NoError(l.t, err)
-	require.Equal(l.t, acomm.KeptHello, string(hello))
-	_, err = conn.Write(append(hello, rawToken...))
-	require.NoError(l.t, err)
-	await(l.t, "agreement", func() bool { return acomm.KeptAgreed(l.addr.Path) })
+	require.Equal(l.t, acomm.Greeting, string(greeting[:len(acomm.Greeting)]))
+	await(l.t, "the session", func() bool { return acomm.SessionTo(l.addr.Path).Open })
 	return conn
 }
 
 // message reads a message.
 func (l *rawListener) message(conn net.Conn) (number uint32, payload string) {
 	l.t.Helper()
-	kind, number, payload, err := readKept(conn)
+	kind, number, payload, err := readFrame(conn)
 	require.NoError(l.t, err)
-	require.EqualValues(l.t, keptMessage, kind)
+	require.EqualValues(l.t, frameMessage, kind)
 	return number, payload
 }
 
@@ -898,10 +811,10 @@ func (l *rawListener) serveAlone() note {
 	return n
 }
 
-func TestKept_ConnectionLostBeforeAMessageIsReplaced(t *testing.T) {
+func TestSession_ConnectionLostBeforeAMessageIsReplaced(t *testing.T) {
 	l := newRawListener(t)
 	for i := range 20 {
-		conn := l.keep()
+		conn := l.open()
 		conn.Close()
 		sent := sendAsync(l.addr, note{ID: i})
 		require.Equal(t, i, l.serveAlone().ID)
@@ -909,15 +822,15 @@ func TestKept_ConnectionLostBeforeAMessageIsReplaced(t *testing.T) {
 	}
 }
 
-func TestKept_MessageIsNotSentAgainOnceItMayHaveBeenRead(t *testing.T) {
+func TestSession_MessageIsNotSentAgainOnceItMayHaveBeenRead(t *testing.T) {
 	l := newRawListener(t)
 	for read := range 2 { // with and without having read it
-		conn := l.keep()
+		conn := l.open()
 		sent := sendAsync(l.addr, note{ID: 1})
 		if read == 1 {
 			l.message(conn)
 		} else {
-			await(t, "the message", func() bool { return acomm.KeptWaiting(l.addr.Path) == 1 })
+			await(t, "the message", func() bool { return acomm.SessionTo(l.addr.Path).InFlight == 1 })
 			require.NoError(t, readable(conn))
 		}
 		conn.Close()
@@ -929,17 +842,17 @@ func TestKept_MessageIsNotSentAgainOnceItMayHaveBeenRead(t *testing.T) {
 }
 
 // What did not get as far as the socket can't have been read, and goes elsewhere.
-func TestKept_WhatTheSocketDidNotTakeIsSentAgainOnce(t *testing.T) {
+func TestSession_WhatTheSocketDidNotTakeIsSentAgainOnce(t *testing.T) {
 	l := newRawListener(t)
-	conn := l.keep()
+	conn := l.open()
 	const number = 30
 	data := strings.Repeat("x", 30<<10)
 	results := make(map[int]<-chan error)
 	for i := range number {
 		results[i] = sendAsync(l.addr, note{ID: i, Data: data})
 	}
-	await(t, "all", func() bool { return acomm.KeptWaiting(l.addr.Path) == number })
-	awaitBlocked(t, "acomm.(*batch).writeRest", 1) // what fits is in the socket
+	await(t, "all", func() bool { return acomm.SessionTo(l.addr.Path).InFlight == number })
+	awaitBlocked(t, "acomm.(*session).writeRest", 1) // what fits is in the socket
 	conn.Close()
 	again := make(map[int]int)
 	lost := make(chan int, number)
@@ -979,29 +892,29 @@ func TestKept_WhatTheSocketDidNotTakeIsSentAgainOnce(t *testing.T) {
 
 // A listener that reads no further still serves what is in its socket: that is not
 // sent again, all the rest is.
-func TestKept_WhatIsInTheSocketIsServedAndTheRestSentAgain(t *testing.T) {
+func TestSession_WhatIsInTheSocketIsServedAndTheRestSentAgain(t *testing.T) {
 	l := newRawListener(t)
-	conn := l.keep()
+	conn := l.open()
 	const number = 30
 	data := strings.Repeat("x", 30<<10)
 	results := make(chan error, number)
 	for i := range number {
 		go func() { results <- acomm.Send(l.addr, note{ID: i, Data: data}) }()
 	}
-	await(t, "all", func() bool { return acomm.KeptWaiting(l.addr.Path) == number })
-	awaitBlocked(t, "acomm.(*batch).writeRest", 1) // what fits is in the socket
+	await(t, "all", func() bool { return acomm.SessionTo(l.addr.Path).InFlight == number })
+	awaitBlocked(t, "acomm.(*session).writeRest", 1) // what fits is in the socket
 	require.NoError(t, conn.(*net.UnixConn).CloseRead())
 	handled := make(map[int]int)
 	for {
-		kind, n, payload, err := readKept(conn)
+		kind, n, payload, err := readFrame(conn)
 		if err != nil { // nothing more, or a part of a message
 			break
 		}
-		require.EqualValues(t, keptMessage, kind)
+		require.EqualValues(t, frameMessage, kind)
 		var message note
 		require.NoError(t, json.Unmarshal([]byte(payload), &message))
 		handled[message.ID]++
-		l.write(conn, keptFrame(keptAnswer, uint32(len(accepted)), n, accepted))
+		l.write(conn, rawFrame(frameAnswer, uint32(len(accepted)), n, accepted))
 	}
 	require.NotEmpty(t, handled)
 	require.Less(t, len(handled), number)
@@ -1014,7 +927,7 @@ func TestKept_WhatIsInTheSocketIsServedAndTheRestSentAgain(t *testing.T) {
 	for i := range number {
 		require.Equal(t, 1, handled[i], "%d", i)
 	}
-	_, _, _, err := readKept(conn)
+	_, _, _, err := readFrame(conn)
 	require.ErrorIs(t, err, io.EOF)
 }
 
@@ -1032,9 +945,9 @@ func readable(conn net.Conn) error {
 	return errors.Join(err, peekErr)
 }
 
-func TestKept_WhatWasStoppedBeforeIsSentAgainOnce(t *testing.T) {
+func TestSession_WhatWasStoppedBeforeIsSentAgainOnce(t *testing.T) {
 	l := newRawListener(t)
-	conn := l.keep()
+	conn := l.open()
 	const number, served = 10, 4
 	results := make(chan error, number)
 	for i := range number {
@@ -1045,7 +958,7 @@ func TestKept_WhatWasStoppedBeforeIsSentAgainOnce(t *testing.T) {
 		_, payload := l.message(conn)
 		ids = append(ids, payload)
 	}
-	l.write(conn, keptFrame(keptStop, 0, served, ""))
+	l.write(conn, rawFrame(frameStop, 0, served, ""))
 	again := make(map[string]int)
 	for range number - served {
 		n := l.serveAlone()
@@ -1056,7 +969,7 @@ func TestKept_WhatWasStoppedBeforeIsSentAgainOnce(t *testing.T) {
 	}
 	require.Empty(t, results, "the others wait")
 	for i := range served {
-		l.write(conn, keptFrame(keptAnswer, uint32(len(accepted)), uint32(i+1), accepted))
+		l.write(conn, rawFrame(frameAnswer, uint32(len(accepted)), uint32(i+1), accepted))
 		require.NoError(t, within(t, results, "an answer after the stop"))
 	}
 	want := make(map[string]int)
@@ -1064,17 +977,17 @@ func TestKept_WhatWasStoppedBeforeIsSentAgainOnce(t *testing.T) {
 		want[id] = 1
 	}
 	require.Equal(t, want, again)
-	_, _, _, err := readKept(conn)
+	_, _, _, err := readFrame(conn)
 	require.ErrorIs(t, err, io.EOF, "closed after the last")
 }
 
-func TestKept_ListenersOfIllWillDoNoHarm(t *testing.T) {
+func TestSession_ListenersOfIllWillDoNoHarm(t *testing.T) {
 	answer := func(number uint32) []byte {
-		return keptFrame(keptAnswer, uint32(len(accepted)), number, accepted)
+		return rawFrame(frameAnswer, uint32(len(accepted)), number, accepted)
 	}
 	t.Run("answers nobody waits for", func(t *testing.T) {
 		l := newRawListener(t)
-		conn := l.keep()
+		conn := l.open()
 		l.write(conn, slices.Concat(answer(0), answer(77), answer(1<<32-1), answer(1)))
 		sent := sendAsync(l.addr, note{})
 		number, _ := l.message(conn)
@@ -1089,18 +1002,17 @@ func TestKept_ListenersOfIllWillDoNoHarm(t *testing.T) {
 	for name, bytes := range map[string][]byte{
 		"garbage":             []byte("garbage, garbage"),
 		"zeros":               make([]byte, 64),
-		"a message":           keptFrame(keptMessage, 2, 1, "{}"),
-		"a cancel":            keptFrame(keptCancel, 0, 1, ""),
-		"kind 15":             keptFrame(15, 0, 1, ""),
-		"a link":              keptFrame(keptLink, 32, 0, strings.Repeat("x", 32)),
-		"an answer to a link": keptFrame(keptLinked, 0, 1, ""),
-		"stop with a payload": keptFrame(keptStop, 1, 1, "x"),
-		"too long an answer":  keptFrame(keptAnswer, acomm.MaxPayload+5, 1, "x"),
-		"longest of all":      keptFrame(keptAnswer, 1<<28-1, 1, "x"),
+		"a message":           rawFrame(frameMessage, 2, 1, "{}"),
+		"too many targets":    bytes.Repeat(rawFrame(frameTarget, 16, 0, strings.Repeat("x", 16)), 17),
+		"a cancel":            rawFrame(frameCancel, 0, 1, ""),
+		"kind 15":             rawFrame(15, 0, 1, ""),
+		"stop with a payload": rawFrame(frameStop, 1, 1, "x"),
+		"too long an answer":  rawFrame(frameAnswer, acomm.MaxPayload+5, 1, "x"),
+		"longest of all":      rawFrame(frameAnswer, 1<<28-1, 1, "x"),
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := newRawListener(t)
-			conn := l.keep()
+			conn := l.open()
 			first, second := sendAsync(l.addr, note{}), sendAsync(l.addr, note{})
 			l.message(conn)
 			l.message(conn)
@@ -1115,11 +1027,11 @@ func TestKept_ListenersOfIllWillDoNoHarm(t *testing.T) {
 	for name, payload := range map[string]string{"empty": "", "no JSON": string(plainFrame("{")), "too short": "\x00", "announces more": "\x00\x00\x00\x09{}", "too long": "\xff\xff\xff\xff"} {
 		t.Run("answer "+name, func(t *testing.T) {
 			l := newRawListener(t)
-			conn := l.keep()
+			conn := l.open()
 			first, second := sendAsync(l.addr, note{}), sendAsync(l.addr, note{})
 			l.message(conn)
 			l.message(conn)
-			l.write(conn, keptFrame(keptAnswer, uint32(len(payload)), 1, payload))
+			l.write(conn, rawFrame(frameAnswer, uint32(len(payload)), 1, payload))
 			l.write(conn, answer(2))
 			one, other := within(t, first, "an outcome"), within(t, second, "an outcome")
 			require.True(t, (one == nil) != (other == nil), "%v, %v", one, other)
@@ -1127,72 +1039,81 @@ func TestKept_ListenersOfIllWillDoNoHarm(t *testing.T) {
 	}
 	t.Run("half an answer", func(t *testing.T) {
 		l := newRawListener(t)
-		conn := l.keep()
+		conn := l.open()
 		sent := sendWithin(l.addr, note{}, 3*moment)
 		l.message(conn)
 		l.write(conn, answer(1)[:13])
 		require.ErrorIs(t, within(t, sent, "the time-out"), os.ErrDeadlineExceeded)
-		kind, number, payload, err := readKept(conn)
+		kind, number, payload, err := readFrame(conn)
 		require.NoError(t, err)
-		require.Equal(t, []any{uint32(keptCancel), uint32(1), ""}, []any{kind, number, payload})
+		require.Equal(t, []any{uint32(frameCancel), uint32(1), ""}, []any{kind, number, payload})
 	})
-	for name, hello := range map[string]string{"wrong": "\xffacomm\x00\x01" + rawToken, "silent": "", "closing": "-"} {
-		t.Run("hello "+name, func(t *testing.T) {
+	for name, greeting := range map[string]string{"wrong": "\xffacomm\x00\x02" + lesserToken, "silent": "", "closing": "-"} {
+		t.Run("greeting "+name, func(t *testing.T) {
 			l := newRawListener(t)
-			sent := sendAsync(l.addr, note{ID: -1})
-			conn, _ := l.accept()
-			l.write(conn, plainFrame(`{"error":"","keep":1}`))
-			require.NoError(t, within(t, sent, "the first exchange"))
-			if hello == "-" {
+			l.offer()
+			conn := l.acceptSession()
+			if greeting == "-" {
 				conn.Close()
 			} else {
-				l.write(conn, []byte(hello))
+				l.write(conn, []byte(greeting))
 			}
-			next := sendAsync(l.addr, note{ID: 3}) // does not wait for the agreement
-			require.Equal(t, 3, l.serveAlone().ID)
-			require.NoError(t, within(t, next, "an acknowledgement"))
-			if hello != "-" {
-				_, _ = io.ReadFull(conn, make([]byte, len(acomm.KeptHello)))
-				_, _, _, err := readKept(conn)
-				require.ErrorIs(t, err, io.EOF, "it is given up")
+			for i := range 3 { // does not wait for the greeting, nor asks for another one
+				next := sendAsync(l.addr, note{ID: i})
+				require.Equal(t, i, l.serveAlone().ID)
+				require.NoError(t, within(t, next, "an acknowledgement"))
 			}
+			if greeting != "-" {
+				_, err := readByte(conn)
+				require.ErrorIs(t, err, io.EOF, "it is given up, and nothing was said")
+			}
+			require.False(t, acomm.SessionTo(l.addr.Path).Open)
 		})
 	}
 }
 
-// keepRaw has a first exchange with the listener and keeps the connection.
-func keepRaw(t testing.TB, path string) *net.UnixConn {
+// openRaw opens a session to the listener, as PROTOCOL.md says.
+func openRaw(t testing.TB, path string) *net.UnixConn {
 	t.Helper()
-	conn := dialNamed(t, path)
+	return openRawWith(t, path, lesserToken)
+}
+
+// openRawWith is openRaw with another token.
+func openRawWith(t testing.TB, path, own string) *net.UnixConn {
+	t.Helper()
+	conn := dialNamed(t, path, acomm.SessionName)
 	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
-	_, err := conn.Write(plainFrame(`{"id":-1}`))
+	token, err := greet(conn, own)
 	require.NoError(t, err)
-	var ack struct {
-		Keep int `json:"keep"`
-	}
-	require.NoError(t, acomm.UnmarshalConnData(conn, &ack))
-	require.Equal(t, 1, ack.Keep)
-	_, err = io.WriteString(conn, acomm.KeptHello)
-	require.NoError(t, err)
-	hello := make([]byte, len(acomm.KeptHello)+len(rawToken))
-	_, err = io.ReadFull(conn, hello)
-	require.NoError(t, err)
-	require.Equal(t, acomm.KeptHello, string(hello[:len(acomm.KeptHello)]))
+	require.NotEqual(t, strings.Repeat("\x00", len(token)), token)
 	return conn
 }
 
-func TestKept_SendersOfIllWillDoNoHarm(t *testing.T) {
+// greet reads the listener's greeting, and returns the sender's.
+func greet(conn net.Conn, own string) (token string, err error) {
+	greeting := make([]byte, len(acomm.Greeting)+len(lesserToken))
+	if _, err := io.ReadFull(conn, greeting); err != nil {
+		return "", err
+	}
+	if string(greeting[:len(acomm.Greeting)]) != acomm.Greeting {
+		return "", fmt.Errorf("greeted with %q", greeting)
+	}
+	_, err = io.WriteString(conn, acomm.Greeting+own)
+	return string(greeting[len(acomm.Greeting):]), err
+}
+
+func TestSession_SendersOfIllWillDoNoHarm(t *testing.T) {
 	release := make(chan struct{})
-	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{
+	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]handling{
 		"hold": func(net.Conn, note) { <-release },
 	})
 	path := s.URL().Path
-	keep(t, s.URL())
+	openTo(t, s.URL())
 	message := func(number uint32, text string) []byte {
-		return keptFrame(keptMessage, uint32(len(text)), number, text)
+		return rawFrame(frameMessage, uint32(len(text)), number, text)
 	}
 	var tooMany []byte
-	for i := range uint32(acomm.KeptShare + 1) {
+	for i := range uint32(acomm.MaxInFlight + 1) {
 		tooMany = append(tooMany, message(i+1, `{"how":"hold"}`)...)
 	}
 	for name, bytes := range map[string][]byte{
@@ -1200,22 +1121,22 @@ func TestKept_SendersOfIllWillDoNoHarm(t *testing.T) {
 		"number 2 first":      message(2, `{}`),
 		"a number again":      slices.Concat(message(1, `{}`), message(1, `{}`)),
 		"a number left out":   slices.Concat(message(1, `{}`), message(3, `{}`)),
-		"kind 0":              keptFrame(0, 2, 1, "{}"),
-		"kind 7":              keptFrame(7, 2, 1, "{}"),
-		"kind 14":             keptFrame(14, 0, 1, ""),
-		"a link too short":    keptFrame(keptLink, 31, 0, strings.Repeat("x", 31)),
-		"an answer to a link": keptFrame(keptLinked, 0, 1, ""),
-		"an answer":           keptFrame(keptAnswer, 2, 1, "{}"),
-		"a stop":              keptFrame(keptStop, 0, 1, ""),
-		"too long":            keptFrame(keptMessage, acomm.KeptLimit+1, 1, "{}"+strings.Repeat(" ", acomm.KeptLimit-1)),
-		"longest":             keptFrame(keptMessage, 1<<28-1, 1, "{}"),
-		"cancel with payload": keptFrame(keptCancel, 1, 1, "x"),
+		"kind 0":              rawFrame(0, 2, 1, "{}"),
+		"kind 7":              rawFrame(7, 2, 1, "{}"),
+		"kind 14":             rawFrame(14, 0, 1, ""),
+		"a target too short":  rawFrame(frameTarget, 15, 0, strings.Repeat("x", 15)),
+		"a target":            rawFrame(frameTarget, 16, 0, strings.Repeat("x", 16)),
+		"an answer":           rawFrame(frameAnswer, 2, 1, "{}"),
+		"a stop":              rawFrame(frameStop, 0, 1, ""),
+		"too long":            rawFrame(frameMessage, acomm.MaxMessage+1, 1, "{}"+strings.Repeat(" ", acomm.MaxMessage-1)),
+		"longest":             rawFrame(frameMessage, 1<<28-1, 1, "{}"),
+		"cancel with payload": rawFrame(frameCancel, 1, 1, "x"),
 		"too many":            tooMany,
-		"hello again":         []byte(acomm.KeptHello),
+		"the greeting again":  []byte(acomm.Greeting),
 		"a plain frame":       plainFrame(`{"id":1}`),
 	} {
 		t.Run(name, func(t *testing.T) {
-			conn := keepRaw(t, path)
+			conn := openRaw(t, path)
 			require.NoError(t, conn.SetDeadline(time.Now().Add(5*time.Second))) // at rest it would be closed after 10
 			_, err := conn.Write(bytes)
 			require.True(t, err == nil || errors.Is(err, syscall.EPIPE), "%v", err)
@@ -1225,32 +1146,34 @@ func TestKept_SendersOfIllWillDoNoHarm(t *testing.T) {
 		})
 	}
 	t.Run("cancels of nothing", func(t *testing.T) {
-		conn := keepRaw(t, path)
-		_, err := conn.Write(slices.Concat(keptFrame(keptCancel, 0, 9, ""), keptFrame(keptCancel, 0, 0, ""), message(1, "{}"), keptFrame(keptCancel, 0, 2, ""), message(2, "not JSON"), message(3, "")))
+		conn := openRaw(t, path)
+		_, err := conn.Write(slices.Concat(rawFrame(frameCancel, 0, 9, ""), rawFrame(frameCancel, 0, 0, ""), message(1, "{}"), rawFrame(frameCancel, 0, 2, ""), message(2, "not JSON"), message(3, "")))
 		require.NoError(t, err)
 		answers := make(map[uint32]string)
 		for range 3 {
-			kind, number, payload, err := readKept(conn)
+			kind, number, payload, err := readFrame(conn)
 			require.NoError(t, err)
-			require.EqualValues(t, keptAnswer, kind)
+			require.EqualValues(t, frameAnswer, kind)
 			answers[number] = payload
 		}
 		golden, err := os.ReadFile(filepath.Join("testdata", "wire", "ack-accepted.bin"))
 		require.NoError(t, err)
 		require.Equal(t, map[uint32]string{1: string(golden), 2: "", 3: ""}, answers)
 	})
-	t.Run("half a frame, half a hello, none", func(t *testing.T) {
-		half := keepRaw(t, path)
+	t.Run("half a frame, half a greeting, none", func(t *testing.T) {
+		half := openRaw(t, path)
 		_, err := half.Write(message(1, "{}")[:9])
 		require.NoError(t, err)
-		for _, word := range []string{"", acomm.KeptHello[:3], "\xffnot it"} {
-			conn := dialNamed(t, path)
-			require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
-			_, err := conn.Write(plainFrame(`{"id":1}`))
+		for _, greeting := range []string{"", acomm.Greeting[:3], acomm.Greeting} {
+			conn := dialNamed(t, path, acomm.SessionName)
+			_, err := io.WriteString(conn, greeting)
 			require.NoError(t, err)
-			require.NoError(t, acomm.UnmarshalConnData(conn, &struct{}{}))
-			_, err = io.WriteString(conn, word)
-			require.True(t, err == nil || word == "\xffnot it", "%v", err)
+		}
+		for _, greeting := range []string{"\xffnot it" + lesserToken, string(plainFrame(`{"id":1}`)) + lesserToken} {
+			conn := dialNamed(t, path, acomm.SessionName)
+			require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
+			_, err = io.WriteString(conn, greeting)
+			require.NoError(t, err)
 			_, err = io.Copy(io.Discard, conn)
 			require.True(t, err == nil || errors.Is(err, syscall.ECONNRESET), "closed: %v", err)
 		}
@@ -1262,35 +1185,35 @@ func TestKept_SendersOfIllWillDoNoHarm(t *testing.T) {
 }
 
 // Hazard: a connection was still open when the last listener had stopped.
-func TestKept_NothingIsLeftAfterTheLastStop(t *testing.T) {
+func TestSession_NothingIsLeftAfterTheLastStop(t *testing.T) {
 	dir := shortDir(t)
-	startKept(t, filepath.Join(dir, "s.sock"), 0, nil).Stop(0) // the runtime opens what it needs
+	startNotes(t, filepath.Join(dir, "s.sock"), 0, nil).Stop(0) // the runtime opens what it needs
 	before := openFiles(t)
 	rounds := 200
 	for i := range rounds {
-		s := startKept(t, filepath.Join(dir, "s.sock"), 0, nil)
-		keep(t, s.URL())
+		s := startNotes(t, filepath.Join(dir, "s.sock"), 0, nil)
+		openTo(t, s.URL())
 		sendMany(t, s.URL(), 0, 4)
 		s.Stop(0)
 		require.Equal(t, before, openFiles(t), "after %d", i)
-		require.Zero(t, acomm.KeptConns())
+		require.Zero(t, acomm.SessionTo("").Opened)
 		within(t, s.served, "the end of serving")
 	}
 }
 
 // The same for a process that keeps connections to others only.
-func TestKept_NothingIsLeftAfterTheLastTracker(t *testing.T) {
+func TestSession_NothingIsLeftAfterTheLastTracker(t *testing.T) {
 	l := newRawListenerOf(t)
 	before := openFiles(t)
 	for i := range 50 {
 		tracker, err := acomm.NewTracker("", nil, patience)
 		require.NoError(t, err)
 		require.NoError(t, tracker.Start())
-		conn := l.keep()
+		conn := l.open()
 		tracker.Stop()
 		require.Equal(t, before+1, openFiles(t), "the test's own, round %d", i)
-		require.Zero(t, acomm.KeptConns())
-		_, _, _, err = readKept(conn)
+		require.Zero(t, acomm.SessionTo("").Opened)
+		_, _, _, err = readFrame(conn)
 		require.ErrorIs(t, err, io.EOF, "the sender has closed")
 		conn.Close()
 	}
@@ -1305,11 +1228,11 @@ func newRawListenerOf(t testing.TB) *rawListener {
 	return &rawListener{t, l, unixURL(path)}
 }
 
-func TestKept_PathDecides(t *testing.T) {
+func TestSession_PathDecides(t *testing.T) {
 	dir := shortDir(t)
-	first := startKept(t, filepath.Join(dir, "s.sock"), 0, nil)
-	second := startKept(t, filepath.Join(dir, "other.sock"), 0, nil)
-	keep(t, first.URL())
+	first := startNotes(t, filepath.Join(dir, "s.sock"), 0, nil)
+	second := startNotes(t, filepath.Join(dir, "other.sock"), 0, nil)
+	openTo(t, first.URL())
 	sendMany(t, first.URL(), 0, 10)
 
 	require.NoError(t, os.Rename(second.URL().Path, first.URL().Path))
@@ -1319,7 +1242,7 @@ func TestKept_PathDecides(t *testing.T) {
 		require.Equal(t, 0, first.handled(100+i))
 		require.Equal(t, 1, second.handled(100+i))
 	}
-	keep(t, first.URL())
+	openTo(t, first.URL())
 	require.NoError(t, os.Remove(first.URL().Path))
 	for range 3 {
 		lookEnds()

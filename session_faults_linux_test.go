@@ -55,12 +55,12 @@ func setFileUser() syscall.Errno {
 
 // Hazard: a thread that may not open the socket gets in on the connection of those who
 // may; servers that act for their users have such threads.
-func TestKept_AThreadWithoutTheRightGetsNowhere(t *testing.T) {
+func TestSession_AThreadWithoutTheRightGetsNowhere(t *testing.T) {
 	for name, become := range map[string]func() syscall.Errno{"setresuid": becomeNobody, "setfsuid": setFileUser} {
 		t.Run(name, func(t *testing.T) {
-			s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
+			s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
 			require.NoError(t, os.Chmod(s.Addr(), 0o600))
-			keep(t, s.URL())
+			openTo(t, s.URL())
 			asStranger(t, become, func() {
 				for i := range 100 {
 					if err := acomm.Send(s.URL(), note{ID: 1000 + i}); !errors.Is(err, fs.ErrPermission) {
@@ -71,25 +71,25 @@ func TestKept_AThreadWithoutTheRightGetsNowhere(t *testing.T) {
 			for i := range 100 {
 				require.Zero(t, s.handled(1000+i))
 			}
-			require.True(t, acomm.KeptAgreed(s.Addr()), "others go on")
+			require.True(t, acomm.SessionTo(s.Addr()).Open, "others go on")
 			require.NoError(t, acomm.Send(s.URL(), note{ID: 1}))
 		})
 	}
 }
 
 // lookEnds waits until a look at a path is good no more.
-func lookEnds() { time.Sleep(10 * acomm.KeptLook) }
+func lookEnds() { time.Sleep(10 * acomm.CheckedFor) }
 
 // Hazard: taking the right to connect away does nothing to a connection that is kept.
 // Who has the right connects again, so that the kernel decides.
-func TestKept_ChangedModeOrOwnerHasTheKernelAskedAgain(t *testing.T) {
+func TestSession_ChangedModeOrOwnerHasTheKernelAskedAgain(t *testing.T) {
 	for name, change := range map[string]func(path string) error{
 		"mode":  func(path string) error { return os.Chmod(path, 0o600) },
 		"owner": func(path string) error { return os.Chown(path, os.Getuid(), os.Getgid()) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
-			keep(t, s.URL())
+			s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
+			openTo(t, s.URL())
 			before := len(s.peersNow())
 			require.NoError(t, change(s.Addr()))
 			lookEnds()
@@ -101,7 +101,7 @@ func TestKept_ChangedModeOrOwnerHasTheKernelAskedAgain(t *testing.T) {
 
 // Hazard: a look at the path is noted before it is done, so those who send meanwhile go
 // to the socket that was replaced.
-func TestKept_ReplacedSocketGetsNothingFromABurst(t *testing.T) {
+func TestSession_ReplacedSocketGetsNothingFromABurst(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(4))
 	for range 20 {
 		dir := shortDir(t)
@@ -111,9 +111,9 @@ func TestKept_ReplacedSocketGetsNothingFromABurst(t *testing.T) {
 			<-release
 			_ = acomm.SendConnData(conn, &acomm.Response{})
 		}
-		old := startKept(t, filepath.Join(dir, "s.sock"), 0, map[string]keptHandling{"slow": slow})
-		replacing := startKept(t, filepath.Join(dir, "new.sock"), 0, nil)
-		keep(t, old.URL())
+		old := startNotes(t, filepath.Join(dir, "s.sock"), 0, map[string]handling{"slow": slow})
+		replacing := startNotes(t, filepath.Join(dir, "new.sock"), 0, nil)
+		openTo(t, old.URL())
 		sent := sendAsync(old.URL(), note{How: "slow"})
 		within(t, inHand, "the slow exchange")
 		require.NoError(t, os.Rename(replacing.Addr(), old.Addr()))
@@ -142,9 +142,9 @@ func TestKept_ReplacedSocketGetsNothingFromABurst(t *testing.T) {
 }
 
 // Hazard: a path that led elsewhere between two looks keeps a connection made meanwhile.
-func TestKept_FileThatWasElsewhereIsConnectedToAgain(t *testing.T) {
-	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
-	keep(t, s.URL())
+func TestSession_FileThatWasElsewhereIsConnectedToAgain(t *testing.T) {
+	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
+	openTo(t, s.URL())
 	before := len(s.peersNow())
 	require.NoError(t, os.Rename(s.Addr(), s.Addr()+"2"))
 	require.NoError(t, os.Rename(s.Addr()+"2", s.Addr()))
@@ -154,7 +154,7 @@ func TestKept_FileThatWasElsewhereIsConnectedToAgain(t *testing.T) {
 }
 
 // Hazard: a handler that waits for the socket itself holds it up for all others.
-func TestKept_NobodyWaitsForTheSocketItself(t *testing.T) {
+func TestSession_NobodyWaitsForTheSocketItself(t *testing.T) {
 	results := make(chan error, 10)
 	waits := func(conn net.Conn, _ note) {
 		raw, err := conn.(syscall.Conn).SyscallConn()
@@ -167,44 +167,40 @@ func TestKept_NobodyWaitsForTheSocketItself(t *testing.T) {
 		results <- raw.Control(func(uintptr) {})
 		_ = acomm.SendConnData(conn, &acomm.Response{})
 	}
-	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{"waits": waits})
+	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]handling{"waits": waits})
 	keepingProcess(t)
-	for range 2 { // on the first connection, and on one that is kept
-		sent := sendAsync(s.URL(), note{How: "waits"})
-		require.ErrorIs(t, within(t, results, "Read"), errors.ErrUnsupported)
-		require.ErrorIs(t, within(t, results, "Write"), errors.ErrUnsupported)
-		require.NoError(t, within(t, results, "Control"))
-		require.NoError(t, within(t, sent, "the acknowledgement"))
-		keep(t, s.URL())
-	}
+	openTo(t, s.URL())
+	sent := sendAsync(s.URL(), note{How: "waits"})
+	require.ErrorIs(t, within(t, results, "Read"), errors.ErrUnsupported)
+	require.ErrorIs(t, within(t, results, "Write"), errors.ErrUnsupported)
+	require.NoError(t, within(t, results, "Control"))
+	require.NoError(t, within(t, sent, "the acknowledgement"))
 }
 
-// Hazard: a handler that reads on before it acknowledges is given the sender's agreement
-// as data.
-func TestKept_AHandlerThatReadsOnSeesTheEnd(t *testing.T) {
+// Hazard: a handler that reads on, also before it acknowledges, is given what begins a
+// session as data.
+func TestSession_AHandlerThatReadsOnSeesTheEnd(t *testing.T) {
 	type end struct {
 		n   int
 		err error
 	}
 	ends := make(chan end, 1)
+	reading := make(chan struct{})
 	readsOn := func(conn net.Conn, _ note) {
-		reading := make(chan struct{})
 		read := async(func() {
 			close(reading)
 			n, err := conn.Read(make([]byte, 100))
 			ends <- end{n, err}
 		})
 		<-reading
-		await(t, "the handler to read on", func() bool { return blockedIn("acomm.(*firstConn).Read") > 0 })
 		_ = acomm.SendConnData(conn, &acomm.Response{})
 		<-read
 	}
-	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{"reads on": readsOn})
+	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]handling{"reads on": readsOn})
 	keepingProcess(t)
 	require.NoError(t, acomm.Send(s.URL(), note{How: "reads on"}))
-	got := within(t, ends, "the end")
-	require.Zero(t, got.n)
-	require.Error(t, got.err)
+	require.Equal(t, end{0, io.EOF}, within(t, ends, "the end"))
+	await(t, "the session", func() bool { return acomm.SessionTo(s.Addr()).Open })
 }
 
 func init() { roles["few sender"] = fewSender }
@@ -227,11 +223,11 @@ func fewSender() {
 }
 
 // Hazard: connections at rest use up the descriptors, and what needs one fails.
-func TestKept_ConnectionsAtRestGiveWay(t *testing.T) {
+func TestSession_ConnectionsAtRestGiveWay(t *testing.T) {
 	sender := startProcess(t, "few sender")
 	dir := shortDir(t)
 	for i := range 120 {
-		s := startKept(t, filepath.Join(dir, strconv.Itoa(i)+".sock"), 0, nil)
+		s := startNotes(t, filepath.Join(dir, strconv.Itoa(i)+".sock"), 0, nil)
 		require.NoError(t, sender.WriteLine(s.Addr()))
 		require.Equal(t, "0", sender.ReadLine(), "sends that failed, of %d", i+1)
 	}
@@ -239,16 +235,16 @@ func TestKept_ConnectionsAtRestGiveWay(t *testing.T) {
 
 // Hazard: the time of a write is that of a whole answer, so a peer that takes something
 // all the time is cut off.
-func TestKept_SlowReaderOfALargeAnswerIsServed(t *testing.T) {
+func TestSession_SlowReaderOfALargeAnswerIsServed(t *testing.T) {
 	const pause = 50 * time.Millisecond
-	setPatience(t, 10*pause)
+	setWriteTimeout(t, 10*pause)
 	answer := errors.New(strings.Repeat("y", 3<<20))
 	large := func(conn net.Conn, _ note) { _ = acomm.SendConnData(conn, &acomm.Response{Error: answer}) }
-	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{"large": large})
-	conn := keepRaw(t, s.Addr())
+	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]handling{"large": large})
+	conn := openRaw(t, s.Addr())
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(patience)))
 	message := `{"how":"large"}`
-	_, err := conn.Write(keptFrame(keptMessage, uint32(len(message)), 1, message))
+	_, err := conn.Write(rawFrame(frameMessage, uint32(len(message)), 1, message))
 	require.NoError(t, err)
 	buf := make([]byte, 128<<10)
 	for read := 0; read < 3<<20; {
@@ -260,15 +256,15 @@ func TestKept_SlowReaderOfALargeAnswerIsServed(t *testing.T) {
 }
 
 // setPatience sets how long a peer may take nothing of what is written to it.
-func setPatience(t testing.TB, d time.Duration) {
-	old := acomm.SetKeptPatience(d)
-	t.Cleanup(func() { acomm.SetKeptPatience(old) })
+func setWriteTimeout(t testing.TB, d time.Duration) {
+	old := acomm.SetSessionWriteTimeout(d)
+	t.Cleanup(func() { acomm.SetSessionWriteTimeout(old) })
 }
 
 // Hazard: a peer that reads slowly holds up Stop for many times the patience of a write.
-func TestKept_SlowReaderHoldsUpStopForOnePatience(t *testing.T) {
+func TestSession_SlowReaderHoldsUpStopForOnePatience(t *testing.T) {
 	const wait = 300 * time.Millisecond
-	setPatience(t, wait)
+	setWriteTimeout(t, wait)
 	const number = 34
 	answer := errors.New(strings.Repeat("y", 256<<10)) // less than is read in the patience
 	answered := make(chan struct{}, number)
@@ -276,11 +272,11 @@ func TestKept_SlowReaderHoldsUpStopForOnePatience(t *testing.T) {
 		_ = acomm.SendConnData(conn, &acomm.Response{Error: answer})
 		answered <- struct{}{}
 	}
-	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{"large": large})
-	conn := keepRaw(t, s.Addr())
+	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]handling{"large": large})
+	conn := openRaw(t, s.Addr())
 	message := `{"how":"large"}`
 	for i := range uint32(number) {
-		_, err := conn.Write(keptFrame(keptMessage, uint32(len(message)), i+1, message))
+		_, err := conn.Write(rawFrame(frameMessage, uint32(len(message)), i+1, message))
 		require.NoError(t, err)
 	}
 	for range number {
@@ -327,7 +323,7 @@ func otherGroups() {
 
 // Hazard: on a connection that goes the other way the kernel names the groups that a
 // process had when it began to listen, not those of the sender of the message.
-func TestKeptBoth_HandlersSeeTheGroupsOfTheSender(t *testing.T) {
+func TestSessionBoth_HandlersSeeTheGroupsOfTheSender(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("only root can set its groups")
 	}
@@ -366,11 +362,11 @@ func TestKeptBoth_HandlersSeeTheGroupsOfTheSender(t *testing.T) {
 }
 
 // Hazard: each spelling of a path has a connection of its own.
-func TestKept_PathsAreComparedByWhatTheyLeadTo(t *testing.T) {
+func TestSession_PathsAreComparedByWhatTheyLeadTo(t *testing.T) {
 	dir := shortDir(t)
-	s := startKept(t, filepath.Join(dir, "s.sock"), 0, nil)
-	other := startKept(t, filepath.Join(dir, "o.sock"), 0, nil)
-	keep(t, s.URL())
+	s := startNotes(t, filepath.Join(dir, "s.sock"), 0, nil)
+	other := startNotes(t, filepath.Join(dir, "o.sock"), 0, nil)
+	openTo(t, s.URL())
 	before := len(s.peersNow())
 	link := filepath.Join(dir, "link")
 	require.NoError(t, os.Symlink(s.Addr(), link))
@@ -410,29 +406,25 @@ func fewListener() {
 
 // Hazard: senders that keep their connections use up the descriptors of a listener, and
 // those who come after them starve.
-func TestKept_ListenerKeepsAnEighthOfItsDescriptors(t *testing.T) {
+func TestSession_ListenerKeepsAnEighthOfItsDescriptors(t *testing.T) {
 	socket := filepath.Join(shortDir(t), "s.sock")
 	listener := startProcess(t, "few listener", "SOCKET="+socket)
 	require.Equal(t, "ready", listener.ReadLine())
-	kept := 0
+	opened := 0
 	for range 100 { // senders that stay, if they may
-		conn := dialNamed(t, socket)
+		conn := dialNamed(t, socket, acomm.SenderName)
 		require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
 		require.NoError(t, acomm.SendConnData(conn, note{}))
 		var ack struct {
-			Keep int `json:"keep"`
+			Sessions int `json:"sessions"`
 		}
 		require.NoError(t, acomm.UnmarshalConnData(conn, &ack))
-		if ack.Keep != 1 {
-			require.NoError(t, conn.Close())
-			continue
+		require.NoError(t, conn.Close())
+		if ack.Sessions == 1 {
+			openRaw(t, socket)
+			opened++
 		}
-		_, err := conn.Write([]byte(acomm.KeptHello))
-		require.NoError(t, err)
-		_, err = io.ReadFull(conn, make([]byte, len(acomm.KeptHello)+len(rawToken)))
-		require.NoError(t, err)
-		kept++
 	}
-	require.Equal(t, 64/8, kept)
+	require.Equal(t, 64/8, opened)
 	require.NoError(t, acomm.Send(unixURL(socket), note{}), "one who comes after them")
 }

@@ -133,7 +133,7 @@ func (g *gate) wait(ctx context.Context) {
 
 // A provider is killed in the middle of its work, again and again: of each message
 // is known what became of it, and none is handled twice.
-func TestKept_KilledProvidersHandleNothingTwice(t *testing.T) {
+func TestSession_KilledProvidersHandleNothingTwice(t *testing.T) {
 	keepingProcess(t)
 	rounds := 20
 	if *long {
@@ -183,7 +183,7 @@ func TestKept_KilledProvidersHandleNothingTwice(t *testing.T) {
 	}
 	for range rounds {
 		requireReached(t, &acks, acks.load()+1+rand.IntN(400), "acknowledgements")
-		if acomm.KeptAgreed(addr.Path) {
+		if acomm.SessionTo(addr.Path).Open {
 			kept.add()
 		}
 		up.shut()
@@ -220,14 +220,14 @@ func TestKept_KilledProvidersHandleNothingTwice(t *testing.T) {
 
 // A requester is killed in the middle of its work: what was acknowledged to it was
 // handled, nothing twice, and the provider goes on without a trace of it.
-func TestKept_KilledRequestersLeaveNothing(t *testing.T) {
+func TestSession_KilledRequestersLeaveNothing(t *testing.T) {
 	rounds := 10
 	if *long {
 		rounds = 300
 	}
 	dir := shortDir(t)
-	s := startKept(t, filepath.Join(dir, "s.sock"), 0, nil)
-	keep(t, s.URL())
+	s := startNotes(t, filepath.Join(dir, "s.sock"), 0, nil)
+	openTo(t, s.URL())
 	handled := func() (n int) {
 		s.mu.Lock()
 		defer s.mu.Unlock()

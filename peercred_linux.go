@@ -14,21 +14,21 @@ const (
 	maxPeerGroups = 1 << 16  // of Linux
 )
 
-// peerOf returns the process at the other end of a connection, as it was when it
+// peerCredsOf returns the process at the other end of a connection, as it was when it
 // connected or began to listen; the zero value if the system does not say.
-func peerOf(conn *net.UnixConn) peerID {
+func peerCredsOf(conn *net.UnixConn) peerCreds {
 	raw, err := conn.SyscallConn()
 	if err != nil {
-		return peerID{}
+		return peerCreds{}
 	}
-	var peer peerID
+	var peer peerCreds
 	_ = raw.Control(func(fd uintptr) {
 		cred, err := syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
 		if err != nil || cred.Pid == 0 { // 0: a process we can't see
 			return
 		}
 		if groups, ok := peerGroups(fd); ok {
-			peer = peerID{cred.Pid, cred.Uid, cred.Gid, groups}
+			peer = peerCreds{cred.Pid, cred.Uid, cred.Gid, groups}
 		}
 	})
 	return peer

@@ -19,102 +19,108 @@ import (
 // their messages.
 
 // setRest shortens the rest of connections. Call it before anything is started.
-func setRest(t testing.TB, rest time.Duration) {
-	old := acomm.SetKeptRest(rest)
-	t.Cleanup(func() { acomm.SetKeptRest(old) })
+func setIdleTimeout(t testing.TB, timeout time.Duration) {
+	old := acomm.SetSessionIdleTimeout(timeout)
+	t.Cleanup(func() { acomm.SetSessionIdleTimeout(old) })
 }
 
-func TestKept_SenderClosesWhatRests(t *testing.T) {
+func TestSession_SenderClosesWhatRests(t *testing.T) {
 	const rest = 100 * time.Millisecond
-	setRest(t, rest)
+	setIdleTimeout(t, rest)
 	l := newRawListener(t)
-	conn := l.keep()
+	conn := l.open()
 	sent := sendAsync(l.addr, note{})
 	number, _ := l.message(conn)
 	// Not as long as an exchange is under way.
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(4*rest)))
 	require.ErrorIs(t, readOne(conn), os.ErrDeadlineExceeded)
-	require.True(t, acomm.KeptAgreed(l.addr.Path), "the next message goes there")
+	require.True(t, acomm.SessionTo(l.addr.Path).Open, "the next message goes there")
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(patience)))
-	l.write(conn, keptFrame(keptAnswer, uint32(len(accepted)), number, accepted))
+	l.write(conn, rawFrame(frameAnswer, uint32(len(accepted)), number, accepted))
 	require.NoError(t, within(t, sent, "the acknowledgement"))
 	require.ErrorIs(t, readOne(conn), io.EOF)
-	await(t, "the connection to be forgotten", func() bool { return !acomm.KeptTo(l.addr.Path) })
+	await(t, "the connection to be forgotten", func() bool { return !acomm.SessionTo(l.addr.Path).Known })
 }
 
-func TestKept_ListenerClosesWhatRests(t *testing.T) {
+func TestSession_ListenerClosesWhatRests(t *testing.T) {
 	const rest = 100 * time.Millisecond
-	setRest(t, rest)
+	setIdleTimeout(t, rest)
 	release := make(chan struct{})
 	hold := func(conn net.Conn, _ note) {
 		<-release
 		_ = acomm.SendConnData(conn, &acomm.Response{})
 	}
-	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]keptHandling{"hold": hold})
-	conn := keepRaw(t, s.Addr())
+	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]handling{"hold": hold})
+	conn := openRaw(t, s.Addr())
 	message := `{"how":"hold"}`
-	_, err := conn.Write(keptFrame(keptMessage, uint32(len(message)), 1, message))
+	_, err := conn.Write(rawFrame(frameMessage, uint32(len(message)), 1, message))
 	require.NoError(t, err)
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(8*rest)))
 	require.ErrorIs(t, readOne(conn), os.ErrDeadlineExceeded, "an exchange is in hand")
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(patience)))
-	_, err = conn.Write(keptFrame(keptMessage, 2, 2, `{}`))
+	_, err = conn.Write(rawFrame(frameMessage, 2, 2, `{}`))
 	require.NoError(t, err)
 	for _, number := range []uint32{2, 1} {
-		kind, answered, _, err := readKept(conn)
+		kind, answered, _, err := readFrame(conn)
 		require.NoError(t, err)
-		require.Equal(t, []uint32{keptAnswer, number}, []uint32{kind, answered})
+		require.Equal(t, []uint32{frameAnswer, number}, []uint32{kind, answered})
 		if number == 2 {
 			close(release)
 		}
 	}
-	kind, number, _, err := readKept(conn)
+	kind, number, _, err := readFrame(conn)
 	require.NoError(t, err)
-	require.Equal(t, []uint32{keptStop, 2}, []uint32{kind, number}, "what comes now is not read")
+	require.Equal(t, []uint32{frameStop, 2}, []uint32{kind, number}, "what comes now is not read")
 	require.ErrorIs(t, readOne(conn), io.EOF)
 }
 
-func TestKept_ListenerKeepsSoManyAndNoMore(t *testing.T) {
-	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
-	for range acomm.KeptMost {
-		keepRaw(t, s.Addr())
+func TestSession_ListenerKeepsSoManyAndNoMore(t *testing.T) {
+	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
+	for range acomm.MaxSessions {
+		openRaw(t, s.Addr())
 	}
 	golden, err := os.ReadFile(filepath.Join("testdata", "wire", "ack-accepted.bin"))
 	require.NoError(t, err)
-	requirePlain(t, dialNamed(t, s.Addr()), golden)
+	requirePlain(t, dialNamed(t, s.Addr(), acomm.SenderName), golden)
 }
 
-func TestKept_SenderKeepsSoManyAndNoMore(t *testing.T) {
+func TestSession_SenderKeepsSoManyAndNoMore(t *testing.T) {
 	dir := shortDir(t)
-	var last *keptService
-	for i := range acomm.KeptMost + 1 {
-		last = startKept(t, filepath.Join(dir, strconv.Itoa(i)), 0, nil)
-		if i < acomm.KeptMost {
-			keep(t, last.URL())
+	var last *noteService
+	for i := range acomm.MaxSessions + 1 {
+		last = startNotes(t, filepath.Join(dir, strconv.Itoa(i)), 0, nil)
+		if i < acomm.MaxSessions {
+			openTo(t, last.URL())
 		}
 	}
-	require.Equal(t, acomm.KeptMost, acomm.KeptConns())
+	require.Equal(t, acomm.MaxSessions, acomm.SessionTo("").Opened)
 	sendMany(t, last.URL(), 0, 10)
-	require.Equal(t, acomm.KeptMost, acomm.KeptConns())
+	require.Equal(t, acomm.MaxSessions, acomm.SessionTo("").Opened)
 	for peer := range last.peersNow() {
-		require.NotContains(t, peer, acomm.KeptName, "nothing is asked for that would not be used")
+		require.NotContains(t, peer, acomm.SenderName, "nothing is asked for that would not be used")
 	}
 }
 
-func TestKept_NumbersGoOnWithZero(t *testing.T) {
-	s := startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
-	keep(t, s.URL())
-	acomm.SetKeptNumber(s.URL().Path, math.MaxUint32-50)
-	s.SetKeptNumbers(math.MaxUint32 - 50)
+// setFirstMessage has sessions begin with another number. Call it before anything is
+// started.
+func setFirstMessage(t testing.TB, number uint32) {
+	old := acomm.SetFirstMessage(number)
+	t.Cleanup(func() { acomm.SetFirstMessage(old) })
+}
+
+func TestSession_NumbersGoOnWithZero(t *testing.T) {
+	setFirstMessage(t, math.MaxUint32-50)
+	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
+	openTo(t, s.URL())
 	before := len(s.peersNow())
 	sendMany(t, s.URL(), 0, 100)
 	require.Len(t, s.peersNow(), before, "all on the connection that is kept")
 }
 
-func TestKept_StopIsUnderstoodAcrossZero(t *testing.T) {
+func TestSession_StopIsUnderstoodAcrossZero(t *testing.T) {
+	setFirstMessage(t, math.MaxUint32-1)
 	l := newRawListener(t)
-	conn := l.keep()
-	acomm.SetKeptNumber(l.addr.Path, math.MaxUint32-2)
+	conn := l.open()
 	const number = 6 // two before zero, zero, and three after it
 	results := make(chan error, number)
 	for i := range number {
@@ -130,12 +136,12 @@ func TestKept_StopIsUnderstoodAcrossZero(t *testing.T) {
 		}
 	}
 	require.Len(t, before, 3)
-	l.write(conn, keptFrame(keptStop, 0, 0, ""))
+	l.write(conn, rawFrame(frameStop, 0, 0, ""))
 	for range number - len(before) {
 		require.NotContains(t, before, l.serveAlone().ID, "it is served where it is")
 	}
 	for _, n := range before {
-		l.write(conn, keptFrame(keptAnswer, uint32(len(accepted)), n, accepted))
+		l.write(conn, rawFrame(frameAnswer, uint32(len(accepted)), n, accepted))
 	}
 	for range number {
 		require.NoError(t, within(t, results, "an acknowledgement"))

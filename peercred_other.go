@@ -9,9 +9,9 @@ import (
 	"syscall"
 )
 
-// Where no connection is kept nothing of this is asked for.
+// Where there are no sessions nothing of this is asked for.
 
-func peerOf(*net.UnixConn) peerID { return peerID{} }
+func peerCredsOf(*net.UnixConn) peerCreds { return peerCreds{} }
 
 func thisThread() threadID { return threadID{} }
 

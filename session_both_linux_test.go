@@ -24,9 +24,9 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Kept connections that carry messages both ways. As in PROTOCOL.md, A has made the
-// connection X to a listener of B, and B the connection Y to a listener of A, which
-// is the hook of A's requests.
+// Sessions that carry messages both ways. As in PROTOCOL.md, A has opened the session X
+// to a listener of B, and B the session Y to a listener of A, which is the hook of A's
+// requests.
 
 // responder is the listener of B. It acknowledges requests, then sends to their hooks.
 type responder struct {
@@ -44,7 +44,7 @@ func respond(req *acomm.Request) error {
 	return req.Respond(resp)
 }
 
-// replyNote is for hooks that are served by startKept.
+// replyNote is for hooks that are served by startNotes.
 func replyNote(req *acomm.Request) error { return acomm.Send(req.ResponseHook, note{ID: -1}) }
 
 // startResponder starts a listener of B. Tasks that are named are handled in another
@@ -90,14 +90,28 @@ func requestTo(hook *url.URL, task, data string) *acomm.Request {
 	return &acomm.Request{ID: "1", Task: task, ResponseHook: hook, Args: &args}
 }
 
-// linkUp sends requests until what goes to their hook takes their connection.
-func linkUp(t testing.TB, r *responder, hook *url.URL) {
+// openRequests sends requests until there is a session for them.
+func openRequests(t testing.TB, r *responder) {
 	t.Helper()
-	await(t, "the connection to carry both directions", func() bool {
-		require.NoError(t, acomm.Send(r.URL(), requestTo(hook, "link", "")))
-		require.NoError(t, within(t, r.replied, "the reply"))
-		return acomm.KeptLinked(hook.Path)
+	await(t, "the session of the requests", func() bool {
+		require.NoError(t, acomm.Send(r.URL(), requestTo(nil, "open", "")))
+		return acomm.SessionTo(r.URL().Path).Open
 	})
+}
+
+// carryBoth sends requests until one session carries them and what goes to their hook:
+// that of the two which was opened first, as all are of this process. It reports whether
+// that is the session of the requests.
+func carryBoth(t testing.TB, r *responder, hook *url.URL) (requests bool) {
+	t.Helper()
+	openRequests(t, r)
+	await(t, "a session to carry both directions", func() bool {
+		require.NoError(t, acomm.Send(r.URL(), requestTo(hook, "both", "")))
+		require.NoError(t, within(t, r.replied, "the reply"))
+		requests = acomm.SessionTo(hook.Path).Carried
+		return requests || acomm.SessionTo(r.URL().Path).Carried
+	})
+	return requests
 }
 
 // cameBy returns the path to which the socket of a connection was connected; none
@@ -114,14 +128,14 @@ func cameBy(conn net.Conn) (path string, err error) {
 			path = peer.(*syscall.SockaddrUnix).Name
 		}
 	})
-	if strings.HasPrefix(path, acomm.KeptName) {
+	if strings.HasPrefix(path, acomm.SessionName) {
 		path = ""
 	}
 	return path, errors.Join(err, nameErr)
 }
 
-func TestKeptBoth_ResponsesTakeTheConnectionOfTheirRequests(t *testing.T) {
-	startKept(t, filepath.Join(shortDir(t), "s.sock"), 0, nil).Stop(0) // the runtime opens what it needs
+func TestSessionBoth_ResponsesTakeTheConnectionOfTheirRequests(t *testing.T) {
+	startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil).Stop(0) // the runtime opens what it needs
 	before := openFiles(t)
 	tracker, err := acomm.NewTracker(filepath.Join(shortDir(t), "t.sock"), nil, patience)
 	require.NoError(t, err)
@@ -143,10 +157,11 @@ func TestKeptBoth_ResponsesTakeTheConnectionOfTheirRequests(t *testing.T) {
 		}
 		return nil
 	}
-	await(t, "the link", func() bool {
+	openRequests(t, r)
+	await(t, "the target", func() bool {
 		require.NoError(t, call("first"))
 		require.NoError(t, within(t, r.replied, "its acknowledgement"))
-		return acomm.KeptLinked(tracker.URL().Path)
+		return acomm.SessionTo(tracker.URL().Path).Carried
 	})
 	files := openFiles(t)
 	const callers, calls = 32, 20
@@ -162,22 +177,22 @@ func TestKeptBoth_ResponsesTakeTheConnectionOfTheirRequests(t *testing.T) {
 		require.NoError(t, within(t, results, "a response"))
 		require.NoError(t, within(t, r.replied, "its acknowledgement"))
 	}
-	require.Equal(t, files, openFiles(t), "no connection in addition")
-	require.True(t, acomm.KeptLinked(tracker.URL().Path), "still")
-	require.Equal(t, 3, acomm.KeptConns(), "one each way, and what goes back on the first")
+	require.LessOrEqual(t, openFiles(t), files, "no connection in addition")
+	require.True(t, acomm.SessionTo(tracker.URL().Path).Carried, "still")
+	require.Equal(t, 2, acomm.SessionTo("").Opened, "one each way")
 	require.Empty(t, r.replied)
 
 	r.Stop(0)
 	within(t, r.served, "the end of serving")
 	tracker.Stop()
-	require.Zero(t, acomm.KeptConns())
+	require.Zero(t, acomm.SessionTo("").Opened)
 	require.Equal(t, before, openFiles(t))
 }
 
 // Not only is the other connection there: everything goes by it.
-func TestKeptBoth_EverythingGoesByTheLinkedConnection(t *testing.T) {
+func TestSessionBoth_EverythingGoesByTheLinkedConnection(t *testing.T) {
 	ways := make(chan string, 1000)
-	h := startKept(t, filepath.Join(shortDir(t), "h.sock"), 0, map[string]keptHandling{
+	h := startNotes(t, filepath.Join(shortDir(t), "h.sock"), 0, map[string]handling{
 		"way": func(conn net.Conn, _ note) {
 			way, err := cameBy(conn)
 			ways <- fmt.Sprint(way, err)
@@ -185,7 +200,7 @@ func TestKeptBoth_EverythingGoesByTheLinkedConnection(t *testing.T) {
 		},
 	})
 	r := startResponder(t, replyNote, nil)
-	linkUp(t, r, h.URL())
+	carryBoth(t, r, h.URL())
 	peers := h.peersNow()
 	const number = 300
 	sent := make(chan error, number)
@@ -199,10 +214,10 @@ func TestKeptBoth_EverythingGoesByTheLinkedConnection(t *testing.T) {
 	for i := range number {
 		require.Equal(t, 1, h.handled(i))
 	}
-	require.Len(t, h.peersNow(), len(peers), "to handlers it is the connection that asked")
+	require.Len(t, h.peersNow(), len(peers), "to handlers it is the session that is theirs")
 }
 
-// socketFile is what names a socket file in a link.
+// socketFile is what names a socket file in a target.
 type socketFile struct{ device, inode uint64 }
 
 func fileAt(t testing.TB, path string) socketFile {
@@ -212,45 +227,31 @@ func fileAt(t testing.TB, path string) socketFile {
 	return socketFile{uint64(st.Dev), st.Ino}
 }
 
-// question is what follows the header of a link.
-func question(token string, file socketFile) string {
-	q := binary.BigEndian.AppendUint64([]byte(token), file.device)
-	return string(binary.BigEndian.AppendUint64(q, file.inode))
-}
-
-func linkFrame(token string, file socketFile) []byte {
-	return keptFrame(keptLink, uint32(len(question(token, file))), 0, question(token, file))
-}
-
-// askLink asks on Y, and returns the answer.
-func askLink(t testing.TB, y net.Conn, token string, file socketFile) uint32 {
-	t.Helper()
-	_, err := y.Write(linkFrame(token, file))
-	require.NoError(t, err)
-	kind, number, payload, err := readKept(y)
-	require.NoError(t, err)
-	require.Equal(t, []any{uint32(keptLinked), ""}, []any{kind, payload})
-	return number
+// targetFrame names a listener.
+func targetFrame(file socketFile) []byte {
+	f := rawFrame(frameTarget, 16, 0, "")
+	f = binary.BigEndian.AppendUint64(f, file.device)
+	return binary.BigEndian.AppendUint64(f, file.inode)
 }
 
 // writeMessage writes a message.
 func writeMessage(t testing.TB, conn net.Conn, number uint32, text string) {
 	t.Helper()
-	_, err := conn.Write(keptFrame(keptMessage, uint32(len(text)), number, text))
+	_, err := conn.Write(rawFrame(frameMessage, uint32(len(text)), number, text))
 	require.NoError(t, err)
 }
 
 // acceptMessage answers a message.
 func acceptMessage(t testing.TB, conn net.Conn, number uint32) {
 	t.Helper()
-	_, err := conn.Write(keptFrame(keptAnswer, uint32(len(accepted)), number, accepted))
+	_, err := conn.Write(rawFrame(frameAnswer, uint32(len(accepted)), number, accepted))
 	require.NoError(t, err)
 }
 
-// requireKept reads a frame and returns its payload.
-func requireKept(t testing.TB, conn net.Conn, kind, number uint32) string {
+// requireFrame reads a frame and returns its payload.
+func requireFrame(t testing.TB, conn net.Conn, kind, number uint32) string {
 	t.Helper()
-	k, n, payload, err := readKept(conn)
+	k, n, payload, err := readFrame(conn)
 	require.NoError(t, err)
 	require.Equal(t, []uint32{kind, number}, []uint32{k, n}, "with %q", payload)
 	return payload
@@ -259,27 +260,28 @@ func requireKept(t testing.TB, conn net.Conn, kind, number uint32) string {
 // requireAccepted reads the answer that accepts a message.
 func requireAccepted(t testing.TB, conn net.Conn, number uint32) {
 	t.Helper()
-	require.Contains(t, requireKept(t, conn, keptAnswer, number), `"error":""`)
+	require.Contains(t, requireFrame(t, conn, frameAnswer, number), `"error":""`)
 }
 
 // rawB is a test that plays B.
 type rawB struct {
 	l *rawListener // of B
-	s *keptService // of A
+	s *noteService // of A
 	x net.Conn
 	y *net.UnixConn
 }
 
-func newRawB(t testing.TB, how map[string]keptHandling) *rawB {
+func newRawB(t testing.TB, how map[string]handling) *rawB {
 	t.Helper()
 	b := &rawB{l: newRawListener(t)}
-	b.s = startKept(t, filepath.Join(shortDir(t), "a.sock"), 0, how)
-	b.x, b.y = b.l.keep(), keepRaw(t, b.s.Addr())
+	b.s = startNotes(t, filepath.Join(shortDir(t), "a.sock"), 0, how)
+	b.x = b.l.openWith(greaterToken)
+	b.openY(t)
 	return b
 }
 
 // holdThenAccept is what a handler does that waits to be released.
-func holdThenAccept() (hold keptHandling, release func()) {
+func holdThenAccept() (hold handling, release func()) {
 	released := make(chan struct{})
 	hold = func(conn net.Conn, _ note) {
 		<-released
@@ -288,10 +290,30 @@ func holdThenAccept() (hold keptHandling, release func()) {
 	return hold, sync.OnceFunc(func() { close(released) })
 }
 
-// link asks for the connection that the test has.
-func (b *rawB) link(t testing.TB) uint32 {
+// openY opens Y, and has an exchange there: so the greeting was read.
+func (b *rawB) openY(t testing.TB) {
 	t.Helper()
-	return askLink(t, b.y, rawToken, fileAt(t, b.l.addr.Path))
+	b.y = openRawWith(t, b.s.Addr(), greaterToken)
+	b.settle(t, b.y, 1)
+}
+
+// settle has an exchange on Y.
+func (b *rawB) settle(t testing.TB, y net.Conn, number uint32) {
+	t.Helper()
+	writeMessage(t, y, number, `{"id":-1}`)
+	requireAccepted(t, y, number)
+}
+
+// target names the listener of A on X.
+func (b *rawB) target(t testing.TB) {
+	t.Helper()
+	b.l.write(b.x, targetFrame(fileAt(t, b.s.Addr())))
+}
+
+// requireRefused reads that nothing on X is served.
+func (b *rawB) requireRefused(t testing.TB) {
+	t.Helper()
+	requireFrame(t, b.x, frameStop, 0)
 }
 
 // requireBackward has an exchange on X in the direction of those that made it.
@@ -303,11 +325,11 @@ func (b *rawB) requireBackward(t testing.TB) {
 	require.NoError(t, within(t, sent, "the acknowledgement"))
 }
 
-func TestKeptBoth_LinkedMessagesAreThoseOfTheConnectionThatAsked(t *testing.T) {
+func TestSessionBoth_TargetedMessagesAreThoseOfTheSessionToTheirListener(t *testing.T) {
 	found := make(chan error, 1)
 	var b *rawB
 	linked := make(chan struct{})
-	b = newRawB(t, map[string]keptHandling{"look": func(conn net.Conn, _ note) {
+	b = newRawB(t, map[string]handling{"look": func(conn net.Conn, _ note) {
 		<-linked
 		var errs []error
 		if local, remote := conn.LocalAddr().String(), conn.RemoteAddr().String(); local != b.s.Addr() || remote != b.y.LocalAddr().String() {
@@ -319,7 +341,7 @@ func TestKeptBoth_LinkedMessagesAreThoseOfTheConnectionThatAsked(t *testing.T) {
 		}
 		conclude(found, append(errs, err, peerIsSelf(conn), acomm.SendConnData(conn, &acomm.Response{}))...)
 	}})
-	require.EqualValues(t, 1, b.link(t))
+	b.target(t)
 	close(linked)
 	b.requireBackward(t)
 	for number := uint32(1); number <= 3; number++ {
@@ -328,25 +350,25 @@ func TestKeptBoth_LinkedMessagesAreThoseOfTheConnectionThatAsked(t *testing.T) {
 		requireAccepted(t, b.x, number)
 		b.requireBackward(t)
 	}
-	writeMessage(t, b.y, 1, `{"id":2}`) // Y stays as it is
-	requireAccepted(t, b.y, 1)
+	writeMessage(t, b.y, 2, `{"id":2}`) // Y stays as it is
+	requireAccepted(t, b.y, 2)
 	require.Equal(t, []int{3, 1}, []int{b.s.handled(1), b.s.handled(2)})
 }
 
-func TestKeptBoth_LinkedMessagesAreCancelled(t *testing.T) {
+func TestSessionBoth_TargetedMessagesAreCancelled(t *testing.T) {
 	inHand, ended := make(chan struct{}), make(chan error, 1)
-	b := newRawB(t, map[string]keptHandling{"wait": func(conn net.Conn, _ note) {
+	b := newRawB(t, map[string]handling{"wait": func(conn net.Conn, _ note) {
 		close(inHand)
 		ended <- errors.Join(
 			expect("read", readOne(conn), io.EOF),
 			expect("answer", acomm.SendConnData(conn, &acomm.Response{}), syscall.EPIPE))
 	}})
-	require.EqualValues(t, 1, b.link(t))
+	b.target(t)
 	sent := sendAsync(b.l.addr, note{}) // of the same number, in the other direction
 	b.l.message(b.x)
 	writeMessage(t, b.x, 1, `{"how":"wait"}`)
 	within(t, inHand, "the handler")
-	b.l.write(b.x, keptFrame(keptCancel, 0, 1, ""))
+	b.l.write(b.x, rawFrame(frameCancel, 0, 1, ""))
 	require.NoError(t, within(t, ended, "the handler's read"))
 	require.Empty(t, sent)
 	acceptMessage(t, b.x, 1)
@@ -355,169 +377,188 @@ func TestKeptBoth_LinkedMessagesAreCancelled(t *testing.T) {
 	requireAccepted(t, b.x, 2)
 }
 
-func TestKeptBoth_LinkedMessagesBreakTheConnectionAsOthersDo(t *testing.T) {
+func TestSessionBoth_TargetedMessagesBreakTheSessionAsOthersDo(t *testing.T) {
 	for name, frame := range map[string][]byte{
-		"number 0":   keptFrame(keptMessage, 2, 0, "{}"),
-		"number 2":   keptFrame(keptMessage, 2, 2, "{}"),
-		"too long":   keptFrame(keptMessage, acomm.KeptLimit+1, 1, "{}"), // the header is enough
-		"kind 14":    keptFrame(14, 0, 1, ""),
-		"no kind":    plainFrame("{}    "),
-		"not linked": nil,
+		"number 0":    rawFrame(frameMessage, 2, 0, "{}"),
+		"number 2":    rawFrame(frameMessage, 2, 2, "{}"),
+		"too long":    rawFrame(frameMessage, acomm.MaxMessage+1, 1, "{}"), // the header is enough
+		"kind 14":     rawFrame(14, 0, 1, ""),
+		"no kind":     plainFrame("{}    "),
+		"no target":   nil,
+		"two targets": targetFrame(socketFile{}),
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newRawB(t, nil)
 			if frame == nil {
-				frame = keptFrame(keptMessage, 2, 1, "{}")
+				frame = rawFrame(frameMessage, 2, 1, "{}")
 			} else {
-				require.EqualValues(t, 1, b.link(t))
+				b.target(t)
 			}
 			sent := sendAsync(b.l.addr, note{})
 			b.l.message(b.x)
 			b.l.write(b.x, frame)
 			require.ErrorIs(t, within(t, sent, "an outcome"), io.ErrUnexpectedEOF)
-			writeMessage(t, b.y, 1, `{}`)
-			requireAccepted(t, b.y, 1)
+			b.settle(t, b.y, 2)
 		})
 	}
 }
 
-func TestKeptBoth_WrongLinksAreRefused(t *testing.T) {
-	for name, wrong := range map[string]func(token string, file socketFile) (string, socketFile){
-		"token":  func(_ string, f socketFile) (string, socketFile) { return "fedcba9876543210", f },
-		"zeros":  func(_ string, f socketFile) (string, socketFile) { return strings.Repeat("\x00", tokenSize), f },
-		"inode":  func(s string, f socketFile) (string, socketFile) { f.inode++; return s, f },
-		"device": func(s string, f socketFile) (string, socketFile) { f.device++; return s, f },
+// What comes after a target that is refused is not served. Another one may be named.
+func TestSessionBoth_WrongTargetsAreRefused(t *testing.T) {
+	for name, wrong := range map[string]func(f socketFile) socketFile{
+		"inode":  func(f socketFile) socketFile { f.inode++; return f },
+		"device": func(f socketFile) socketFile { f.device++; return f },
+		"zeros":  func(socketFile) socketFile { return socketFile{} },
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newRawB(t, nil)
-			token, file := wrong(rawToken, fileAt(t, b.l.addr.Path))
-			require.Zero(t, askLink(t, b.y, token, file))
-			require.EqualValues(t, 1, b.link(t), "the right one")
-			writeMessage(t, b.x, 1, `{}`)
+			b.l.write(b.x, targetFrame(wrong(fileAt(t, b.s.Addr()))))
+			writeMessage(t, b.x, 1, `{"id":5}`)
+			writeMessage(t, b.x, 2, `{"id":5}`)
+			b.requireRefused(t)
+			b.l.write(b.x, rawFrame(frameCancel, 0, 2, ""))
+			b.target(t)
+			writeMessage(t, b.x, 1, `{"id":6}`)
 			requireAccepted(t, b.x, 1)
+			require.Equal(t, []int{0, 1}, []int{b.s.handled(5), b.s.handled(6)})
+			b.requireBackward(t)
 		})
 	}
-	t.Run("twice", func(t *testing.T) {
-		b := newRawB(t, nil)
-		require.EqualValues(t, 1, b.link(t))
-		require.Zero(t, b.link(t))
-		other := keepRaw(t, b.s.Addr())
-		require.Zero(t, askLink(t, other, rawToken, fileAt(t, b.l.addr.Path)), "on another connection")
-		writeMessage(t, b.x, 1, `{}`)
-		requireAccepted(t, b.x, 1)
+	t.Run("listener of another peer", func(t *testing.T) { // a forged token, or a token of one's own
+		b := &rawB{l: newRawListener(t)}
+		b.s = startNotes(t, filepath.Join(shortDir(t), "a.sock"), 0, nil)
+		b.x = b.l.openWith(greaterToken)
+		y := dialNamed(t, b.s.Addr(), acomm.SessionName)
+		require.NoError(t, y.SetDeadline(time.Now().Add(patience)))
+		_, err := greet(y, "fedcba9876543210")
+		require.NoError(t, err)
+		b.settle(t, y, 1)
+		b.target(t)
+		b.requireRefused(t)
 	})
-	t.Run("of a connection that is gone", func(t *testing.T) {
-		b := newRawB(t, nil)
-		require.NoError(t, b.x.Close())
-		await(t, "its end", func() bool { return acomm.KeptConns() == 0 })
-		require.Zero(t, b.link(t))
+	t.Run("without a session", func(t *testing.T) {
+		b := &rawB{l: newRawListener(t)}
+		b.s = startNotes(t, filepath.Join(shortDir(t), "a.sock"), 0, nil)
+		b.x = b.l.openWith(greaterToken)
+		b.target(t)
+		b.requireRefused(t)
 	})
-	t.Run("of the connection it comes by", func(t *testing.T) {
-		s := startKept(t, filepath.Join(shortDir(t), "a.sock"), 0, nil)
-		y, token := keepToken(t, s.Addr())
-		require.Zero(t, askLink(t, y, token, fileAt(t, s.Addr())))
+	t.Run("session that is over", func(t *testing.T) {
+		b := newRawB(t, nil)
+		require.NoError(t, b.y.Close())
+		await(t, "its end", func() bool { return acomm.SessionTo(b.s.Addr()).Accepted == 0 })
+		b.target(t)
+		b.requireRefused(t)
+	})
+	t.Run("on a session to the listener", func(t *testing.T) {
+		b := newRawB(t, nil)
+		b.l.write(b.y, targetFrame(fileAt(t, b.s.Addr())))
+		require.ErrorIs(t, readOne(b.y), io.EOF)
+		b.requireBackward(t)
 	})
 	t.Run("while the listener stops", func(t *testing.T) {
 		hold, release := holdThenAccept()
 		defer release() // before the stop
-		b := newRawB(t, map[string]keptHandling{"hold": hold})
-		writeMessage(t, b.y, 1, `{"how":"hold"}`)
+		b := newRawB(t, map[string]handling{"hold": hold})
+		writeMessage(t, b.y, 2, `{"how":"hold"}`)
 		await(t, "the handler", func() bool { return b.s.handled(0) == 1 })
+		target := targetFrame(fileAt(t, b.s.Addr()))
 		stopped := async(func() { b.s.Stop(0) })
-		requireKept(t, b.y, keptStop, 1)
-		require.Zero(t, b.link(t))
+		requireFrame(t, b.y, frameStop, 2)
+		b.l.write(b.x, target)
+		b.requireRefused(t)
 		release()
-		requireAccepted(t, b.y, 1)
+		requireAccepted(t, b.y, 2)
 		within(t, stopped, "Stop")
 	})
 }
 
-func TestKeptBoth_SoManyLinksAndNoMore(t *testing.T) {
+func TestSessionBoth_SoManyTargetsAndNoMore(t *testing.T) {
 	b := newRawB(t, nil)
-	for range acomm.KeptMost - 1 {
-		require.Zero(t, askLink(t, b.y, "fedcba9876543210", socketFile{}))
+	for range 15 {
+		b.l.write(b.x, targetFrame(socketFile{}))
+		b.requireRefused(t)
 	}
-	require.EqualValues(t, 1, b.link(t), "the last one")
-	b.l.write(b.y, linkFrame(rawToken, socketFile{}))
-	require.ErrorIs(t, readOne(b.y), io.EOF)
+	b.target(t) // the last one
+	writeMessage(t, b.x, 1, `{}`)
+	requireAccepted(t, b.x, 1)
+	b.s.Stop(0)
+	requireFrame(t, b.x, frameStop, 1)
+	b.l.write(b.x, targetFrame(socketFile{}))
+	require.ErrorIs(t, readOne(b.x), io.EOF)
+}
+
+// A listener that stops leaves the session to another, and numbers begin anew.
+func TestSessionBoth_AnotherTargetMayFollow(t *testing.T) {
+	b := newRawB(t, nil)
+	for served := range uint32(3) {
+		b.target(t)
+		for n := range served {
+			writeMessage(t, b.x, n+1, `{"id":7}`)
+			requireAccepted(t, b.x, n+1)
+		}
+		b.requireBackward(t) // so the target was read
+		b.s.Stop(0)
+		requireFrame(t, b.x, frameStop, served)
+		requireFrame(t, b.y, frameStop, 1)
+		require.ErrorIs(t, readOne(b.y), io.EOF)
+		require.NoError(t, b.s.Start())
+		b.s.serve(nil)
+		b.openY(t)
+	}
+	require.Equal(t, 3, b.s.handled(7))
+}
+
+func init() { roles["session opener"] = sessionOpener }
+
+// sessionOpener opens a session with a token of another process.
+func sessionOpener() {
+	name := fmt.Sprintf("%sopener-%d", acomm.SessionName, os.Getpid())
+	conn, err := net.DialUnix("unix", &net.UnixAddr{Name: name, Net: "unix"}, &net.UnixAddr{Name: os.Getenv("SERVICE"), Net: "unix"})
+	orExit(err)
+	_, err = greet(conn, map[string]string{"lesser": lesserToken, "greater": greaterToken}[os.Getenv("TOKEN")])
+	orExit(err)
+	text := os.Getenv("MESSAGE")
+	_, err = conn.Write(rawFrame(frameMessage, uint32(len(text)), 1, text))
+	orExit(err)
+	_, _, _, err = readFrame(conn)
+	orExit(err)
+	fmt.Println("answered")
+	for line := range commands {
+		fmt.Println(line)
+	}
+}
+
+// The kernel says who the peer is, whatever token it has heard of.
+func TestSessionBoth_OtherProcessesAreRefusedWhateverTheyKnow(t *testing.T) {
+	b := &rawB{l: newRawListener(t)}
+	b.s = startNotes(t, filepath.Join(shortDir(t), "a.sock"), 0, nil)
+	b.x = b.l.openWith(greaterToken)
+	other := startProcess(t, "session opener", "SERVICE="+b.s.Addr(), "MESSAGE={}", "TOKEN=greater")
+	require.Equal(t, "answered", other.ReadLine())
+	b.target(t)
+	b.requireRefused(t)
+	b.openY(t)
+	b.target(t) // the same from the process that has the session
 	writeMessage(t, b.x, 1, `{}`)
 	requireAccepted(t, b.x, 1)
 }
 
-// keepToken is keepRaw, and returns what the listener calls the connection.
-func keepToken(t testing.TB, path string) (conn *net.UnixConn, token string) {
-	t.Helper()
-	conn = dialNamed(t, path)
-	token, err := keepDialled(conn)
-	require.NoError(t, err)
-	return conn, token
-}
-
-// keepDialled has a first exchange and keeps the connection.
-func keepDialled(conn net.Conn) (token string, err error) {
-	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
-		return "", err
-	}
-	if _, err := conn.Write(plainFrame(`{}`)); err != nil {
-		return "", err
-	}
-	if err := acomm.UnmarshalConnData(conn, &struct{}{}); err != nil {
-		return "", err
-	}
-	if _, err := io.WriteString(conn, acomm.KeptHello); err != nil {
-		return "", err
-	}
-	hello := make([]byte, len(acomm.KeptHello)+tokenSize)
-	_, err = io.ReadFull(conn, hello)
-	return string(hello[len(acomm.KeptHello):]), err
-}
-
-func init() { roles["kept linker"] = keptLinker }
-
-// keptLinker asks for a link of whose connection it has only heard.
-func keptLinker() {
-	name := fmt.Sprintf("%slinker-%d", acomm.KeptName, os.Getpid())
-	conn, err := net.DialUnix("unix", &net.UnixAddr{Name: name, Net: "unix"}, &net.UnixAddr{Name: os.Getenv("SERVICE"), Net: "unix"})
-	orExit(err)
-	_, err = keepDialled(conn)
-	orExit(err)
-	device, err := strconv.ParseUint(os.Getenv("DEVICE"), 10, 64)
-	orExit(err)
-	inode, err := strconv.ParseUint(os.Getenv("INODE"), 10, 64)
-	orExit(err)
-	_, err = conn.Write(linkFrame(rawToken, socketFile{device, inode}))
-	orExit(err)
-	kind, number, _, err := readKept(conn)
-	orExit(err)
-	fmt.Println(kind, number)
-}
-
-func TestKeptBoth_OtherProcessesAreRefusedWhateverTheyKnow(t *testing.T) {
-	b := newRawB(t, nil)
-	file := fileAt(t, b.l.addr.Path)
-	other := startProcess(t, "kept linker", "SERVICE="+b.s.Addr(),
-		fmt.Sprintf("DEVICE=%d", file.device), fmt.Sprintf("INODE=%d", file.inode))
-	require.Equal(t, fmt.Sprint(keptLinked, 0), other.ReadLine())
-	require.NoError(t, other.Wait())
-	require.EqualValues(t, 1, b.link(t), "the same from the process that has the connection")
-}
-
 // rawA is a test that plays A.
 type rawA struct {
-	l     *rawListener // of A, the hook
-	r     *responder   // of B
-	x     *net.UnixConn
-	token string // of X
-	y     net.Conn
-	last  uint32 // number of the last request
+	l    *rawListener // of A, the hook
+	r    *responder   // of B
+	x    *net.UnixConn
+	y    net.Conn
+	last uint32 // number of the last request
 }
 
 func newRawA(t testing.TB) *rawA {
 	t.Helper()
 	a := &rawA{l: newRawListener(t)}
 	a.r = startResponder(t, respond, nil)
-	a.y = a.l.keep()
-	a.x, a.token = keepToken(t, a.r.Addr())
+	a.y = a.l.open()
+	a.x = openRaw(t, a.r.Addr())
 	return a
 }
 
@@ -535,149 +576,116 @@ func (a *rawA) request(t testing.TB) {
 func (a *rawA) requireResponse(t testing.TB, conn net.Conn, number uint32) {
 	t.Helper()
 	var resp acomm.Response
-	require.NoError(t, json.Unmarshal([]byte(requireKept(t, conn, keptMessage, number)), &resp))
+	require.NoError(t, json.Unmarshal([]byte(requireFrame(t, conn, frameMessage, number)), &resp))
 	require.Equal(t, "1", resp.ID)
 	acceptMessage(t, conn, number)
 	require.NoError(t, within(t, a.r.replied, "the responder"))
 }
 
-// link lets the library ask, and allows it.
-func (a *rawA) link(t testing.TB) {
+// target has the library name the listener of A on X.
+func (a *rawA) target(t testing.TB) {
 	t.Helper()
 	a.request(t)
-	requireKept(t, a.y, keptLink, 0)
 	a.requireResponse(t, a.y, 1)
-	a.l.write(a.y, keptFrame(keptLinked, 0, 1, ""))
-	await(t, "the link", func() bool { return acomm.KeptLinked(a.l.addr.Path) })
+	a.requireTarget(t)
 }
 
-func TestKeptBoth_ResponsesTakeTheConnectionOnceTheyMay(t *testing.T) {
+// requireTarget reads that what follows on X is for the listener of A.
+func (a *rawA) requireTarget(t testing.TB) {
+	t.Helper()
+	require.Equal(t, string(targetFrame(fileAt(t, a.l.addr.Path))[8:]), requireFrame(t, a.x, frameTarget, 0))
+	require.True(t, acomm.SessionTo(a.l.addr.Path).Carried)
+}
+
+func TestSessionBoth_ResponsesTakeTheSessionOfTheirRequests(t *testing.T) {
 	a := newRawA(t)
-	a.request(t)
-	want := question(a.token, fileAt(t, a.r.Addr()))
-	require.Equal(t, want, requireKept(t, a.y, keptLink, 0), "asked for the connection of the request")
-	a.requireResponse(t, a.y, 1)
-	a.request(t)
-	a.requireResponse(t, a.y, 2) // as long as there is no answer
-	a.l.write(a.y, keptFrame(keptLinked, 0, 1, ""))
-	await(t, "the link", func() bool { return acomm.KeptLinked(a.l.addr.Path) })
+	a.target(t)
 	for number := uint32(1); number <= 3; number++ {
 		a.request(t)
 		a.requireResponse(t, a.x, number)
 	}
 	sent := sendAsync(a.l.addr, note{ID: 7}) // not only responses
-	require.Equal(t, `{"id":7,"how":"","data":""}`, requireKept(t, a.x, keptMessage, 4))
+	require.Equal(t, `{"id":7,"how":"","data":""}`, requireFrame(t, a.x, frameMessage, 4))
 	acceptMessage(t, a.x, 4)
 	require.NoError(t, within(t, sent, "the acknowledgement"))
 }
 
-func TestKeptBoth_RefusedLinksAreNotAskedForAgain(t *testing.T) {
-	a := newRawA(t)
-	a.request(t)
-	requireKept(t, a.y, keptLink, 0)
-	a.l.write(a.y, keptFrame(keptLinked, 0, 0, ""))
-	for number := uint32(1); number <= 5; number++ { // the first shows that the answer was read
-		a.requireResponse(t, a.y, number)
-		a.request(t)
-	}
-	a.requireResponse(t, a.y, 6)
-	require.False(t, acomm.KeptLinked(a.l.addr.Path))
-	other := *a
-	other.last = 0
-	other.x, other.token = keepToken(t, a.r.Addr())
-	other.request(t)
-	want := question(other.token, fileAt(t, a.r.Addr()))
-	require.Equal(t, want, requireKept(t, a.y, keptLink, 0), "another connection is another question")
-	other.requireResponse(t, a.y, 7)
-}
-
-func TestKeptBoth_OneLinkIsOnTheWay(t *testing.T) {
-	a := newRawA(t)
-	other := *a
-	other.x, other.token = keepToken(t, a.r.Addr())
-	a.request(t)
-	require.Equal(t, a.token, requireKept(t, a.y, keptLink, 0)[:tokenSize])
-	a.requireResponse(t, a.y, 1)
-	other.request(t)
-	other.requireResponse(t, a.y, 2) // and no link before it
-	a.l.write(a.y, keptFrame(keptLinked, 0, 0, ""))
-	a.request(t)
-	a.requireResponse(t, a.y, 3) // the answer is read
-	other.request(t)
-	require.Equal(t, other.token, requireKept(t, a.y, keptLink, 0)[:tokenSize], "its turn")
-	other.requireResponse(t, a.y, 4)
-}
-
-func TestKeptBoth_AnswersToNoLinkBreakTheConnection(t *testing.T) {
-	for number := range uint32(2) {
-		a := newRawA(t)
-		a.request(t)
-		requireKept(t, a.y, keptLink, 0)
-		a.requireResponse(t, a.y, 1)
-		a.l.write(a.y, keptFrame(keptLinked, 0, number, ""))
-		a.l.write(a.y, keptFrame(keptLinked, 0, number, ""))
-		require.ErrorIs(t, readOne(a.y), io.EOF)
-		require.Equal(t, number == 1, acomm.KeptLinked(a.l.addr.Path), "the first one counts")
-	}
-}
-
-func init() { roles["hook requester"] = hookRequester }
-
-// hookRequester sends requests whose hook is another process's.
-func hookRequester() {
-	name := fmt.Sprintf("%srequester-%d", acomm.KeptName, os.Getpid())
-	conn, err := net.DialUnix("unix", &net.UnixAddr{Name: name, Net: "unix"}, &net.UnixAddr{Name: os.Getenv("SERVICE"), Net: "unix"})
-	orExit(err)
-	_, err = keepDialled(conn)
-	orExit(err)
-	text, err := json.Marshal(requestTo(unixURL(os.Getenv("HOOK")), "task", ""))
-	orExit(err)
-	for number := range uint32(3) {
-		_, err := conn.Write(keptFrame(keptMessage, uint32(len(text)), number+1, string(text)))
-		orExit(err)
-		_, _, _, err = readKept(conn)
-		orExit(err)
-	}
-	fmt.Println("done")
-}
-
-// Hazard: whoever named a hook of another process had that one told what its own
-// connection is called, and could have the messages for it sent there.
-func TestKeptBoth_OtherProcessesAreNotAsked(t *testing.T) {
+// X may as well be opened after Y.
+func TestSessionBoth_ASessionThatComesLaterCarriesBoth(t *testing.T) {
 	l := newRawListener(t)
 	r := startResponder(t, respond, nil)
-	y := l.keep()
-	other := startProcess(t, "hook requester", "SERVICE="+r.Addr(), "HOOK="+l.addr.Path)
-	for number := range uint32(3) {
-		requireKept(t, y, keptMessage, number+1) // and no link before it
-		acceptMessage(t, y, number+1)
-		require.NoError(t, within(t, r.replied, "the responder"))
-	}
-	require.Equal(t, "done", other.ReadLine())
-	require.NoError(t, other.Wait())
+	a := &rawA{l: l, r: r, y: l.open()}
+	sent := sendAsync(l.addr, note{})
+	requireFrame(t, a.y, frameMessage, 1)
+	acceptMessage(t, a.y, 1)
+	require.NoError(t, within(t, sent, "the acknowledgement"))
+	a.x = openRaw(t, r.Addr())
+	a.requireTarget(t)
+	a.request(t)
+	a.requireResponse(t, a.x, 1)
 }
 
-// Hazard: a stop that was read before the answer to the link was forgotten, and
-// messages went where nobody served them.
-func TestKeptBoth_StoppedBeforeItIsLinkedIsNotUsed(t *testing.T) {
+// What was sent behind a target that is refused goes to its listener all the same, and
+// another one is named a few times.
+func TestSessionBoth_RefusedTargetsAreNamedAFewTimes(t *testing.T) {
 	a := newRawA(t)
-	a.request(t)
-	requireKept(t, a.y, keptLink, 0)
-	a.requireResponse(t, a.y, 1)
-	a.l.write(a.x, keptFrame(keptStop, 0, 0, ""))
-	a.request(t) // its acknowledgement shows that the stop was read
-	a.requireResponse(t, a.y, 2)
-	a.l.write(a.y, keptFrame(keptLinked, 0, 1, ""))
-	for number := uint32(3); number <= 5; number++ {
-		a.request(t)
-		a.requireResponse(t, a.y, number)
+	a.target(t)
+	onY := uint32(1)
+	answerOnY := func(sent <-chan error) {
+		onY++
+		require.Equal(t, `{"id":1,"how":"","data":""}`, requireFrame(t, a.y, frameMessage, onY))
+		acceptMessage(t, a.y, onY)
+		require.NoError(t, within(t, sent, "the acknowledgement"))
 	}
+	for again := range 4 {
+		if again > 0 {
+			a.requireTarget(t)
+		}
+		sent := sendAsync(a.l.addr, note{ID: 1})
+		requireFrame(t, a.x, frameMessage, 1)
+		a.l.write(a.x, rawFrame(frameStop, 0, 0, ""))
+		answerOnY(sent)
+	}
+	for range 3 {
+		answerOnY(sendAsync(a.l.addr, note{ID: 1}))
+		a.request(t) // and no target before its acknowledgement
+		onY++
+		a.requireResponse(t, a.y, onY)
+	}
+}
+
+// Sessions of other processes carry nothing, and so do those that the token decides
+// against.
+func TestSessionBoth_OnlyAPeersOwnSessionsCarryItsMessages(t *testing.T) {
+	t.Run("another process", func(t *testing.T) {
+		l := newRawListener(t)
+		r := startResponder(t, respond, nil)
+		y := l.open()
+		text, err := json.Marshal(requestTo(l.addr, "task", ""))
+		require.NoError(t, err)
+		other := startProcess(t, "session opener", "SERVICE="+r.Addr(), "MESSAGE="+string(text), "TOKEN=lesser")
+		require.Equal(t, "answered", other.ReadLine())
+		requireFrame(t, y, frameMessage, 1)
+		acceptMessage(t, y, 1)
+		require.NoError(t, within(t, r.replied, "the responder"))
+		require.False(t, acomm.SessionTo(l.addr.Path).Carried)
+	})
+	t.Run("greater token", func(t *testing.T) {
+		l := newRawListener(t)
+		r := startResponder(t, respond, nil)
+		a := &rawA{l: l, r: r, y: l.openWith(greaterToken), x: openRawWith(t, r.Addr(), greaterToken)}
+		for number := uint32(1); number <= 5; number++ {
+			a.request(t)
+			a.requireResponse(t, a.y, number)
+		}
+		require.False(t, acomm.SessionTo(l.addr.Path).Carried)
+	})
 }
 
 // Hazard: a handler that sends waited for an acknowledgement behind messages that
 // nobody took as long as it waited: each cost it a minute.
-func TestKeptBoth_GivenUpMessagesDelayNoAcknowledgement(t *testing.T) {
-	h := startKept(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
+func TestSessionBoth_GivenUpMessagesDelayNoAcknowledgement(t *testing.T) {
+	h := startNotes(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
 	held, release := make(chan struct{}, 1), make(chan struct{})
 	replied := make(chan error, 1<<10)
 	ul := serveEach(t, true, func(ul *acomm.UnixListener, conn net.Conn) {
@@ -692,15 +700,11 @@ func TestKeptBoth_GivenUpMessagesDelayNoAcknowledgement(t *testing.T) {
 		case req.Task == "hold":
 			held <- struct{}{}
 			<-release
-		default:
+		case req.ResponseHook != nil:
 			replied <- <-sendWithin(req.ResponseHook, note{}, patience/2)
 		}
 	})
-	await(t, "the connection to carry both directions", func() bool {
-		require.NoError(t, acomm.Send(ul.URL(), requestTo(h.URL(), "link", "")))
-		require.NoError(t, within(t, replied, "the reply"))
-		return acomm.KeptLinked(h.URL().Path)
-	})
+	carryBoth(t, &responder{UnixListener: ul, replied: replied}, h.URL())
 	require.NoError(t, acomm.Send(ul.URL(), requestTo(nil, "hold", "")))
 	within(t, held, "the handler")
 	const windows = 3 // one more than the listener takes
@@ -721,49 +725,15 @@ func TestKeptBoth_GivenUpMessagesDelayNoAcknowledgement(t *testing.T) {
 	within(t, async(func() { ul.Stop(time.Nanosecond) }), "Stop") // hazard: it waited for the reader
 }
 
-// Where the responses are for nobody who is connected, nothing is asked.
-func TestKeptBoth_HooksElsewhereAreNotAsked(t *testing.T) {
-	a := newRawA(t)
-	elsewhere := newRawListenerOf(t)
-	text, err := json.Marshal(requestTo(elsewhere.addr, "task", ""))
-	require.NoError(t, err)
-	a.last++
-	writeMessage(t, a.x, a.last, string(text))
-	requireAccepted(t, a.x, a.last)
-	conn, _ := acceptResponse(t, elsewhere)
-	elsewhere.write(conn, []byte(accepted))
-	require.NoError(t, within(t, a.r.replied, "the responder"))
-	sent := sendAsync(a.l.addr, note{})
-	requireKept(t, a.y, keptMessage, 1) // and no link before it
-	acceptMessage(t, a.y, 1)
-	require.NoError(t, within(t, sent, "the acknowledgement"))
-	a.request(t)
-	requireKept(t, a.y, keptLink, 0)
-	a.requireResponse(t, a.y, 2)
-}
-
-// acceptResponse takes a connection and its response.
-func acceptResponse(t testing.TB, l *rawListener) (net.Conn, *acomm.Response) {
-	t.Helper()
-	require.NoError(t, l.Listener.(*net.UnixListener).SetDeadline(time.Now().Add(patience)))
-	conn, err := l.Accept()
-	require.NoError(t, err)
-	t.Cleanup(func() { conn.Close() })
-	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
-	resp := &acomm.Response{}
-	require.NoError(t, acomm.UnmarshalConnData(conn, resp))
-	return conn, resp
-}
-
-func TestKeptBoth_ListenerThatStopsSaysSoOnTheLinkedConnection(t *testing.T) {
+func TestSessionBoth_ListenerThatStopsSaysSoOnTheSessionThatCarries(t *testing.T) {
 	hold, release := holdThenAccept()
 	defer release() // before the stop
-	b := newRawB(t, map[string]keptHandling{"hold": hold})
-	require.EqualValues(t, 1, b.link(t))
+	b := newRawB(t, map[string]handling{"hold": hold})
+	b.target(t)
 	writeMessage(t, b.x, 1, `{"id":1,"how":"hold"}`)
 	await(t, "the handler", func() bool { return b.s.handled(1) == 1 })
 	stopped := async(func() { b.s.Stop(0) })
-	requireKept(t, b.x, keptStop, 1)
+	requireFrame(t, b.x, frameStop, 1)
 	writeMessage(t, b.x, 2, `{"id":2}`) // it has crossed the stop
 	b.requireBackward(t)                // each direction stops by itself
 	select {
@@ -778,42 +748,39 @@ func TestKeptBoth_ListenerThatStopsSaysSoOnTheLinkedConnection(t *testing.T) {
 	b.requireBackward(t)
 }
 
-func TestKeptBoth_ListenerOutOfTimeSaysWhatWasHandedOut(t *testing.T) {
+func TestSessionBoth_ListenerOutOfTimeSaysWhatWasHandedOut(t *testing.T) {
 	l, ul := newRawListener(t), startListener(t, filepath.Join(shortDir(t), "a.sock"), 0)
-	x := l.keep()
+	b := &rawB{l: l, x: l.openWith(greaterToken), y: openRawWith(t, ul.Addr(), greaterToken)}
+	await(t, "the session", func() bool { return acomm.SessionTo(ul.Addr()).Accepted == 1 })
 	first := async(func() {
 		conn := ul.NextConn()
 		_ = acomm.UnmarshalConnData(conn, &note{})
 		_ = acomm.SendConnData(conn, &acomm.Response{})
 		ul.DoneConn(conn)
 	})
-	b := &rawB{l: l, x: x, y: keepRaw(t, ul.Addr())}
+	b.settle(t, b.y, 1)
 	within(t, first, "the first exchange")
-	require.EqualValues(t, 1, b.link(t))
+	b.l.write(b.x, targetFrame(fileAt(t, ul.Addr())))
 	var messages []byte
 	for n := range uint32(3) {
-		messages = append(messages, keptFrame(keptMessage, 2, n+1, "{}")...)
+		messages = append(messages, rawFrame(frameMessage, 2, n+1, "{}")...)
 	}
 	b.l.write(b.x, messages)
 	take(t, ul) // and nobody the others
 	stopped := async(func() { ul.Stop(moment) })
-	kind, read, _, err := readKept(b.x) // with the last one that it has read
+	kind, read, _, err := readFrame(b.x) // with the last one that it has read
 	require.NoError(t, err)
-	require.EqualValues(t, keptStop, kind)
-	requireKept(t, b.x, keptStop, 1)
-	for range read { // for the others it makes no difference any more
-		kind, _, payload, err := readKept(b.x)
-		require.NoError(t, err)
-		require.EqualValues(t, keptAnswer, kind)
-		require.Empty(t, payload, "nobody will answer it")
-	}
+	require.EqualValues(t, frameStop, kind)
+	requireFrame(t, b.x, frameStop, 1)
+	require.EqualValues(t, 3, read)
+	require.Empty(t, requireFrame(t, b.x, frameAnswer, 1), "nobody will answer it")
 	within(t, stopped, "Stop")
 	b.requireBackward(t)
 }
 
-func TestKeptBoth_StoppedMessagesGoElsewhereOnce(t *testing.T) {
+func TestSessionBoth_StoppedMessagesGoElsewhereOnce(t *testing.T) {
 	a := newRawA(t)
-	a.link(t)
+	a.target(t)
 	const number, served = 6, 2
 	results := make(chan error, number)
 	for i := range number {
@@ -822,19 +789,26 @@ func TestKeptBoth_StoppedMessagesGoElsewhereOnce(t *testing.T) {
 	handled := make(map[int]int)
 	for n := range uint32(number) {
 		var message note
-		require.NoError(t, json.Unmarshal([]byte(requireKept(t, a.x, keptMessage, n+1)), &message))
+		require.NoError(t, json.Unmarshal([]byte(requireFrame(t, a.x, frameMessage, n+1)), &message))
 		if n < served {
 			handled[message.ID]++
 		}
 	}
-	a.l.write(a.x, keptFrame(keptStop, 0, served, ""))
+	a.l.write(a.x, rawFrame(frameStop, 0, served, ""))
+	onY := uint32(1)
+	serveOnY := func() (n note) {
+		onY++
+		require.NoError(t, json.Unmarshal([]byte(requireFrame(t, a.y, frameMessage, onY)), &n))
+		acceptMessage(t, a.y, onY)
+		return n
+	}
 	for range number - served {
-		handled[a.l.serveAlone().ID]++
+		handled[serveOnY().ID]++
 		require.NoError(t, within(t, results, "those sent again"))
 	}
 	require.Empty(t, results, "the others wait")
 	later := sendAsync(a.l.addr, note{ID: number})
-	require.Equal(t, number, a.l.serveAlone().ID)
+	require.Equal(t, number, serveOnY().ID)
 	require.NoError(t, within(t, later, "the next one"))
 	for n := range uint32(served) {
 		acceptMessage(t, a.x, n+1)
@@ -848,26 +822,27 @@ func TestKeptBoth_StoppedMessagesGoElsewhereOnce(t *testing.T) {
 	requireAccepted(t, a.x, a.last)
 }
 
-func TestKeptBoth_ConnectionThatIsLostLosesWhatWasWrittenOnly(t *testing.T) {
+func TestSessionBoth_ConnectionThatIsLostLosesWhatWasWrittenOnly(t *testing.T) {
 	a := newRawA(t)
-	a.link(t)
+	a.target(t)
 	first, second := sendAsync(a.l.addr, note{ID: 1}), sendAsync(a.l.addr, note{ID: 2})
-	requireKept(t, a.x, keptMessage, 1)
-	requireKept(t, a.x, keptMessage, 2)
+	requireFrame(t, a.x, frameMessage, 1)
+	requireFrame(t, a.x, frameMessage, 2)
 	require.NoError(t, a.x.Close())
 	require.ErrorIs(t, within(t, first, "an outcome"), io.ErrUnexpectedEOF)
 	require.ErrorIs(t, within(t, second, "an outcome"), io.ErrUnexpectedEOF)
 	later := sendAsync(a.l.addr, note{ID: 3})
-	require.Equal(t, 3, a.l.serveAlone().ID)
+	require.Contains(t, requireFrame(t, a.y, frameMessage, 2), `"id":3`, "it goes elsewhere")
+	acceptMessage(t, a.y, 2)
 	require.NoError(t, within(t, later, "the next one"))
 }
 
 // The path decides, whoever has made the connection.
-func TestKeptBoth_PathDecides(t *testing.T) {
-	h := startKept(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
-	other := startKept(t, filepath.Join(shortDir(t), "o.sock"), 0, nil)
+func TestSessionBoth_PathDecides(t *testing.T) {
+	h := startNotes(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
+	other := startNotes(t, filepath.Join(shortDir(t), "o.sock"), 0, nil)
 	r := startResponder(t, replyNote, nil)
-	linkUp(t, r, h.URL())
+	carryBoth(t, r, h.URL())
 	sendMany(t, h.URL(), 1, 10)
 	require.NoError(t, os.Rename(other.URL().Path, h.URL().Path))
 	lookEnds()
@@ -931,12 +906,12 @@ func (o *sending) end(t testing.TB) map[int]error {
 func noteOf(id int) any { return note{ID: id} }
 
 // The listener of A stops, under load.
-func TestKeptBoth_StopOfTheHookLosesNothing(t *testing.T) {
+func TestSessionBoth_StopOfTheHookLosesNothing(t *testing.T) {
 	keepingProcess(t)
-	h := startKept(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
+	h := startNotes(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
 	for range 5 {
 		r := startResponder(t, replyNote, nil) // a new X each time
-		linkUp(t, r, h.URL())
+		carryBoth(t, r, h.URL())
 		there := sendOn(t, h.URL(), noteOf)
 		back := sendOn(t, r.URL(), func(int) any { return requestTo(nil, "task", "") })
 		requireReached(t, &there.acks, 100, "acknowledgements")
@@ -972,9 +947,9 @@ func requireStopped(t testing.TB, err error, handled int) {
 }
 
 // The listener of B stops, under load: what B sends is delivered all the same.
-func TestKeptBoth_StopOfTheResponderLosesNothing(t *testing.T) {
+func TestSessionBoth_StopOfTheResponderLosesNothing(t *testing.T) {
 	keepingProcess(t)
-	h := startKept(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
+	h := startNotes(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
 	for range 5 {
 		var mu sync.Mutex
 		served := make(map[string]int) // requests, by their task
@@ -984,7 +959,7 @@ func TestKeptBoth_StopOfTheResponderLosesNothing(t *testing.T) {
 			mu.Unlock()
 			return replyNote(req)
 		}, nil)
-		linkUp(t, r, h.URL())
+		carryBoth(t, r, h.URL())
 		there := sendOn(t, h.URL(), noteOf)
 		back := sendOn(t, r.URL(), func(id int) any { return requestTo(h.URL(), strconv.Itoa(id), "") })
 		requireReached(t, &there.acks, 100, "acknowledgements")
@@ -1006,13 +981,13 @@ func TestKeptBoth_StopOfTheResponderLosesNothing(t *testing.T) {
 	}
 }
 
-func TestKeptBoth_ConnectionAtRestEndsForBoth(t *testing.T) {
+func TestSessionBoth_ConnectionAtRestEndsForBoth(t *testing.T) {
 	const rest = 60 * time.Millisecond
-	setRest(t, rest)
+	setIdleTimeout(t, rest)
 	hold, release := holdThenAccept()
 	defer release()
-	b := newRawB(t, map[string]keptHandling{"hold": hold})
-	require.EqualValues(t, 1, b.link(t))
+	b := newRawB(t, map[string]handling{"hold": hold})
+	b.target(t)
 	writeMessage(t, b.x, 1, `{"id":1,"how":"hold"}`)
 	await(t, "the handler", func() bool { return b.s.handled(1) == 1 })
 	require.NoError(t, b.x.SetReadDeadline(time.Now().Add(4*rest)))
@@ -1020,35 +995,35 @@ func TestKeptBoth_ConnectionAtRestEndsForBoth(t *testing.T) {
 	require.NoError(t, b.x.SetReadDeadline(time.Now().Add(patience)))
 	release()
 	requireAccepted(t, b.x, 1)
-	requireKept(t, b.x, keptStop, 1)
+	requireFrame(t, b.x, frameStop, 1)
 	require.ErrorIs(t, readOne(b.x), io.EOF)
-	await(t, "it to be forgotten", func() bool { return !acomm.KeptTo(b.l.addr.Path) })
-	b.x = b.l.keep() // the next
+	await(t, "it to be forgotten", func() bool { return !acomm.SessionTo(b.l.addr.Path).Known })
+	b.x = b.l.open() // the next
 	b.requireBackward(t)
 }
 
-func TestKeptBoth_AfterTheRestBothConnectAnew(t *testing.T) {
-	setRest(t, 50*time.Millisecond)
-	h := startKept(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
+func TestSessionBoth_AfterTheRestBothConnectAnew(t *testing.T) {
+	setIdleTimeout(t, 50*time.Millisecond)
+	h := startNotes(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
 	r := startResponder(t, replyNote, nil)
 	for range 2 {
-		linkUp(t, r, h.URL())
+		carryBoth(t, r, h.URL())
 		sendMany(t, h.URL(), 1, 10)
-		await(t, "the rest", func() bool { return acomm.KeptConns() == 0 })
+		await(t, "the rest", func() bool { return acomm.SessionTo("").Opened == 0 })
 	}
-	require.False(t, acomm.KeptTo(h.URL().Path) || acomm.KeptTo(r.URL().Path))
+	require.False(t, acomm.SessionTo(h.URL().Path).Known || acomm.SessionTo(r.URL().Path).Known)
 	require.Equal(t, 2, h.handled(1))
 }
 
 // Hazard: the responses stayed on the connection of a listener that had stopped, and
 // kept it, while the requests came by the next one.
-func TestKeptBoth_AfterAStopTheNextConnectionCarriesBoth(t *testing.T) {
-	h := startKept(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
+func TestSessionBoth_AfterAStopTheNextConnectionCarriesBoth(t *testing.T) {
+	h := startNotes(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
 	for range 3 {
 		r := startResponder(t, replyNote, nil)
-		linkUp(t, r, h.URL())
+		carryBoth(t, r, h.URL())
 		r.Stop(0)
-		require.False(t, acomm.KeptLinked(h.URL().Path))
+		require.False(t, acomm.SessionTo(h.URL().Path).Carried)
 		require.NoError(t, acomm.Send(h.URL(), note{ID: 1}), "another way")
 	}
 	require.Equal(t, 3, h.handled(1))
@@ -1056,35 +1031,35 @@ func TestKeptBoth_AfterAStopTheNextConnectionCarriesBoth(t *testing.T) {
 
 // What was written before a write failed may yet be answered, on a connection that
 // carries both directions as on any other.
-func TestKeptBoth_AfterAFailedWriteAnswersAreRead(t *testing.T) {
+func TestSessionBoth_AfterAFailedWriteAnswersAreRead(t *testing.T) {
 	b := newRawB(t, nil)
-	require.EqualValues(t, 1, b.link(t))
+	b.target(t)
 	first := sendAsync(b.l.addr, note{ID: 1})
 	number, _ := b.l.message(b.x)
 	require.NoError(t, b.x.(*net.UnixConn).CloseRead())
 	second := sendAsync(b.l.addr, note{ID: 2})
 	require.Equal(t, 2, b.l.serveAlone().ID, "it goes elsewhere")
 	require.NoError(t, within(t, second, "the second"))
-	b.l.write(b.x, keptFrame(keptAnswer, uint32(len(accepted)), number, accepted))
+	b.l.write(b.x, rawFrame(frameAnswer, uint32(len(accepted)), number, accepted))
 	require.NoError(t, within(t, first, "the first"))
 }
 
 // Hazard: a process that takes nothing, and goes on living, kept a connection open
 // that nothing could be written to, and those who waited for answers on it.
-func TestKeptBoth_TakingNothingEndsTheConnection(t *testing.T) {
+func TestSessionBoth_TakingNothingEndsTheConnection(t *testing.T) {
 	const limit = 200 * time.Millisecond
-	defer acomm.SetKeptPatience(acomm.SetKeptPatience(limit))
+	defer acomm.SetSessionWriteTimeout(acomm.SetSessionWriteTimeout(limit))
 	refusal := strings.Repeat("y", 1<<20) // more than a socket holds
-	b := newRawB(t, map[string]keptHandling{"large": func(conn net.Conn, _ note) {
+	b := newRawB(t, map[string]handling{"large": func(conn net.Conn, _ note) {
 		_ = acomm.SendConnData(conn, &acomm.Response{Error: errors.New(refusal)})
 	}})
 	defer b.s.Stop(0) // before the limit is what it was
-	require.EqualValues(t, 1, b.link(t))
+	b.target(t)
 	first := sendAsync(b.l.addr, note{ID: 1})
 	b.l.message(b.x)
 	writeMessage(t, b.x, 1, `{"how":"large"}`)
 	require.ErrorIs(t, within(t, first, "the message that was read"), io.ErrUnexpectedEOF)
-	await(t, "the connection to be gone", func() bool { return !acomm.KeptTo(b.l.addr.Path) })
+	await(t, "the connection to be gone", func() bool { return !acomm.SessionTo(b.l.addr.Path).Known })
 	written, err := io.Copy(io.Discard, b.x)
 	require.Positive(t, written)
 	require.Less(t, written, int64(len(refusal)))
@@ -1107,23 +1082,24 @@ func dataUpTo(how string, size int) string {
 	return strings.Repeat("x", size-len(text))
 }
 
-func TestKeptBoth_TooMuchUnansweredBreaksTheConnection(t *testing.T) {
-	for _, linked := range []bool{false, true} {
-		t.Run(fmt.Sprint("linked ", linked), func(t *testing.T) {
-			b := newRawB(t, map[string]keptHandling{"wait": func(conn net.Conn, _ note) { _ = readOne(conn) }})
+func TestSessionBoth_TooMuchUnansweredBreaksTheConnection(t *testing.T) {
+	for _, targeted := range []bool{false, true} {
+		t.Run(fmt.Sprint("targeted ", targeted), func(t *testing.T) {
+			b := newRawB(t, map[string]handling{"wait": func(conn net.Conn, _ note) { _ = readOne(conn) }})
 			var conn net.Conn = b.y
-			if linked {
-				require.EqualValues(t, 1, b.link(t))
-				conn = b.x
+			first := uint32(2)
+			if targeted {
+				b.target(t)
+				conn, first = b.x, 1
 			}
-			const number = keptWindow / acomm.KeptLimit
-			text, err := json.Marshal(note{ID: 1, How: "wait", Data: dataUpTo("wait", acomm.KeptLimit)})
+			const number = keptWindow / acomm.MaxMessage
+			text, err := json.Marshal(note{ID: 1, How: "wait", Data: dataUpTo("wait", acomm.MaxMessage)})
 			require.NoError(t, err)
 			for n := range uint32(number) {
-				writeMessage(t, conn, n+1, string(text))
+				writeMessage(t, conn, first+n, string(text))
 			}
 			await(t, "all that may be unanswered", func() bool { return b.s.handled(1) == number })
-			writeMessage(t, conn, number+1, `{}`)
+			writeMessage(t, conn, first+number, `{}`)
 			_, err = io.Copy(io.Discard, conn) // until it is closed
 			require.True(t, err == nil || errors.Is(err, syscall.ECONNRESET), "%v", err)
 			require.Equal(t, number, b.s.handled(1))
@@ -1132,18 +1108,18 @@ func TestKeptBoth_TooMuchUnansweredBreaksTheConnection(t *testing.T) {
 }
 
 // The same with an answer in between, and a message that is given up.
-func TestKeptBoth_WhatIsAnsweredOrCancelledCountsNoMore(t *testing.T) {
-	b := newRawB(t, map[string]keptHandling{"wait": func(conn net.Conn, _ note) { _ = readOne(conn) }})
-	require.EqualValues(t, 1, b.link(t))
-	const number = keptWindow / acomm.KeptLimit // may be unanswered
-	text, err := json.Marshal(note{ID: 1, How: "wait", Data: dataUpTo("wait", acomm.KeptLimit)})
+func TestSessionBoth_WhatIsAnsweredOrCancelledCountsNoMore(t *testing.T) {
+	b := newRawB(t, map[string]handling{"wait": func(conn net.Conn, _ note) { _ = readOne(conn) }})
+	b.target(t)
+	const number = keptWindow / acomm.MaxMessage // may be unanswered
+	text, err := json.Marshal(note{ID: 1, How: "wait", Data: dataUpTo("wait", acomm.MaxMessage)})
 	require.NoError(t, err)
 	const more = number + 3
 	for n := range uint32(more) {
 		writeMessage(t, b.x, n+1, string(text))
-		b.l.write(b.x, keptFrame(keptCancel, 0, n+1, ""))
+		b.l.write(b.x, rawFrame(frameCancel, 0, n+1, ""))
 	}
-	text, err = json.Marshal(note{ID: 1, Data: dataUpTo("", acomm.KeptLimit)})
+	text, err = json.Marshal(note{ID: 1, Data: dataUpTo("", acomm.MaxMessage)})
 	require.NoError(t, err)
 	for n := range uint32(more) {
 		writeMessage(t, b.x, more+n+1, string(text))
@@ -1151,18 +1127,18 @@ func TestKeptBoth_WhatIsAnsweredOrCancelledCountsNoMore(t *testing.T) {
 	}
 }
 
-func TestKeptBoth_WhatIsOverTheLimitGoesAlone(t *testing.T) {
-	for _, linked := range []bool{false, true} {
-		t.Run(fmt.Sprint("linked ", linked), func(t *testing.T) {
+func TestSessionBoth_WhatIsOverTheLimitGoesAlone(t *testing.T) {
+	for _, targeted := range []bool{false, true} {
+		t.Run(fmt.Sprint("targeted ", targeted), func(t *testing.T) {
 			var l *rawListener
 			var conn net.Conn
-			if linked {
+			if targeted {
 				a := newRawA(t)
-				a.link(t)
+				a.target(t)
 				l, conn = a.l, a.x
 			} else {
 				l = newRawListener(t)
-				conn = l.keep()
+				conn = l.open()
 			}
 			const number, size = 50, 60 << 10
 			const most = keptWindow / size
@@ -1179,7 +1155,7 @@ func TestKeptBoth_WhatIsOverTheLimitGoesAlone(t *testing.T) {
 				l.serveAlone()
 				require.NoError(t, within(t, results, "one that went alone"))
 			}
-			require.Equal(t, most, acomm.KeptWaiting(l.addr.Path))
+			require.Equal(t, most, acomm.SessionTo(l.addr.Path).InFlight)
 			for n := range uint32(most) {
 				acceptMessage(t, conn, n+1)
 				require.NoError(t, within(t, results, "one that did not"))
@@ -1190,16 +1166,16 @@ func TestKeptBoth_WhatIsOverTheLimitGoesAlone(t *testing.T) {
 
 // Hazard: an end that reads nothing while its answers are not read waits for ever
 // for another that does the same.
-func TestKeptBoth_LargeRefusalsBothWaysEnd(t *testing.T) {
-	for size, callers := range map[int]int{acomm.KeptLimit: 34, 17 * acomm.KeptLimit: 4} {
+func TestSessionBoth_LargeRefusalsBothWaysEnd(t *testing.T) {
+	for size, callers := range map[int]int{acomm.MaxMessage: 34, 17 * acomm.MaxMessage: 4} {
 		t.Run(strconv.Itoa(size), func(t *testing.T) {
 			refusal := strings.Repeat("y", size)
 			refuse := func(conn net.Conn) { _ = acomm.SendConnData(conn, &acomm.Response{Error: errors.New(refusal)}) }
-			h := startKept(t, filepath.Join(shortDir(t), "h.sock"), 0, map[string]keptHandling{
+			h := startNotes(t, filepath.Join(shortDir(t), "h.sock"), 0, map[string]handling{
 				"refuse": func(conn net.Conn, _ note) { refuse(conn) },
 			})
 			r := startResponder(t, replyNote, map[string]func(net.Conn){"refuse": refuse})
-			linkUp(t, r, h.URL())
+			carryBoth(t, r, h.URL())
 			data := strings.Repeat("x", 60<<10)
 			const calls = 2
 			results := make(chan error, 2*callers*calls)
@@ -1250,7 +1226,7 @@ func serveEach(t testing.TB, oneByOne bool, handle func(ul *acomm.UnixListener, 
 
 // One end serves one message after the other, and sends to the other end in between;
 // there is more to be sent than may be under way.
-func TestKeptBoth_ServingOneByOneEndsWithFullWindows(t *testing.T) {
+func TestSessionBoth_ServingOneByOneEndsWithFullWindows(t *testing.T) {
 	for _, slow := range []string{"requests", "responses"} {
 		t.Run(slow, func(t *testing.T) {
 			const callers = keptWindow/(60<<10) + 8
@@ -1282,7 +1258,7 @@ func TestKeptBoth_ServingOneByOneEndsWithFullWindows(t *testing.T) {
 					refused <- err
 				}
 			})
-			linkUp(t, &responder{UnixListener: r, replied: replied}, h.URL())
+			carryBoth(t, &responder{UnixListener: r, replied: replied}, h.URL())
 			sent := make(chan error, callers)
 			for range callers {
 				go func() { sent <- acomm.Send(r.URL(), requestTo(h.URL(), "large", data)) }()
@@ -1298,7 +1274,7 @@ func TestKeptBoth_ServingOneByOneEndsWithFullWindows(t *testing.T) {
 
 // Hazard: an acknowledgement waits to be written together with others, of a handler
 // that waits for the one who waits for it.
-func TestKeptBoth_AcknowledgementsWaitForNoHandler(t *testing.T) {
+func TestSessionBoth_AcknowledgementsWaitForNoHandler(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(2))
 	for _, busy := range []time.Duration{0, 200 * time.Millisecond} {
 		t.Run(busy.String(), func(t *testing.T) {
@@ -1309,12 +1285,12 @@ func TestKeptBoth_AcknowledgementsWaitForNoHandler(t *testing.T) {
 				}
 				returned.wait(t.Context())
 			}
-			h := startKept(t, filepath.Join(shortDir(t), "h.sock"), 0, map[string]keptHandling{
+			h := startNotes(t, filepath.Join(shortDir(t), "h.sock"), 0, map[string]handling{
 				"hold": func(conn net.Conn, _ note) { hold(conn) },
 			})
 			r := startResponder(t, replyNote, map[string]func(net.Conn){"hold": hold})
 			defer returned.open() // before the stops
-			linkUp(t, r, h.URL())
+			carryBoth(t, r, h.URL())
 			rounds, each := 50, 4
 			if busy > 0 {
 				rounds, each = 1, 2
