@@ -2,6 +2,7 @@ GO          ?= go
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 FUZZTIME    ?= 30s
 DURATION    ?= 10m
+SEED        ?= 0
 BENCHTIME   ?= 1s
 ROUNDS      ?= 5
 MODE        ?= calls
@@ -28,7 +29,7 @@ abreast = $(GO) build $(filter -race,$(1)) . && printf '%s\n' $(MODULES) | xargs
 	'out=$$(cd {} && $(1) 2>&1); code=$$?; printf "== {}: $(1)\n%s\n" "$$out"; exit $$code'
 
 .DEFAULT_GOAL := help
-.PHONY: help build test releases race lint fuzz soak long cover demo hosts bench quick
+.PHONY: help build test releases race lint fuzz soak model long cover demo hosts bench quick
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
@@ -60,8 +61,11 @@ fuzz: ## fuzz what reads from peers, FUZZTIME (30s) each
 soak: ## load with faults for DURATION (10m), with a table at the end
 	$(GO) test -count=1 -v -timeout 0 -run '^TestSoak$$' . -soak $(DURATION)
 
-long: ## the proofs at full length: hundreds of killed processes, thousands of streams
-	$(GO) test -count=1 -v -timeout 60m . -long
+model: ## processes that send to each other under faults, for DURATION (10m); SEED=n begins with that round
+	$(GO) test -count=1 -v -timeout 0 -run '^TestModel_' . -model $(DURATION) -seed $(SEED)
+
+long: ## the proofs at full length: hundreds of killed processes, thousands of streams; the model for DURATION, with SEED
+	$(GO) test -count=1 -v -timeout 0 . -long -model $(DURATION) -seed $(SEED)
 
 cover: ## show the coverage of the package
 	$(GO) test -coverprofile=coverage.out .
