@@ -34,6 +34,7 @@ type modelMessage struct {
 	tracks  []modelLine // track id tracker
 	untrack []modelLine // untrack id
 	done    []modelLine // done id what; removed id
+	odd     []modelLine // odd id: something that must never happen
 }
 
 // modelLine is a line of a ledger.
@@ -70,6 +71,7 @@ type modelRound struct {
 	actions  tally
 	messages map[string]*modelMessage
 	gone     map[string]int64 // by run of a listener, from when on no new message may reach it
+	wrongs   tally // of messages
 	problems []string
 }
 
@@ -267,9 +269,6 @@ func (r *modelRound) add(line modelLine) {
 			r.gone[line.id] = line.at
 		}
 		return
-	case "odd":
-		r.problem("process %d saw something odd, see its stderr: %s", line.process, line.text)
-		return
 	}
 	m := r.messages[line.id]
 	if m == nil {
@@ -278,7 +277,7 @@ func (r *modelRound) add(line modelLine) {
 	}
 	lines := map[string]*[]modelLine{
 		"send": &m.sends, "sent": &m.sents, "took": &m.took, "track": &m.tracks, "untrack": &m.untrack,
-		"done": &m.done, "removed": &m.done,
+		"done": &m.done, "removed": &m.done, "odd": &m.odd,
 	}[line.event]
 	require.NotNil(r, lines, "%s", line.text)
 	*lines = append(*lines, line)
@@ -287,11 +286,15 @@ func (r *modelRound) add(line modelLine) {
 // judge compares the ledgers.
 func (r *modelRound) judge() {
 	for _, m := range r.messages {
-		if wrong := r.wrong(m); wrong != "" {
-			r.problem("%s: %s\n%s", m.id, wrong, r.all(m.id))
+		odd := ""
+		if len(m.odd) > 0 {
+			odd = "SOMETHING ODD, as the stderr of its process says"
 		}
-		if wrong := r.wrongTracking(m); wrong != "" {
-			r.problem("%s: %s\n%s", m.id, wrong, r.all(m.id))
+		for _, wrong := range []string{odd, r.wrong(m), r.wrongTracking(m)} {
+			if wrong != "" {
+				r.wrongs.add(wrong)
+				r.problem("%s: %s\n%s", m.id, wrong, r.all(m.id))
+			}
 		}
 	}
 }
@@ -314,12 +317,12 @@ func (r *modelRound) wrong(m *modelMessage) string {
 	if took {
 		r.actions.add("handled: " + how)
 		by := m.took[0]
-		since, gone := r.gone[by.args[2]]
+		gone, ok := r.gone[by.args[2]]
 		switch {
 		case by.args[0] != how || by.args[1] != to:
 			return "HANDLED BY ANOTHER LISTENER, or asked for something else"
-		case gone && send.at > since+modelSlack:
-			return fmt.Sprintf("HANDLED BY A LISTENER THAT WAS NOT THERE, since %d", since)
+		case ok && send.at > gone+modelSlack:
+			return "HANDLED BY A LISTENER THAT WAS NOT THERE any more"
 		}
 	}
 	if len(m.sents) == 0 {
@@ -429,7 +432,7 @@ func (r *modelRound) all(id string) string {
 	id = strings.TrimPrefix(id, "R")
 	for _, m := range []*modelMessage{r.messages[id], r.messages["R"+id]} {
 		if m != nil {
-			lines = slices.Concat(lines, m.tracks, m.untrack, m.sends, m.took, m.sents, m.done)
+			lines = slices.Concat(lines, m.tracks, m.untrack, m.sends, m.took, m.sents, m.done, m.odd)
 		}
 	}
 	slices.SortStableFunc(lines, func(a, b modelLine) int { return int(a.at - b.at) })
@@ -457,5 +460,5 @@ func (r *modelRound) report() {
 	for _, p := range r.places {
 		r.Logf("place %s, now with process %d, was away (µs): %v", p.name, p.number, p.away)
 	}
-	r.Errorf("%d problems; again with: go test -run TestModel . -model 30s -seed %d", len(r.problems), r.seed)
+	r.Errorf("%d problems; %s; again with: make model DURATION=30s SEED=%d", len(r.problems), &r.wrongs, r.seed)
 }

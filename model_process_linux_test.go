@@ -631,7 +631,7 @@ func (l *modelListener) answer(conn net.Conn, done func(), id, how string, respo
 		return
 	case "hang":
 		stop := context.AfterFunc(l.ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
-		l.readOn(conn, id)
+		l.readOn(conn, id, how)
 		stop()
 		return
 	case "refuse":
@@ -646,7 +646,7 @@ func (l *modelListener) answer(conn net.Conn, done func(), id, how string, respo
 		time.Sleep(50 * time.Millisecond)
 	case "readon":
 		_ = conn.SetReadDeadline(time.Now().Add(5 * time.Millisecond))
-		l.readOn(conn, id)
+		l.readOn(conn, id, how)
 	case "early":
 		respond()
 	case "pieces":
@@ -661,7 +661,7 @@ func (l *modelListener) answer(conn net.Conn, done func(), id, how string, respo
 	_ = acomm.SendConnData(conn, ack) // fails where the sender is gone, or the listener stopped
 	switch how {
 	case "linger":
-		l.readOn(conn, id) // until the sender has read it
+		l.readOn(conn, id, how) // until the sender has read it
 	case "respond":
 		done()
 		respond()
@@ -669,9 +669,10 @@ func (l *modelListener) answer(conn net.Conn, done func(), id, how string, respo
 }
 
 // readOn reads until the exchange or the time is over. There must be nothing to read.
-func (l *modelListener) readOn(conn net.Conn, id string) {
-	if n, err := conn.Read(make([]byte, 1)); n > 0 {
-		l.m.odd(id, "a byte behind its frame:", err)
+func (l *modelListener) readOn(conn net.Conn, id, how string) {
+	buf := make([]byte, 100)
+	if n, err := conn.Read(buf); n > 0 {
+		l.m.odd(id, fmt.Sprintf("%s: %q behind its frame on %s, %v", how, buf[:n], l.name, err))
 	}
 }
 
