@@ -68,10 +68,12 @@ type modelRound struct {
 	places   []*modelPlace
 	killed   map[int]bool // by number of the process
 	number   int          // processes started
+	kills    bool         // processes are killed
 	actions  tally
 	messages map[string]*modelMessage
 	gone     map[string]int64 // by run of a listener, from when on no new message may reach it
-	wrongs   tally // of messages
+	aborted  map[string]bool  // runs of listeners that did not wait for all of their handlers
+	wrongs   tally            // of messages
 	problems []string
 }
 
@@ -96,8 +98,9 @@ func TestModel_EveryMessageHasTheOutcomeThatSendNamed(t *testing.T) {
 func playModel(t *testing.T, seed uint64, rng *rand.Rand, length time.Duration) {
 	r := &modelRound{
 		TB: t, dir: shortDir(t), ledgers: t.TempDir(), seed: seed, rng: rng, begun: time.Now(),
-		killed: make(map[int]bool), messages: make(map[string]*modelMessage), gone: make(map[string]int64),
+		killed: make(map[int]bool), messages: make(map[string]*modelMessage), gone: make(map[string]int64), aborted: make(map[string]bool),
 	}
+	r.kills = rng.IntN(3) > 0 // else whatever is lost is lost until the end
 	for i := range 2 + rng.IntN(2) {
 		r.places = append(r.places, &modelPlace{name: strconv.Itoa(i)})
 	}
@@ -193,7 +196,7 @@ func (r *modelRound) act(length time.Duration) bool {
 	r.pause(500 * time.Millisecond)
 	p := r.places[r.rng.IntN(len(r.places))]
 	switch n := r.rng.IntN(30); {
-	case n < 10:
+	case n < 10 && r.kills:
 		return r.kill(p)
 	case n < 20:
 		r.actions.add("stopped for a moment")
@@ -201,7 +204,7 @@ func (r *modelRound) act(length time.Duration) bool {
 			return r.expect(p, "to be alive")
 		}
 		r.pause(400 * time.Millisecond)
-		if r.rng.IntN(4) == 0 {
+		if r.kills && r.rng.IntN(4) == 0 {
 			return r.kill(p) // it does not see the end
 		}
 		_ = p.process.Signal(syscall.SIGCONT)
@@ -263,6 +266,9 @@ func (r *modelRound) add(line modelLine) {
 	switch line.event {
 	case "start":
 		r.actions.add("listener started")
+		return
+	case "abort":
+		r.aborted[line.id] = true
 		return
 	case "gone":
 		if at, ok := r.gone[line.id]; !ok || line.at < at {
@@ -360,6 +366,9 @@ func (r *modelRound) wrong(m *modelMessage) string {
 		if !silent && r.reachable(send, sent) {
 			return "OUTCOME UNKNOWN, but the listener was there all the time"
 		}
+		if !silent && took && !r.aborted[m.took[0].args[2]] && !r.away(send, sent) {
+			return "ANSWER LOST"
+		}
 	case "late":
 		if how != "hang" {
 			return "NO ANSWER, but nobody was silent"
@@ -373,12 +382,16 @@ func (r *modelRound) wrong(m *modelMessage) string {
 // reachable reports whether the message was for a listener or tracker that was there
 // during all of its exchange.
 func (r *modelRound) reachable(send, sent modelLine) bool {
-	place, name := filepath.Split(send.args[1])
-	if name != modelSteady && name != modelHook && name != modelSteadyTracker {
-		return false
-	}
-	p := r.places[slices.IndexFunc(r.places, func(p *modelPlace) bool { return p.name == filepath.Clean(place) })]
-	return !slices.ContainsFunc(p.away, func(away modelTimes) bool {
+	name := filepath.Base(send.args[1])
+	return slices.Contains([]string{modelSteady, modelHook, modelSteadyTracker}, name) && !r.away(send, sent)
+}
+
+// away reports whether the process that the message was for was not there at some time
+// of its exchange.
+func (r *modelRound) away(send, sent modelLine) bool {
+	name := filepath.Dir(send.args[1])
+	p := r.places[slices.IndexFunc(r.places, func(p *modelPlace) bool { return p.name == name })]
+	return slices.ContainsFunc(p.away, func(away modelTimes) bool {
 		return send.at < away.to+modelSlack && sent.at > away.from-modelSlack
 	})
 }

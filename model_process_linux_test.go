@@ -94,7 +94,7 @@ type modelTrackedAt struct {
 // modelProcess plays its part until it is told to end, then says what it leaves.
 func modelProcess() {
 	m := newModelMember()
-	before := measure()
+	before := modelUsage()
 	for _, name := range []string{modelSteady, modelHook} {
 		m.running <- m.start(acomm.NewUnixListener(m.path(name), 0), name)
 	}
@@ -104,7 +104,7 @@ func modelProcess() {
 	}
 	fmt.Println("ready")
 	<-commands
-	for i := range 16 {
+	for i := range 4 + m.newRand(99).IntN(40) {
 		m.actors.Go(func() { m.work(m.newRand(100 + i)) })
 	}
 	for command := range commands {
@@ -431,20 +431,27 @@ func (m *modelMember) removeAll() {
 	}
 }
 
+// modelUsage is what the process holds. A garbage collection would close what is lost.
+func modelUsage() usage {
+	entries, err := os.ReadDir("/proc/self/fd")
+	orExit(err)
+	return usage{goroutines: runtime.NumGoroutine(), files: len(entries)}
+}
+
 // left says what the process has more than before.
 func (m *modelMember) left(before usage) string {
-	now := measure()
-	for deadline := time.Now().Add(patience / 4); now.goroutines > before.goroutines || now.files > before.files; now = measure() {
+	more := modelUsage().since(before)
+	for deadline := time.Now().Add(patience / 4); more.goroutines > 0 || more.files > 0; more = modelUsage().since(before) {
 		if time.Now().After(deadline) {
 			buf := make([]byte, 1<<20)
 			_, _ = os.Stderr.Write(buf[:runtime.Stack(buf, true)])
 			break
 		}
+		runtime.Gosched()
 	}
-	entries, err := os.ReadDir(filepath.Join(m.dir, m.place))
+	sockets, err := os.ReadDir(filepath.Join(m.dir, m.place))
 	orExit(err)
-	more := now.since(before)
-	return fmt.Sprintf("left: goroutines %d, descriptors %d, sockets %v", max(0, more.goroutines), max(0, more.files), entries)
+	return fmt.Sprintf("left: goroutines %d, descriptors %d, sockets %v", max(0, more.goroutines), max(0, more.files), sockets)
 }
 
 // modelListener is a run of a listener.
@@ -568,8 +575,10 @@ func (m *modelMember) stopSomehow(l *modelListener, rng *rand.Rand) {
 		m.stop(l, 0)
 		late.Stop()
 	case 2:
+		m.note("abort", l.run)
 		m.stop(l, time.Duration(1+rng.IntN(20))*time.Millisecond)
 	case 3:
+		m.note("abort", l.run)
 		second := async(func() { l.Stop(time.Millisecond) })
 		m.stop(l, time.Duration(1+rng.IntN(200))*time.Millisecond)
 		<-second
