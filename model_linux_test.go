@@ -210,7 +210,7 @@ func (r *modelRound) act(length time.Duration) bool {
 			return r.kill(p) // it does not see the end
 		}
 		_ = p.process.Signal(syscall.SIGCONT)
-	case n == 20 && length > 10*time.Second:
+	case n == 20 && time.Since(r.begun)+15*time.Second < length:
 		r.actions.add("calm")
 		for _, p := range r.places {
 			r.tell(p, "calm")
