@@ -502,6 +502,7 @@ func (l *modelListener) removeFile() error {
 // beWild starts, stops, moves and removes a listener.
 func (m *modelMember) beWild(name string, rng *rand.Rand) {
 	path := m.path(name)
+	_ = os.Remove(path + ".new") // of a process that was killed just there
 	var l *modelListener
 	for {
 		if l == nil {
