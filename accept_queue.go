@@ -248,9 +248,24 @@ var queues = struct {
 	byAddr map[string]*acceptQueue
 }{byAddr: make(map[string]*acceptQueue)}
 
-// takesSession reports whether the peer of a connection can have sessions, and the
-// listener that has accepted it, one more of them.
-func takesSession(conn net.Conn) bool {
+// sessionsMember ends an acknowledgement that says that its listener can have sessions.
+const sessionsMember = `,"sessions":1}`
+
+// announceSessions returns the frame of an acknowledgement: with the member that says so,
+// where the listener of the connection can have one more session and its peer asks for
+// that.
+func announceSessions(conn net.Conn, frame []byte) []byte {
+	if len(frame) > maxCopied || !mayHaveSession(conn) {
+		return frame
+	}
+	frame = append(frame[:len(frame)-1:len(frame)-1], sessionsMember...)
+	putFrameHeader(frame)
+	return frame
+}
+
+// mayHaveSession reports whether the peer of a connection asks for a session, and the
+// listener that has accepted it can have one more.
+func mayHaveSession(conn net.Conn) bool {
 	peer, ok := conn.RemoteAddr().(*net.UnixAddr)
 	if !ok || peer == nil || !strings.HasPrefix(peer.Name, senderName) {
 		return false

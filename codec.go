@@ -27,6 +27,8 @@ var inert = func() (set [256]bool) {
 	return set
 }()
 
+const maxPooled = 128 << 10 // bytes of a message whose memory is used again as it is
+
 // message is a message that is about to be sent.
 type message struct{ text []byte }
 
@@ -54,7 +56,7 @@ var messages = sync.Pool{New: func() any { return new(message) }}
 // release keeps the memory of a message, which nobody looks at any more, for
 // another one.
 func (m *message) release() {
-	if cap(m.text) > 2*maxMessage {
+	if cap(m.text) > maxPooled {
 		releaseBuffer(m.text)
 		m.text = nil
 	}

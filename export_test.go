@@ -102,7 +102,7 @@ func SessionTo(path string) (st SessionStatus) {
 			continue
 		}
 		s.mu.Lock()
-		st.Open = st.Open || s.calls.state == open
+		st.Open = st.Open || s.calls.state == halfOpen
 		st.InFlight += len(s.calls.pending)
 		st.Unwritten += s.out.unwritten()
 		s.mu.Unlock()

@@ -48,8 +48,8 @@ func SendConnData(conn net.Conn, payload interface{}) error {
 	}
 	defer m.release()
 	frame := m.text
-	if isResponse(payload) && len(frame) <= maxCopied && takesSession(conn) {
-		frame = withSessionsMember(frame)
+	if isResponse(payload) {
+		frame = announceSessions(conn, frame)
 	}
 	if _, err = conn.Write(frame); err != nil {
 		return fmt.Errorf("send frame of %d bytes: %w", len(frame), asUnexpectedEOF(err))

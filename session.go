@@ -88,9 +88,9 @@ type session struct {
 type halfState int
 
 const (
-	closed   halfState = iota // has not begun, or is over
-	open                      // messages may be sent
-	draining                  // no further message; those before are being answered
+	halfClosed   halfState = iota // has not begun, or is over
+	halfOpen                      // messages may be sent
+	halfDraining                  // no further message; those before are being answered
 )
 
 // newSession makes the session of a connection. Nothing happens before read.
@@ -277,24 +277,24 @@ func (s *session) unlock() bool {
 		c.failLocked(s.out.written)
 		x.abandonLocked()
 	}
-	if c.state == draining && len(c.pending) == 0 {
-		c.state = closed
+	if c.state == halfDraining && len(c.pending) == 0 {
+		c.state = halfClosed
 	}
-	if x.state == draining && len(x.pending) == 0 && !x.adding {
-		x.state = closed
+	if x.state == halfDraining && len(x.pending) == 0 && !x.adding {
+		x.state = halfClosed
 	}
-	retired := c.state != open && !c.retired
+	retired := c.state != halfOpen && !c.retired
 	c.retired = c.retired || retired
 	refused := c.refused
 	written := s.out.unwritten() == 0 || x.graceOver || s.closed
 	queue := x.queue
-	noMore := queue != nil && x.state != open && !x.adding && !x.toldNoMore
+	noMore := queue != nil && x.state != halfOpen && !x.adding && !x.toldNoMore
 	x.toldNoMore = x.toldNoMore || noMore
-	left := queue != nil && x.state == closed && written && (c.state != closed || s.over)
+	left := queue != nil && x.state == halfClosed && written && (c.state != halfClosed || s.over)
 	if left {
 		x.queue = nil
 	}
-	end := c.state == closed && x.state == closed && written && !s.ending && !s.closed
+	end := c.state == halfClosed && x.state == halfClosed && written && !s.ending && !s.closed
 	s.ending = s.ending || end
 	flush := !s.writing && !s.corked && !s.closed && len(s.out.queue) > 0
 	s.writing = s.writing || flush
@@ -447,7 +447,7 @@ func (s *session) writeDeadline() time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	end := time.Now().Add(sessionWriteTimeout)
-	if s.calls.state != closed || s.exchanges.state != closed {
+	if s.calls.state != halfClosed || s.exchanges.state != halfClosed {
 		return end
 	}
 	if s.finishBy.IsZero() {

@@ -54,7 +54,7 @@ type settled struct {
 // openLocked lets messages be sent to a listener.
 func (c *calls) openLocked(to fileID) {
 	*c = calls{
-		state: open, to: to, named: c.named, sent: c.sent, last: firstMessage - 1,
+		state: halfOpen, to: to, named: c.named, sent: c.sent, last: firstMessage - 1,
 		pending: make(map[uint32]*call), timer: c.timer, expires: c.expires,
 	}
 }
@@ -63,7 +63,7 @@ func (c *calls) openLocked(to fileID) {
 // session, which was accepted.
 func (s *session) mayCarryLocked() bool {
 	c := &s.calls
-	return s.exchanges.state == open && c.state == closed && !c.cancelled && c.named < maxTargets
+	return s.exchanges.state == halfOpen && c.state == halfClosed && !c.cancelled && c.named < maxTargets
 }
 
 // mayCarry is mayCarryLocked.
@@ -118,7 +118,7 @@ func (s *session) call(deadline time.Time, to fileID, frame []byte) outcome {
 // mayCallLocked reports whether a message of that size may be sent now.
 func (s *session) mayCallLocked(to fileID, size int) bool {
 	h := &s.calls
-	return h.state == open && h.to == to && s.out.err == nil && len(h.pending) < maxInFlight &&
+	return h.state == halfOpen && h.to == to && s.out.err == nil && len(h.pending) < maxInFlight &&
 		h.size+size <= maxInFlightBytes && s.out.unwritten() <= maxInFlightBytes
 }
 
@@ -126,7 +126,7 @@ func (s *session) mayCallLocked(to fileID, size int) bool {
 func (s *session) isCalling(to fileID) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.calls.state == open && s.calls.to == to
+	return s.calls.state == halfOpen && s.calls.to == to
 }
 
 // stopCalling lets no further message be sent to the listener.
@@ -198,8 +198,8 @@ func (c *calls) refuseLocked(unserved func(uint32, *call) bool) {
 
 // drainLocked lets no further message be sent.
 func (c *calls) drainLocked() {
-	if c.state == open {
-		c.state = draining
+	if c.state == halfOpen {
+		c.state = halfDraining
 	}
 }
 
@@ -253,7 +253,7 @@ func (s *session) stopLocked(number uint32) error {
 	if h.pending == nil {
 		return errBadFrame
 	}
-	h.refused = h.state == open && number == firstMessage-1
+	h.refused = h.state == halfOpen && number == firstMessage-1
 	h.drainLocked()
 	h.refuseLocked(func(n uint32, _ *call) bool { return int32(n-number) > 0 })
 	return nil

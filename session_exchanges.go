@@ -44,7 +44,7 @@ type exchanges struct {
 // holds mu, and has told the queue.
 func (s *session) serveLocked(queue *acceptQueue, local, remote net.Addr) {
 	x := &s.exchanges
-	x.state, x.queue, x.local, x.remote, x.toldNoMore = open, queue, local, remote, false
+	x.state, x.queue, x.local, x.remote, x.toldNoMore = halfOpen, queue, local, remote, false
 	x.graceOver = false
 	x.last = firstMessage - 1
 	x.handed.Store(x.last)
@@ -56,14 +56,14 @@ func (s *session) messageLocked(f sessionFrame) error {
 	x := &s.exchanges
 	size := len(f.data)
 	switch {
-	case x.state == open && (s.out.answers > maxUnsentAnswers || x.ahead.Load() > maxAhead):
+	case x.state == halfOpen && (s.out.answers > maxUnsentAnswers || x.ahead.Load() > maxAhead):
 		// To wait would hold up what comes in the other direction, which may be what
 		// the handlers wait for. The peer will send it elsewhere.
 		s.stopServingLocked()
 		return nil
-	case x.state != open && (!s.opened || s.targets > 0):
+	case x.state != halfOpen && (!s.opened || s.targets > 0):
 		return nil // the peer is told so
-	case x.state != open || f.number != x.last+1 || len(x.pending) >= maxInFlight || x.size+size > maxInFlightBytes:
+	case x.state != halfOpen || f.number != x.last+1 || len(x.pending) >= maxInFlight || x.size+size > maxInFlightBytes:
 		return errBadFrame
 	}
 	frame := make([]byte, headerSize+size) // a plain frame, as the handler expects it
@@ -103,7 +103,7 @@ func (s *session) retarget(to target) error {
 	x.adding = false // it was
 	s.unlock()
 	s.mu.Lock()
-	if !s.opened || s.targets > maxTargets || x.state != closed {
+	if !s.opened || s.targets > maxTargets || x.state != halfClosed {
 		s.mu.Unlock()
 		return errBadFrame
 	}
@@ -119,7 +119,7 @@ func (s *session) retarget(to target) error {
 		queue, local, remote = via.serving()
 	}
 	s.mu.Lock()
-	if queue == nil || s.calls.state != open {
+	if queue == nil || s.calls.state != halfOpen {
 		s.out.addCopy(frameStop, firstMessage-1, nil)
 		s.unlock()
 		return nil
@@ -138,7 +138,7 @@ func (s *session) serving() (queue *acceptQueue, local, remote net.Addr) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	x := &s.exchanges
-	if x.state != open {
+	if x.state != halfOpen {
 		return nil, nil, nil
 	}
 	return x.queue, x.local, x.remote
@@ -148,10 +148,10 @@ func (s *session) serving() (queue *acceptQueue, local, remote net.Addr) {
 // have arrived are served.
 func (s *session) stopServingLocked() {
 	x := &s.exchanges
-	if x.state != open {
+	if x.state != halfOpen {
 		return
 	}
-	x.state = draining
+	x.state = halfDraining
 	s.out.addCopy(frameStop, x.last, nil)
 	if !s.opened {
 		// What goes the other way moves, too: the peer's next session is a better one.
@@ -173,7 +173,7 @@ func (s *session) abort() {
 	s.mu.Lock()
 	s.stopServingLocked()
 	x := &s.exchanges
-	if x.state == draining {
+	if x.state == halfDraining {
 		handed := x.handed.Load()
 		s.out.addCopy(frameStop, handed, nil)
 		for number, e := range x.pending {
@@ -202,8 +202,8 @@ func (s *session) abandon() {
 
 // abandonLocked ends all exchanges: nobody waits for answers any more.
 func (x *exchanges) abandonLocked() {
-	if x.state == open {
-		x.state = draining
+	if x.state == halfOpen {
+		x.state = halfDraining
 	}
 	for _, e := range x.pending {
 		e.endLocked()

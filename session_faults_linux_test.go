@@ -428,3 +428,23 @@ func TestSession_ListenerKeepsAnEighthOfItsDescriptors(t *testing.T) {
 	require.Equal(t, 64/8, opened)
 	require.NoError(t, acomm.Send(unixURL(socket), note{}), "one who comes after them")
 }
+
+// Hazard: the end of a connection that came together with its last bytes was not
+// noticed, as the system tells of both at once: who waited for an answer waited on.
+func TestSession_EndThatComesWithTheLastAnswerIsSeen(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // nobody reads between the two calls
+	l := newRawListener(t)
+	for range 10 {
+		conn := l.open()
+		first := sendAsync(l.addr, note{ID: 1})
+		l.message(conn)
+		second := sendAsync(l.addr, note{ID: 2})
+		l.message(conn)
+		_, err := conn.Write(rawFrame(frameAnswer, uint32(len(accepted)), 1, accepted))
+		closed := conn.Close()
+		require.NoError(t, errors.Join(err, closed))
+		one, two := within(t, first, "the first"), within(t, second, "the second")
+		require.NoError(t, one)
+		require.ErrorIs(t, two, io.ErrUnexpectedEOF)
+	}
+}

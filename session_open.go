@@ -17,12 +17,11 @@ import (
 // How a session begins, at both ends. PROTOCOL.md, section 11, has the steps.
 
 const (
-	senderName     = "@acomm-3/"         // begins the name of a plain connection's socket whose owner can have sessions
-	sessionName    = "@acomm-3s/"        // begins the name of a session's socket
-	greeting       = "\xffacomm\x00\x03" // the first bytes of a session, from each end; its token follows
-	sessionsMember = `,"sessions":1}`    // the end of an acknowledgement whose listener can have sessions
-	openTimeout    = time.Second         // for a session to be opened
-	openBackoff    = 5 * time.Second     // until it is tried again, where that failed
+	senderName  = "@acomm-3/"         // begins the name of a plain connection's socket whose owner can have sessions
+	sessionName = "@acomm-3s/"        // begins the name of a session's socket
+	greeting    = "\xffacomm\x00\x03" // the first bytes of a session, from each end; its token follows
+	openTimeout = time.Second         // for a session to be opened
+	openBackoff = 5 * time.Second     // until it is tried again, where that failed
 )
 
 // hasSessions says whether the system has what sessions need: names for sockets without
@@ -48,14 +47,6 @@ func parseGreeting(data []byte) (processToken, error) {
 		return processToken{}, errors.New("not the greeting of a session")
 	}
 	return processToken(data[len(greeting):]), nil
-}
-
-// withSessionsMember returns the frame of an acknowledgement with the member that says
-// that its listener can have sessions.
-func withSessionsMember(frame []byte) []byte {
-	frame = append(frame[:len(frame)-1:len(frame)-1], sessionsMember...)
-	putFrameHeader(frame)
-	return frame
 }
 
 // hasSessionsMember reports whether an acknowledgement says that its listener can have

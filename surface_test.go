@@ -312,3 +312,65 @@ func diffSurface(documented, exported []string) []string {
 	}
 	return diff
 }
+
+// TestSource_TheBasicFilesKnowNothingOfSessions holds the walls between the files: plain
+// frames, the envelope and the listener can be read without the engine of sessions.
+func TestSource_TheBasicFilesKnowNothingOfSessions(t *testing.T) {
+	parse := func(file string) *ast.File {
+		f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.SkipObjectResolution)
+		require.NoError(t, err)
+		return f
+	}
+	files, err := filepath.Glob("session*.go")
+	require.NoError(t, err)
+	engine := make(map[string]string)
+	for _, file := range files {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		for _, decl := range parse(file).Decls {
+			for _, name := range declaredBy(decl) {
+				engine[name] = file
+			}
+		}
+	}
+	for _, name := range []string{"session", "sessions", "frameMessage", "openSession", "calls", "exchanges", "maxMessage"} {
+		require.Contains(t, engine, name)
+	}
+	for _, file := range []string{"frame.go", "codec.go", "unix_listener.go"} {
+		var check func(ast.Node) bool
+		check = func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.SelectorExpr: // what is selected is a field or method
+				ast.Inspect(n.X, check)
+				return false
+			case *ast.Ident:
+				require.NotContains(t, engine, n.Name, file)
+			}
+			return true
+		}
+		ast.Inspect(parse(file), check)
+	}
+}
+
+// declaredBy returns the names that a declaration adds to the package.
+func declaredBy(decl ast.Decl) (names []string) {
+	switch d := decl.(type) {
+	case *ast.FuncDecl:
+		if d.Recv == nil {
+			names = append(names, d.Name.Name)
+		}
+	case *ast.GenDecl:
+		for _, spec := range d.Specs {
+			switch s := spec.(type) {
+			case *ast.TypeSpec:
+				names = append(names, s.Name.Name)
+			case *ast.ValueSpec:
+				for _, name := range s.Names {
+					names = append(names, name.Name)
+				}
+			}
+		}
+	}
+	return names
+}
