@@ -264,13 +264,18 @@ func announceSessions(conn net.Conn, frame []byte) []byte {
 }
 
 // mayHaveSession reports whether the peer of a connection asks for a session, and the
-// listener that has accepted it can have one more.
+// listener that has accepted it can have one more. Of somebody else's type nothing is
+// asked: a user's test may have one that can do no more than write.
 func mayHaveSession(conn net.Conn) bool {
-	peer, ok := conn.RemoteAddr().(*net.UnixAddr)
+	c, ok := unwrap(conn).(*net.UnixConn)
+	if !ok || c == nil {
+		return false
+	}
+	peer, ok := c.RemoteAddr().(*net.UnixAddr)
 	if !ok || peer == nil || !strings.HasPrefix(peer.Name, senderName) {
 		return false
 	}
-	local, ok := conn.LocalAddr().(*net.UnixAddr)
+	local, ok := c.LocalAddr().(*net.UnixAddr)
 	if !ok || local == nil {
 		return false
 	}

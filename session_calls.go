@@ -15,7 +15,8 @@ type calls struct {
 	named   int    // targets, on a session that was accepted
 	to      fileID // the socket file of the listener that the messages are for
 	retired bool   // the pool knows that it is not open
-	refused bool   // by a stop, before any message was served
+	stopped bool   // by the peer
+	refused bool   // that, before any message was served
 	sent    uint64 // messages, ever
 	last    uint32 // the number of the last message
 	pending map[uint32]*call
@@ -63,7 +64,8 @@ func (c *calls) openLocked(to fileID) {
 // session, which was accepted.
 func (s *session) mayCarryLocked() bool {
 	c := &s.calls
-	return s.exchanges.state == halfOpen && c.state == halfClosed && !c.cancelled && c.named < maxTargets
+	again := c.named == 0 || c.stopped && !c.cancelled && c.named < maxTargets
+	return s.exchanges.state == halfOpen && c.state == halfClosed && again
 }
 
 // mayCarry is mayCarryLocked.
@@ -254,6 +256,8 @@ func (s *session) stopLocked(number uint32) error {
 		return errBadFrame
 	}
 	h.refused = h.state == halfOpen && number == firstMessage-1
+	h.stopped = true
+	s.pair = !s.opened // with another target
 	h.drainLocked()
 	h.refuseLocked(func(n uint32, _ *call) bool { return int32(n-number) > 0 })
 	return nil
