@@ -34,17 +34,18 @@
 // at its consumer, on both hops (on Linux, and where both ends have this
 // library); it never just looks complete.
 //
-// # Connections
+// # Sessions
 //
-// While a [Tracker] or [UnixListener] of the process is started, [Send] and what
-// builds on it keep one connection to each unix socket whose process has this
-// library too (on Linux, and to 256 of them), and share it among all goroutines,
-// for up to 1,024 exchanges at a time; where that process sends here as well, as a
-// provider does with its responses, in both directions. Each exchange on it is still
-// a connection of its own to the callers of [UnixListener.NextConn] and
-// [UnixListener.DoneConn]. A kept connection is closed after 5 to 10 seconds without
-// an exchange and with the process's last tracker or listener, and a message that the
-// other side may have read before its end is never sent again.
+// While a [Tracker] or [UnixListener] of the process is started, [Send] and what builds
+// on it open a session to each unix socket whose process has this library too (on
+// Linux, and 256 of them at most): one connection that carries up to 1,024 exchanges at
+// a time in each direction, for all goroutines. If two processes send to each other, as
+// a requester and a provider do, one session carries both. To the callers of
+// [UnixListener.NextConn] and [UnixListener.DoneConn] each exchange on it is a
+// connection of its own. An idle session is closed after 5 to 10 seconds. When the
+// process's last listener or tracker stops, its sessions close: idle ones at once, busy
+// ones after their last exchange. A message that the other side may have served is never
+// sent again.
 //
 // # Concurrency
 //

@@ -25,11 +25,10 @@ const (
 // connection. Any number of goroutines may call it; on one connection frames of
 // different calls don't mix, and their order is not defined.
 //
-// A [Response] that answers the one frame that was read from a connection of
-// [UnixListener.NextConn] may carry the offer to keep that connection, where the
-// sender understands it. On a connection that is kept, a call takes the frame along
-// and does not block: nil means that it will be written, or has nobody to read it
-// any more, as it does where a socket has room for it. The second answer to a
+// A [Response] that is written to a connection of [UnixListener.NextConn] may carry one
+// more member, which says that the listener can have sessions; only senders that asked
+// for it get it. On an exchange of a session the frame is queued and the call returns at
+// once. As with a socket, nil does not mean that it was read. The second answer to a
 // message is an error that matches [io.ErrUnexpectedEOF]: a sender waits for one.
 //
 // A nil connection or payload, and a payload that no peer could read as it is (see
@@ -70,9 +69,8 @@ func isResponse(payload interface{}) bool {
 // object. It blocks until the frame is complete; the deadline is whatever the
 // caller has set on the connection. Memory is allocated as the bytes arrive. On one
 // connection one call may be under way at a time: several would take parts of the
-// same frame. The message of an exchange on a kept connection (see
-// [UnixListener.NextConn]) has arrived when the connection is returned, so reading
-// it does not block.
+// same frame. The message of an exchange on a session (see [UnixListener.NextConn]) has
+// arrived when the connection is returned, so reading it does not block.
 //
 // A nil connection, and a destination that is not a non-nil pointer, give an
 // error that matches [io/fs.ErrInvalid], a frame of more than 64 MiB

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -79,6 +80,12 @@ type process struct {
 // test's goroutine only.
 func startProcess(t testing.TB, role string, env ...string) *process {
 	t.Helper()
+	return startProcessAs(t, nil, role, env...)
+}
+
+// startProcessAs is startProcess with attributes of the process.
+func startProcessAs(t testing.TB, attr *syscall.SysProcAttr, role string, env ...string) *process {
+	t.Helper()
 	self, err := os.Executable()
 	require.NoError(t, err)
 	p := &process{
@@ -92,6 +99,7 @@ func startProcess(t testing.TB, role string, env ...string) *process {
 		"GORACE=atexit_sleep_ms=0 "+os.Getenv("GORACE")) // or each takes a second to end
 	p.cmd.Env = append(p.cmd.Env, env...)
 	p.cmd.Stderr = &p.stderr
+	p.cmd.SysProcAttr = attr
 	p.stdin, err = p.cmd.StdinPipe()
 	require.NoError(t, err)
 	out, in, err := os.Pipe() // Wait would close a StdoutPipe with lines still in it

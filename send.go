@@ -23,20 +23,17 @@ const sendTimeout = time.Minute // bounds a Send: dial, write and acknowledgemen
 //
 // A URL with the scheme unix is the socket at the URL's Path, or, where none is there,
 // at the path as it was written: in "unix://" + path a question mark begins a query for
-// the parser, and %41 is an A. On Linux, while a
-// [Tracker] or [UnixListener] of this process is started, the connection to a
-// socket whose process has this library too is kept, and shared by all goroutines:
-// one for each socket, 256 of them or an eighth of the descriptors, each with up to 1,024 exchanges at a time of up
-// to 64 KiB of JSON, together 2 MiB. What is over that goes on a connection of its
-// own. Where that process keeps a connection to this one, and requests have come by it
-// whose hook is the path, messages to the path take that one. A kept
-// connection is closed after 5 to 10 s without an exchange, and when the last
-// tracker and listener have stopped. When it ends, a message that can't have been
-// read is sent again, on a new connection and within the same minute; one that may
-// have been is not. A socket file that was replaced, removed, or given another mode or
-// owner is noticed within a millisecond, and connected to again. A thread with another
-// file-system user or group than the one that connected has a connection of its own.
-// Where there is no descriptor left, connections at rest are closed.
+// the parser, and %41 is an A. On Linux, while a [Tracker] or [UnixListener] of this
+// process is started, the first message to a process that has this library too opens a
+// session: one connection for all goroutines, for up to 1,024 exchanges at a time of up
+// to 64 KiB of JSON, together 2 MiB. A message over these limits goes on a connection of
+// its own. A process opens 256 sessions at most, or as many as an eighth of its
+// descriptors. A session is closed after 5 to 10 s without an exchange, and where a
+// descriptor is lacking. A message that was certainly not served is sent again, on
+// another connection and within the same minute; one that may have been is not. A
+// socket file that was replaced, removed, or given another mode or owner is noticed
+// within a millisecond, and connected to again. A thread with another file-system user
+// or group than the one that opened the session has a connection of its own.
 //
 // Everything else goes out as an HTTP POST with the JSON as its body, through
 // [net/http.DefaultTransport] as it is at that moment, so its settings for TLS,

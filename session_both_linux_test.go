@@ -310,9 +310,10 @@ func (b *rawB) target(t testing.TB) {
 	b.l.write(b.x, targetFrame(fileAt(t, b.s.Addr())))
 }
 
-// requireRefused reads that nothing on X is served.
+// requireRefused sends a message on X, and reads that it is not served.
 func (b *rawB) requireRefused(t testing.TB) {
 	t.Helper()
+	writeMessage(t, b.x, 1, `{}`)
 	requireFrame(t, b.x, frameStop, 0)
 }
 
@@ -542,6 +543,49 @@ func TestSessionBoth_OtherProcessesAreRefusedWhateverTheyKnow(t *testing.T) {
 	b.target(t) // the same from the process that has the session
 	writeMessage(t, b.x, 1, `{}`)
 	requireAccepted(t, b.x, 1)
+}
+
+func init() { roles["isolated sender"] = isolatedSender }
+
+// isolatedSender serves notes, and sends one for each line.
+func isolatedSender() {
+	ul := acomm.NewUnixListener(os.Getenv("SOCKET"), 0)
+	orExit(ul.Start())
+	go func() {
+		for conn := ul.NextConn(); conn != nil; conn = ul.NextConn() {
+			_ = acomm.UnmarshalConnData(conn, &note{})
+			_ = acomm.SendConnData(conn, &acomm.Response{})
+			ul.DoneConn(conn)
+		}
+	}()
+	fmt.Println("ready")
+	for line := range commands {
+		fmt.Println(acomm.Send(unixURL(line), note{}))
+	}
+}
+
+// A process in another pid namespace is seen without a pid. All such processes look the
+// same, so none of them is taken for the peer of another session.
+func TestSessionBoth_PeersWithoutAPidAreNeverThePeer(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("only root can make a pid namespace")
+	}
+	l := newRawListenerOf(t)
+	socket := filepath.Join(shortDir(t), "a.sock")
+	isolated := startProcessAs(t, &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID}, "isolated sender", "SOCKET="+socket)
+	require.Equal(t, "ready", isolated.ReadLine())
+	require.NoError(t, isolated.WriteLine(l.addr.Path))
+	plain, _ := l.accept()
+	l.write(plain, plainFrame(`{"error":"","sessions":1}`))
+	require.Equal(t, "<nil>", isolated.ReadLine())
+	b := &rawB{l: l, x: l.acceptSession()}
+	l.write(b.x, []byte(acomm.Greeting+greaterToken))
+	_, err := io.ReadFull(b.x, make([]byte, len(acomm.Greeting)+len(greaterToken)))
+	require.NoError(t, err)
+	b.y = openRawWith(t, socket, greaterToken)
+	b.settle(t, b.y, 1)
+	b.l.write(b.x, targetFrame(fileAt(t, socket)))
+	b.requireRefused(t)
 }
 
 // rawA is a test that plays A.

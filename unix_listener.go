@@ -161,21 +161,20 @@ func (ul *UnixListener) checkStopped() error {
 //
 // The connection has no deadline. A peer may connect and stay silent, so set one
 // before reading. It has the SyscallConn method of [net.UnixConn], for the peer's
-// credentials: Control works, and where the socket may be shared Read and Write give
-// an error that matches [errors.ErrUnsupported]. It may be of another type.
+// credentials. It may be of another type.
 //
-// On Linux, and without an accept limit, senders that have this library too keep
-// their connections, 256 to a listener: then what is returned stands for one
-// exchange, and others may use the same socket. It is used in the same way. Its
-// LocalAddr and RemoteAddr are those of the connection by which its sender came (it
-// has a random name that begins with @acomm-keep-2/), its deadlines bound this exchange
-// alone. What
-// is written up to the end of a frame is the answer; Write hands it over without
-// blocking, and what is written after it gives an error that matches
-// [syscall.EPIPE]. Read gives the sender's frame, then blocks until the exchange
-// is answered or the sender has given up, and returns [io.EOF]. A listener has at
-// most 4 MiB of messages of each kept connection ahead of NextConn, half of which the
-// sender has given up on; it serves no others on that connection.
+// On Linux, and without an accept limit, a sender that has this library too opens a
+// session, 256 to a listener: one connection that carries many exchanges. Each of them
+// is returned as a connection of its own, and used in the same way. Its LocalAddr and
+// RemoteAddr are those of the session by which its sender came (it has a random name that
+// begins with @acomm-3s/), its deadlines bound this exchange alone. What is written up
+// to the end of a frame is the answer; Write queues it without blocking, and what is
+// written after it gives an error that matches [syscall.EPIPE]. Read gives the sender's
+// frame, then blocks until the exchange is answered or the sender has given up, and
+// returns [io.EOF]. Of SyscallConn, Control works; Read and Write give an error that
+// matches [errors.ErrUnsupported], as the socket is shared. A listener has at most 4 MiB
+// of messages of each session ahead of NextConn, half of which the sender has given up
+// on; it serves no others on that session.
 //
 // Any number of goroutines may call it; each connection goes to one of them.
 func (ul *UnixListener) NextConn() net.Conn {
@@ -196,10 +195,7 @@ func (ul *UnixListener) NextConn() net.Conn {
 // connection that is done already or one that is not from this listener it does
 // nothing. It does not block, unless the Close of a wrapper does.
 //
-// A connection that its sender keeps goes on without the handler: only the
-// exchange ends, and a sender that was not answered learns it at once. One that was
-// offered to its sender, with the acknowledgement, is closed 200 ms later if the
-// sender does not take it. The connection is of no use to the caller in each case.
+// Of a session only the exchange ends. A sender that was not answered learns it at once.
 func (ul *UnixListener) DoneConn(conn net.Conn) {
 	inner := unwrap(conn)
 	run := ul.current()
@@ -246,14 +242,13 @@ func closeWrapped(conn, inner net.Conn) {
 // before Start, and from several goroutines: each call returns when the listener
 // is down, and the timeout is that of the first.
 //
-// On connections that senders keep, nothing more is read from now on, and the senders
-// are told: what has been read counts as accepted connections do, NextConn returns
-// it; the rest they may send elsewhere. When the timeout has passed they are told
-// which of the messages no handler has got; a sender that does not read then holds
-// Stop up for 200 ms at most. Connections at rest don't delay it. With the last listener
-// and tracker of the process those that this process keeps as a sender are closed
-// too: at once if they are at rest, else after their last exchange, for which Stop
-// does not wait.
+// On sessions nothing more is served from now on, and the senders are told. Messages that
+// were read count as accepted connections do: NextConn returns them. The senders may send
+// the rest elsewhere. When the timeout has passed they are told which of the messages no
+// handler has got; a sender that does not read then holds Stop up for 200 ms at most. Idle
+// sessions don't delay it. When the process's last listener or tracker stops, the
+// sessions that it has opened close too: idle ones at once, busy ones after their last
+// exchange, for which Stop does not wait.
 func (ul *UnixListener) Stop(timeout time.Duration) {
 	ul.mu.Lock()
 	run := ul.run
