@@ -77,7 +77,7 @@ demo: ## run a coordinator, a provider and a requester; DEMO=path for another fi
 hosts: ## three hosts in network namespaces, with faults; needs root and iproute2, else it says so
 	cd hosts && $(GO) run .
 
-bench: ## compare with other libraries; BENCHTIME, ROUNDS, MODE (calls, json, streams, all...), SHAPE (text,rows,tree), JSON=v1|v2
+bench: ## compare with other libraries; BENCHTIME, ROUNDS, MODE (calls, json, streams, waits, all...), SHAPE (text,rows,tree), JSON=v1|v2
 	cd bench && $(if $(filter v1,$(JSON)),GOEXPERIMENT=nojsonv2 )$(if $(filter v2,$(JSON)),GOEXPERIMENT=jsonv2 )$(GO) run . \
 		-benchtime $(BENCHTIME) -rounds $(ROUNDS) -mode $(MODE) -shape $(SHAPE) $(BENCHFLAGS)
 

@@ -142,6 +142,7 @@ func TestModes_RunAndWriteTheirTables(t *testing.T) {
 				columns:    []column{{128, 1}, {1 << 10, 4}},
 				shapes:     []shape{text},
 				growth:     growth{callers: []int{1, 8}, sockets: []int{1, 4}, sizes: []int{128, 1 << 16}},
+				waits:      []waits{{4, 1 << 10}},
 				bursts:     2,
 				requests:   1000,
 				out:        &out,

@@ -17,6 +17,7 @@ type options struct {
 	columns    []column
 	shapes     []shape // of the calls
 	growth     growth
+	waits      []waits
 	bursts     int // of forward
 	requests   int // of tracking
 	markdown   bool
@@ -37,6 +38,7 @@ var modes = []mode{
 	{"growth", runGrowth},
 	{"idle", runIdle},
 	{"json", runJSON},
+	{"waits", runWaits},
 }
 
 func main() {
@@ -55,7 +57,7 @@ func run(args []string, stdout, stderr io.Writer) error {
 		only      = flags.String("only", "", "candidates, by name, with commas; all if empty")
 		cols      = flags.String("columns", "", "columns such as 128B/1,16KiB/64; the six of the table if empty")
 		shapeList = flags.String("shape", "text", "text, rows or tree, with commas: what the data of the calls looks like")
-		modeList  = flags.String("mode", "calls", "calls, tracking, streams, forward, growth, idle, json, with commas, or all")
+		modeList  = flags.String("mode", "calls", "calls, tracking, streams, forward, growth, idle, json, waits, with commas, or all")
 		requests  = flags.Int("requests", 1_000_000, "outstanding requests in the mode tracking")
 		markdown  = flags.Bool("markdown", false, "write the tables in markdown")
 		quiet     = flags.Bool("quiet", false, "do not say on stderr what is being measured")
@@ -69,6 +71,7 @@ func run(args []string, stdout, stderr io.Writer) error {
 	o := options{
 		runner:   runner{benchtime: *benchtime, rounds: *rounds, patience: time.Minute},
 		growth:   fullGrowth,
+		waits:    fullWaits,
 		bursts:   forwardBursts,
 		requests: *requests,
 		markdown: *markdown,
