@@ -532,7 +532,7 @@ func TestForward_ARedirectToATransportThatSaysNothingIsNotTriedAgain(t *testing.
 // and so is one that is written before the acknowledgement. They show only under -race.
 func TestSend_HappensBeforeItsHandlerAndItsAcknowledgementAfter(t *testing.T) {
 	ul := startListener(t, "", 0)
-	for _, size := range []int{1, 5_000, 5_000, 100_000} { // the second and third on a kept connection
+	for _, size := range []int{1, 5_000, 5_000, 100_000} { // the second and third on a session
 		sent, read := 0, 0
 		go func() {
 			conn := ul.NextConn()

@@ -134,7 +134,7 @@ func cameBy(conn net.Conn) (path string, err error) {
 	return path, errors.Join(err, nameErr)
 }
 
-func TestSessionBoth_ResponsesTakeTheConnectionOfTheirRequests(t *testing.T) {
+func TestSessionBoth_TrackersResponsesTravelOnTheSessionOfTheRequests(t *testing.T) {
 	startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil).Stop(0) // the runtime opens what it needs
 	before := openFiles(t)
 	tracker, err := acomm.NewTracker(filepath.Join(shortDir(t), "t.sock"), nil, patience)
@@ -190,7 +190,7 @@ func TestSessionBoth_ResponsesTakeTheConnectionOfTheirRequests(t *testing.T) {
 }
 
 // Not only is the other connection there: everything goes by it.
-func TestSessionBoth_EverythingGoesByTheLinkedConnection(t *testing.T) {
+func TestSessionBoth_AllMessagesTravelOnTheSessionThatCarries(t *testing.T) {
 	ways := make(chan string, 1000)
 	h := startNotes(t, filepath.Join(shortDir(t), "h.sock"), 0, map[string]handling{
 		"way": func(conn net.Conn, _ note) {
@@ -771,7 +771,7 @@ func TestSessionBoth_GivenUpMessagesDelayNoAcknowledgement(t *testing.T) {
 	data := strings.Repeat("x", 60<<10)
 	for range windows {
 		var sent []<-chan error
-		for range keptWindow / (60 << 10) {
+		for range inFlightBytes / (60 << 10) {
 			sent = append(sent, sendWithin(ul.URL(), requestTo(h.URL(), "task", data), 100*time.Millisecond))
 		}
 		for _, result := range sent {
@@ -779,7 +779,7 @@ func TestSessionBoth_GivenUpMessagesDelayNoAcknowledgement(t *testing.T) {
 		}
 	}
 	close(release)
-	for range 2 * keptWindow / (60 << 10) / 2 {
+	for range 2 * inFlightBytes / (60 << 10) / 2 {
 		require.NoError(t, within(t, replied, "a reply"))
 	}
 	within(t, async(func() { ul.Stop(time.Nanosecond) }), "Stop") // hazard: it waited for the reader
@@ -967,7 +967,7 @@ func noteOf(id int) any { return note{ID: id} }
 
 // The listener of A stops, under load.
 func TestSessionBoth_StopOfTheHookLosesNothing(t *testing.T) {
-	keepingProcess(t)
+	processWithSessions(t)
 	h := startNotes(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
 	for range 5 {
 		r := startResponder(t, replyNote, nil) // a new X each time
@@ -1008,7 +1008,7 @@ func requireStopped(t testing.TB, err error, handled int) {
 
 // The listener of B stops, under load: what B sends is delivered all the same.
 func TestSessionBoth_StopOfTheResponderLosesNothing(t *testing.T) {
-	keepingProcess(t)
+	processWithSessions(t)
 	h := startNotes(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
 	for range 5 {
 		var mu sync.Mutex
@@ -1041,7 +1041,7 @@ func TestSessionBoth_StopOfTheResponderLosesNothing(t *testing.T) {
 	}
 }
 
-func TestSessionBoth_ConnectionAtRestEndsForBoth(t *testing.T) {
+func TestSessionBoth_IdleMeansNeitherDirectionIsUsed(t *testing.T) {
 	const rest = 60 * time.Millisecond
 	setIdleTimeout(t, rest)
 	hold, release := holdThenAccept()
@@ -1062,7 +1062,7 @@ func TestSessionBoth_ConnectionAtRestEndsForBoth(t *testing.T) {
 	b.requireBackward(t)
 }
 
-func TestSessionBoth_AfterTheRestBothConnectAnew(t *testing.T) {
+func TestSessionBoth_AfterIdlenessBothOpenAnew(t *testing.T) {
 	setIdleTimeout(t, 50*time.Millisecond)
 	h := startNotes(t, filepath.Join(shortDir(t), "h.sock"), 0, nil)
 	r := startResponder(t, replyNote, nil)
@@ -1131,7 +1131,7 @@ func TestSessionBoth_TakingNothingEndsTheConnection(t *testing.T) {
 	require.NoError(t, within(t, second, "the second"))
 }
 
-const keptWindow = 2 << 20 // bytes of JSON that may be unanswered
+const inFlightBytes = 2 << 20 // bytes of JSON that may be unanswered
 
 // dataUpTo is what makes a note have so many bytes of JSON.
 func dataUpTo(how string, size int) string {
@@ -1152,7 +1152,7 @@ func TestSessionBoth_TooMuchUnansweredBreaksTheConnection(t *testing.T) {
 				b.target(t)
 				conn, first = b.x, 1
 			}
-			const number = keptWindow / acomm.MaxMessage
+			const number = inFlightBytes / acomm.MaxMessage
 			text, err := json.Marshal(note{ID: 1, How: "wait", Data: dataUpTo("wait", acomm.MaxMessage)})
 			require.NoError(t, err)
 			for n := range uint32(number) {
@@ -1171,7 +1171,7 @@ func TestSessionBoth_TooMuchUnansweredBreaksTheConnection(t *testing.T) {
 func TestSessionBoth_WhatIsAnsweredOrCancelledCountsNoMore(t *testing.T) {
 	b := newRawB(t, map[string]handling{"wait": func(conn net.Conn, _ note) { _ = readOne(conn) }})
 	b.target(t)
-	const number = keptWindow / acomm.MaxMessage // may be unanswered
+	const number = inFlightBytes / acomm.MaxMessage // may be unanswered
 	text, err := json.Marshal(note{ID: 1, How: "wait", Data: dataUpTo("wait", acomm.MaxMessage)})
 	require.NoError(t, err)
 	const more = number + 3
@@ -1201,7 +1201,7 @@ func TestSessionBoth_WhatIsOverTheLimitGoesAlone(t *testing.T) {
 				conn = l.open()
 			}
 			const number, size = 50, 60 << 10
-			const most = keptWindow / size
+			const most = inFlightBytes / size
 			results := make(chan error, number)
 			data := dataUpTo("", size)
 			for range number {
@@ -1289,7 +1289,7 @@ func serveEach(t testing.TB, oneByOne bool, handle func(ul *acomm.UnixListener, 
 func TestSessionBoth_ServingOneByOneEndsWithFullWindows(t *testing.T) {
 	for _, slow := range []string{"requests", "responses"} {
 		t.Run(slow, func(t *testing.T) {
-			const callers = keptWindow/(60<<10) + 8
+			const callers = inFlightBytes/(60<<10) + 8
 			data := strings.Repeat("x", 60<<10)
 			replied, refused := make(chan error, callers+1), make(chan error, callers+1)
 			r := serveEach(t, slow == "requests", func(ul *acomm.UnixListener, conn net.Conn) {

@@ -80,7 +80,7 @@ func TestSession_AThreadWithoutTheRightGetsNowhere(t *testing.T) {
 // lookEnds waits until a look at a path is good no more.
 func lookEnds() { time.Sleep(10 * acomm.CheckedFor) }
 
-// Hazard: taking the right to connect away does nothing to a connection that is kept.
+// Hazard: taking the right to connect away does nothing to an open session.
 // Who has the right connects again, so that the kernel decides.
 func TestSession_ChangedModeOrOwnerHasTheKernelAskedAgain(t *testing.T) {
 	for name, change := range map[string]func(path string) error{
@@ -168,7 +168,7 @@ func TestSession_NobodyWaitsForTheSocketItself(t *testing.T) {
 		_ = acomm.SendConnData(conn, &acomm.Response{})
 	}
 	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]handling{"waits": waits})
-	keepingProcess(t)
+	processWithSessions(t)
 	openTo(t, s.URL())
 	sent := sendAsync(s.URL(), note{How: "waits"})
 	require.ErrorIs(t, within(t, results, "Read"), errors.ErrUnsupported)
@@ -197,7 +197,7 @@ func TestSession_AHandlerThatReadsOnSeesTheEnd(t *testing.T) {
 		<-read
 	}
 	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]handling{"reads on": readsOn})
-	keepingProcess(t)
+	processWithSessions(t)
 	require.NoError(t, acomm.Send(s.URL(), note{How: "reads on"}))
 	require.Equal(t, end{0, io.EOF}, within(t, ends, "the end"))
 	await(t, "the session", func() bool { return acomm.SessionTo(s.Addr()).Open })
@@ -211,7 +211,7 @@ func fewSender() {
 	orExit(syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
 	limit.Cur = 64
 	orExit(syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit))
-	ul := acomm.NewUnixListener(filepath.Join(os.TempDir(), "own.sock"), 0) // so that connections are kept
+	ul := acomm.NewUnixListener(filepath.Join(os.TempDir(), "own.sock"), 0) // so that there are sessions
 	orExit(ul.Start())
 	failed := 0
 	for line := range commands {
@@ -223,7 +223,7 @@ func fewSender() {
 }
 
 // Hazard: connections at rest use up the descriptors, and what needs one fails.
-func TestSession_ConnectionsAtRestGiveWay(t *testing.T) {
+func TestSession_IdleSessionsGiveWay(t *testing.T) {
 	sender := startProcess(t, "few sender")
 	dir := shortDir(t)
 	for i := range 120 {
@@ -262,7 +262,7 @@ func setWriteTimeout(t testing.TB, d time.Duration) {
 }
 
 // Hazard: a peer that reads slowly holds up Stop for many times the patience of a write.
-func TestSession_SlowReaderHoldsUpStopForOnePatience(t *testing.T) {
+func TestSession_SlowReaderHoldsUpStopForOneWriteTimeout(t *testing.T) {
 	const wait = 300 * time.Millisecond
 	setWriteTimeout(t, wait)
 	const number = 34
@@ -387,7 +387,7 @@ func TestSession_PathsAreComparedByWhatTheyLeadTo(t *testing.T) {
 	require.NoError(t, acomm.Send(unixURL(link), note{ID: 1000}))
 	require.Equal(t, 1, other.handled(1000))
 	require.NoError(t, acomm.Send(s.URL(), note{ID: 1001}))
-	require.Len(t, s.peersNow(), before, "the connection is kept for the others")
+	require.Len(t, s.peersNow(), before, "the session stays for the others")
 }
 
 func init() { roles["few listener"] = fewListener }
@@ -406,7 +406,7 @@ func fewListener() {
 
 // Hazard: senders that keep their connections use up the descriptors of a listener, and
 // those who come after them starve.
-func TestSession_ListenerKeepsAnEighthOfItsDescriptors(t *testing.T) {
+func TestSession_ListenerUsesAnEighthOfItsDescriptors(t *testing.T) {
 	socket := filepath.Join(shortDir(t), "s.sock")
 	listener := startProcess(t, "few listener", "SOCKET="+socket)
 	require.Equal(t, "ready", listener.ReadLine())

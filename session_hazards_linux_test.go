@@ -18,7 +18,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// What a reviewer found in kept connections: each test is for one hazard.
+// What a reviewer found in sessions: each test is for one hazard.
 
 // Hazard: a listener that says stop and does not close left the sender's
 // connection open for ever, beyond the last Stop of the process.
@@ -45,7 +45,7 @@ func TestSession_StopEndsWithAHandlerThatWaitsForItsSender(t *testing.T) {
 		ended <- err
 	}
 	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]handling{"wait": wait})
-	keepingProcess(t)
+	processWithSessions(t)
 	openTo(t, s.URL())
 	sent := sendWithin(s.URL(), note{How: "wait"}, time.Second)
 	within(t, inHand, "the handler")

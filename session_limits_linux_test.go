@@ -15,24 +15,24 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// The limits of kept connections: their number, their rest, and the numbers of
+// The limits of sessions: their number, their idle time, and the numbers of
 // their messages.
 
-// setRest shortens the rest of connections. Call it before anything is started.
+// setIdleTimeout shortens the time that sessions may be idle. Call it before anything is started.
 func setIdleTimeout(t testing.TB, timeout time.Duration) {
 	old := acomm.SetSessionIdleTimeout(timeout)
 	t.Cleanup(func() { acomm.SetSessionIdleTimeout(old) })
 }
 
-func TestSession_SenderClosesWhatRests(t *testing.T) {
-	const rest = 100 * time.Millisecond
-	setIdleTimeout(t, rest)
+func TestSession_IdleSessionIsClosedByWhoOpenedIt(t *testing.T) {
+	const idle = 100 * time.Millisecond
+	setIdleTimeout(t, idle)
 	l := newRawListener(t)
 	conn := l.open()
 	sent := sendAsync(l.addr, note{})
 	number, _ := l.message(conn)
 	// Not as long as an exchange is under way.
-	require.NoError(t, conn.SetReadDeadline(time.Now().Add(4*rest)))
+	require.NoError(t, conn.SetReadDeadline(time.Now().Add(4*idle)))
 	require.ErrorIs(t, readOne(conn), os.ErrDeadlineExceeded)
 	require.True(t, acomm.SessionTo(l.addr.Path).Open, "the next message goes there")
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(patience)))
@@ -42,9 +42,9 @@ func TestSession_SenderClosesWhatRests(t *testing.T) {
 	await(t, "the connection to be forgotten", func() bool { return !acomm.SessionTo(l.addr.Path).Known })
 }
 
-func TestSession_ListenerClosesWhatRests(t *testing.T) {
-	const rest = 100 * time.Millisecond
-	setIdleTimeout(t, rest)
+func TestSession_IdleSessionIsClosedByWhoAcceptedIt(t *testing.T) {
+	const idle = 100 * time.Millisecond
+	setIdleTimeout(t, idle)
 	release := make(chan struct{})
 	hold := func(conn net.Conn, _ note) {
 		<-release
@@ -55,7 +55,7 @@ func TestSession_ListenerClosesWhatRests(t *testing.T) {
 	message := `{"how":"hold"}`
 	_, err := conn.Write(rawFrame(frameMessage, uint32(len(message)), 1, message))
 	require.NoError(t, err)
-	require.NoError(t, conn.SetReadDeadline(time.Now().Add(8*rest)))
+	require.NoError(t, conn.SetReadDeadline(time.Now().Add(8*idle)))
 	require.ErrorIs(t, readOne(conn), os.ErrDeadlineExceeded, "an exchange is in hand")
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(patience)))
 	_, err = conn.Write(rawFrame(frameMessage, 2, 2, `{}`))
@@ -74,7 +74,7 @@ func TestSession_ListenerClosesWhatRests(t *testing.T) {
 	require.ErrorIs(t, readOne(conn), io.EOF)
 }
 
-func TestSession_ListenerKeepsSoManyAndNoMore(t *testing.T) {
+func TestSession_ListenerAcceptsSoManyAndNoMore(t *testing.T) {
 	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
 	for range acomm.MaxSessions {
 		openRaw(t, s.Addr())
@@ -84,7 +84,7 @@ func TestSession_ListenerKeepsSoManyAndNoMore(t *testing.T) {
 	requirePlain(t, dialNamed(t, s.Addr(), acomm.SenderName), golden)
 }
 
-func TestSession_SenderKeepsSoManyAndNoMore(t *testing.T) {
+func TestSession_ProcessOpensSoManyAndNoMore(t *testing.T) {
 	dir := shortDir(t)
 	var last *noteService
 	for i := range acomm.MaxSessions + 1 {
@@ -114,7 +114,7 @@ func TestSession_NumbersGoOnWithZero(t *testing.T) {
 	openTo(t, s.URL())
 	before := len(s.peersNow())
 	sendMany(t, s.URL(), 0, 100)
-	require.Len(t, s.peersNow(), before, "all on the connection that is kept")
+	require.Len(t, s.peersNow(), before, "all on one session")
 }
 
 func TestSession_StopIsUnderstoodAcrossZero(t *testing.T) {

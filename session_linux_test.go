@@ -44,7 +44,7 @@ type noteService struct {
 	served <-chan struct{} // closed when NextConn has nothing more
 
 	mu    sync.Mutex
-	peers map[string]int // messages by the name of the peer's socket; none: not to be kept
+	peers map[string]int // messages by the name of the peer's socket; none: a plain one
 	ids   map[int]int    // how often each was handled
 	order []string       // peers as they came
 }
@@ -54,7 +54,7 @@ type noteService struct {
 func startNotes(t testing.TB, path string, limit int, how map[string]handling) *noteService {
 	t.Helper()
 	if runtime.GOOS != "linux" {
-		t.Skip("connections are kept on Linux")
+		t.Skip("there are sessions on Linux")
 	}
 	s := &noteService{
 		UnixListener: acomm.NewUnixListener(path, limit),
@@ -140,11 +140,11 @@ func sendAsync(addr *url.URL, payload any) <-chan error {
 	return sent
 }
 
-// keepingProcess lets this process keep connections while the test runs.
-func keepingProcess(t testing.TB) {
+// processWithSessions lets this process keep connections while the test runs.
+func processWithSessions(t testing.TB) {
 	t.Helper()
 	if runtime.GOOS != "linux" {
-		t.Skip("connections are kept on Linux")
+		t.Skip("there are sessions on Linux")
 	}
 	ul := acomm.NewUnixListener("", 0)
 	require.NoError(t, ul.Start())
@@ -174,7 +174,7 @@ func TestSession_ManySendsUseOneConnection(t *testing.T) {
 	}
 }
 
-func TestSession_NothingIsKeptWithoutAListener(t *testing.T) {
+func TestSession_NoneIsOpenedWithoutAListener(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s.sock")
 	l, err := net.Listen("unix", path)
 	require.NoError(t, err)
@@ -213,7 +213,7 @@ func TestSession_PeersOf2016NoticeNothing(t *testing.T) {
 		require.ErrorIs(t, acomm.Send(s.URL(), note{}), fs.ErrNotExist)
 	})
 	t.Run("listener", func(t *testing.T) {
-		keepingProcess(t)
+		processWithSessions(t)
 		path := filepath.Join(shortDir(t), "s.sock")
 		l, err := net.Listen("unix", path)
 		require.NoError(t, err)
@@ -526,7 +526,7 @@ func TestSession_LargeMessagesGoAlone(t *testing.T) {
 	require.True(t, acomm.SessionTo(s.URL().Path).Open)
 }
 
-// The answer of a handler may be long, and on a kept connection it goes with others.
+// The answer of a handler may be long, and on a session it goes with others.
 func TestSession_LargeAnswersArrive(t *testing.T) {
 	text := strings.Repeat("y", 1<<20)
 	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]handling{
@@ -593,7 +593,7 @@ func TestSession_StopUnderLoadLosesNothing(t *testing.T) {
 	if *long {
 		rounds = 500
 	}
-	keepingProcess(t)
+	processWithSessions(t)
 	s := startNotes(t, path, 0, nil)
 	var next atomic.Int64
 	for range rounds {
@@ -641,7 +641,7 @@ func TestSession_StopUnderLoadLosesNothing(t *testing.T) {
 
 // Those that nobody has taken are told that they were not read.
 func TestSession_StopWithATimeoutTellsWhatWasNotRead(t *testing.T) {
-	keepingProcess(t)
+	processWithSessions(t)
 	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 0)
 	require.NoError(t, ul.Start())
 	sent := sendAsync(ul.URL(), note{})
@@ -679,7 +679,7 @@ func TestSession_StopWithATimeoutTellsWhatWasNotRead(t *testing.T) {
 	await(t, "the connection to be forgotten", func() bool { return acomm.SessionTo("").Opened == 0 })
 }
 
-// rawFrame is a frame on a kept connection.
+// rawFrame is a frame on a session.
 func rawFrame(kind, size, number uint32, payload string) []byte {
 	frame := binary.BigEndian.AppendUint32(nil, kind<<28|size)
 	frame = binary.BigEndian.AppendUint32(frame, number)
@@ -720,7 +720,7 @@ type rawListener struct {
 
 func newRawListener(t testing.TB) *rawListener {
 	t.Helper()
-	keepingProcess(t)
+	processWithSessions(t)
 	path := filepath.Join(shortDir(t), "s.sock")
 	l, err := net.Listen("unix", path)
 	require.NoError(t, err)

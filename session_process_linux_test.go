@@ -21,12 +21,12 @@ import (
 )
 
 func init() {
-	roles["kept provider"] = keptProvider
-	roles["kept requester"] = keptRequester
+	roles["session provider"] = sessionProvider
+	roles["session requester"] = sessionRequester
 }
 
-// keptCallers is how many goroutines of the requester send at a time.
-const keptCallers = 16
+// sessionCallers is how many goroutines of the requester send at a time.
+const sessionCallers = 16
 
 // appendLine writes a line with one system call, so it is there or not. All are of
 // 16 bytes: the write of a process that is killed can end where a page of the file
@@ -56,8 +56,8 @@ func readLog(t testing.TB, path string) map[int]int {
 	return ids
 }
 
-// keptProvider notes each message in a file, then acknowledges it.
-func keptProvider() {
+// sessionProvider notes each message in a file, then acknowledges it.
+func sessionProvider() {
 	log := openLog(filepath.Join(os.Getenv("DIR"), "handled"))
 	ul := acomm.NewUnixListener(filepath.Join(os.Getenv("DIR"), "s.sock"), 0)
 	orExit(ul.Start())
@@ -75,16 +75,16 @@ func keptProvider() {
 	}
 }
 
-// keptRequester sends messages and notes those that were acknowledged.
-func keptRequester() {
-	ul := acomm.NewUnixListener("", 0) // so that connections are kept
+// sessionRequester sends messages and notes those that were acknowledged.
+func sessionRequester() {
+	ul := acomm.NewUnixListener("", 0) // so that there are sessions
 	orExit(ul.Start())
 	log := openLog(filepath.Join(os.Getenv("DIR"), "acknowledged"))
 	first, err := strconv.Atoi(os.Getenv("FIRST"))
 	orExit(err)
 	var next atomic.Int64
 	var senders sync.WaitGroup
-	for range keptCallers {
+	for range sessionCallers {
 		senders.Go(func() {
 			for {
 				id := first + int(next.Add(1))
@@ -134,7 +134,7 @@ func (g *gate) wait(ctx context.Context) {
 // A provider is killed in the middle of its work, again and again: of each message
 // is known what became of it, and none is handled twice.
 func TestSession_KilledProvidersHandleNothingTwice(t *testing.T) {
-	keepingProcess(t)
+	processWithSessions(t)
 	rounds := 20
 	if *long {
 		rounds = 500
@@ -143,7 +143,7 @@ func TestSession_KilledProvidersHandleNothingTwice(t *testing.T) {
 	addr := unixURL(filepath.Join(dir, "s.sock"))
 	var up gate // while a provider is there
 	start := func() *process {
-		p := startProcess(t, "kept provider", "DIR="+dir)
+		p := startProcess(t, "session provider", "DIR="+dir)
 		require.Equal(t, "ready", p.ReadLine())
 		up.open()
 		return p
@@ -155,7 +155,7 @@ func TestSession_KilledProvidersHandleNothingTwice(t *testing.T) {
 		results = make(map[int]error)
 		next    atomic.Int64
 		acks    counter
-		kept    counter // rounds in which a connection was kept when it ended
+		open    counter // rounds in which there was a session when it ended
 		senders sync.WaitGroup
 	)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -163,7 +163,7 @@ func TestSession_KilledProvidersHandleNothingTwice(t *testing.T) {
 		cancel()
 		senders.Wait()
 	}()
-	for range keptCallers {
+	for range sessionCallers {
 		senders.Go(func() {
 			for ctx.Err() == nil {
 				id := int(next.Add(1))
@@ -184,7 +184,7 @@ func TestSession_KilledProvidersHandleNothingTwice(t *testing.T) {
 	for range rounds {
 		requireReached(t, &acks, acks.load()+1+rand.IntN(400), "acknowledgements")
 		if acomm.SessionTo(addr.Path).Open {
-			kept.add()
+			open.add()
 		}
 		up.shut()
 		provider.Kill()
@@ -214,8 +214,8 @@ func TestSession_KilledProvidersHandleNothingTwice(t *testing.T) {
 		delete(handled, id)
 	}
 	require.Empty(t, handled, "messages that nobody has sent")
-	require.NotZero(t, kept.load())
-	t.Logf("killed %d times, %d with a kept connection; %s", rounds, kept.load(), &outcomes)
+	require.NotZero(t, open.load())
+	t.Logf("killed %d times, %d with a session; %s", rounds, open.load(), &outcomes)
 }
 
 // A requester is killed in the middle of its work: what was acknowledged to it was
@@ -236,7 +236,7 @@ func TestSession_KilledRequestersLeaveNothing(t *testing.T) {
 	before := openFiles(t)
 	for round := range rounds {
 		enough := handled() + 100 + rand.IntN(1000)
-		requester := startProcess(t, "kept requester", "DIR="+dir, "SERVICE="+s.URL().Path, fmt.Sprintf("FIRST=%d", (round+1)<<24))
+		requester := startProcess(t, "session requester", "DIR="+dir, "SERVICE="+s.URL().Path, fmt.Sprintf("FIRST=%d", (round+1)<<24))
 		await(t, "messages", func() bool { return handled() >= enough })
 		requester.Kill()
 		require.ErrorContains(t, requester.Wait(), "killed")
