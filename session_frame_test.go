@@ -1,0 +1,94 @@
+package acomm
+
+import (
+	"bytes"
+	"fmt"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+func sessionFrameOf(kind frameKind, number uint32, data []byte) []byte {
+	frame := append(make([]byte, sessionHeaderSize), data...)
+	putSessionHeader(frame, kind, len(data), number)
+	return frame
+}
+
+// feed gives a reader the data in pieces of a size, as far as there is room.
+func feed(r *frameReader, data []byte, piece int, each func(sessionFrame)) error {
+	for len(data) > 0 {
+		n := copy(r.space(), data[:min(piece, len(data))])
+		r.added(n)
+		data = data[n:]
+		for {
+			f, ok, err := r.next()
+			if err != nil {
+				return err
+			}
+			if !ok {
+				break
+			}
+			each(f)
+		}
+		r.release()
+	}
+	return nil
+}
+
+func TestFrameReader_FramesArriveInAnyPieces(t *testing.T) {
+	var data []byte
+	var want []string
+	for n, size := range []int{0, 1, 7, 8, 9, 300, maxMessage, 5, readBufferSize, 3 * readBufferSize, 2, maxMessage} {
+		kind := frameMessage
+		if size > maxMessage {
+			kind = frameAnswer
+		}
+		payload := bytes.Repeat([]byte{'a' + byte(n)}, size)
+		data = append(data, sessionFrameOf(kind, uint32(n), payload)...)
+		want = append(want, fmt.Sprint(kind, n, size))
+	}
+	for _, piece := range []int{1, 2, 3, 7, 8, 9, 1000, maxMessage, len(data)} {
+		var r frameReader
+		var got []string
+		require.NoError(t, feed(&r, data, piece, func(f sessionFrame) {
+			got = append(got, fmt.Sprint(f.kind, f.number, len(f.data)))
+			require.Equal(t, len(f.data), bytes.Count(f.data, []byte{'a' + byte(f.number)}))
+		}))
+		require.Equal(t, want, got, "in pieces of %d", piece)
+		require.Nil(t, r.buf, "no buffer while nothing is in it")
+	}
+}
+
+func TestFrameReader_LengthsAreHeldToTheirKind(t *testing.T) {
+	for kind := range frameKind(16) {
+		most := map[frameKind]int{frameMessage: maxMessage, frameAnswer: headerSize + maxPayload, frameTarget: targetSize}[kind]
+		for _, size := range []int{0, 1, targetSize - 1, targetSize, targetSize + 1, maxMessage, maxMessage + 1, headerSize + maxPayload, headerSize + maxPayload + 1, 1<<28 - 1} {
+			ok := kind >= frameMessage && kind <= frameTarget && size <= most && (kind != frameTarget || size == targetSize)
+			header := make([]byte, sessionHeaderSize)
+			putSessionHeader(header, kind, size, 1)
+			var r frameReader
+			err := feed(&r, header, len(header), func(sessionFrame) {})
+			require.Equal(t, ok, err == nil, "kind %d, %d bytes", kind, size)
+		}
+	}
+}
+
+// Memory follows what has arrived of a long answer, not what it announces.
+func TestFrameReader_MemoryFollowsWhatArrives(t *testing.T) {
+	var r frameReader
+	header := make([]byte, sessionHeaderSize)
+	putSessionHeader(header, frameAnswer, headerSize+maxPayload, 1)
+	require.NoError(t, feed(&r, header, len(header), func(sessionFrame) {}))
+	arrived := 0
+	for range 2000 {
+		space := r.space()
+		require.LessOrEqual(t, len(space), max(readBufferSize, arrived))
+		require.LessOrEqual(t, cap(r.long.data), 2*max(readBufferSize, arrived))
+		n := min(len(space), 4<<10)
+		r.added(n)
+		arrived += n
+		_, ok, err := r.next()
+		require.NoError(t, err)
+		require.False(t, ok)
+	}
+}
