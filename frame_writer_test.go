@@ -51,6 +51,9 @@ func TestFrameWriter_LargeFramesAreNotCopied(t *testing.T) {
 	}
 	_, ok := w.next()
 	require.False(t, ok)
+	before := bytes.Clone(large)
+	w.addCopy(frameAnswer, 1, []byte("answer"))
+	require.Equal(t, before, large, "nor is its memory used again")
 }
 
 func TestFrameWriter_AChunkOfSmallFramesHasALimit(t *testing.T) {
