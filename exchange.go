@@ -15,11 +15,11 @@ import (
 // message's plain frame can be read from it, and what is written to it, up to the end
 // of a frame, answers the message.
 type exchange struct {
-	session       *session
-	number        uint32
-	size          int // bytes of the message
-	local, remote net.Addr
-	over          atomic.Bool // nothing more goes to the peer; set under the session's mu
+	session *session
+	number  uint32
+	size    int // bytes of the message
+	feed    *feed
+	over    atomic.Bool // nothing more goes to the peer; set under the session's mu
 
 	// Guarded by the session's mu.
 	unread        []byte // of the message
@@ -32,9 +32,8 @@ type exchange struct {
 
 // handedOut notes that NextConn returns the exchange.
 func (e *exchange) handedOut() {
-	x := &e.session.exchanges
-	x.handed.Store(e.number)
-	x.ahead.Add(-int64(e.size + exchangeCost))
+	e.feed.handed.Store(e.number)
+	e.feed.ahead.Add(-int64(e.size + exchangeCost))
 }
 
 // takeFrame returns the payload of the message if nothing of it has been read; else
@@ -119,7 +118,7 @@ func (e *exchange) endLocked() {
 
 // answerLocked queues the answer.
 func (e *exchange) answerLocked(answer []byte) {
-	e.session.out.addCopy(frameAnswer, e.number, answer)
+	e.session.sayLocked(frameAnswer, e.number, answer)
 	e.endLocked()
 }
 
@@ -189,8 +188,8 @@ func (e *exchange) Close() error {
 	return nil
 }
 
-func (e *exchange) LocalAddr() net.Addr  { return e.local }
-func (e *exchange) RemoteAddr() net.Addr { return e.remote }
+func (e *exchange) LocalAddr() net.Addr  { return e.feed.local }
+func (e *exchange) RemoteAddr() net.Addr { return e.feed.remote }
 
 // SyscallConn gives access to the socket that the exchange shares with others, for
 // the peer's credentials.

@@ -168,13 +168,16 @@ func (s *session) handle() error {
 	err := s.handleLocked()
 	s.corked = s.corked || len(s.arrived)+len(s.settled) > 0
 	s.exchanges.adding = len(s.arrived) > 0
-	queue := s.exchanges.queue
+	f := s.exchanges.feed
+	if err == nil && s.ending {
+		err = net.ErrClosed // a peer that goes on writing holds up nobody
+	}
 	s.unlock()
 	for i, c := range s.settled {
 		c.call.outcome <- c.outcome // not under the lock: whoever gets it wants that
 		s.settled[i] = settled{}
 	}
-	if len(s.arrived) > 0 && !queue.add(s.arrived) {
+	if len(s.arrived) > 0 && !f.queue.add(s.arrived) {
 		s.abandon()
 	}
 	clear(s.arrived)
@@ -286,14 +289,19 @@ func (s *session) unlock() bool {
 	retired := c.state != halfOpen && !c.retired
 	c.retired = c.retired || retired
 	refused := c.refused
-	written := s.out.unwritten() == 0 || x.graceOver || s.closed
-	queue := x.queue
-	noMore := queue != nil && x.state != halfOpen && !x.adding && !x.toldNoMore
+	f := x.feed
+	noMore := f != nil && x.state != halfOpen && !x.adding && !x.toldNoMore
 	x.toldNoMore = x.toldNoMore || noMore
-	left := queue != nil && x.state == halfClosed && written && (c.state != halfClosed || s.over)
-	if left {
-		x.queue = nil
+	said := s.out.written >= x.end || s.out.err != nil || x.graceOver || s.closed
+	left := f != nil && x.state == halfClosed && said && (c.state != halfClosed || s.over)
+	switch {
+	case left:
+		x.feed = nil
+		x.stopGraceLocked()
+	case f != nil && x.state == halfClosed && x.grace == nil:
+		s.limitGraceLocked(sessionWriteTimeout)
 	}
+	written := s.out.unwritten() == 0 || x.graceOver
 	end := c.state == halfClosed && x.state == halfClosed && written && !s.ending && !s.closed
 	s.ending = s.ending || end
 	flush := !s.writing && !s.corked && !s.closed && len(s.out.queue) > 0
@@ -305,10 +313,10 @@ func (s *session) unlock() bool {
 		sessions.forget(s, refused)
 	}
 	if noMore {
-		queue.noMore(s)
+		f.queue.noMore(f)
 	}
 	if left {
-		queue.left(s)
+		f.queue.left(f)
 	}
 	if end {
 		s.end()

@@ -255,7 +255,7 @@ func (s *session) stopLocked(number uint32) error {
 	if h.pending == nil {
 		return errBadFrame
 	}
-	h.refused = h.state == halfOpen && number == firstMessage-1
+	h.refused = h.refused || h.state == halfOpen && number == firstMessage-1
 	h.stopped = true
 	s.pair = !s.opened // with another target
 	h.drainLocked()

@@ -14,8 +14,8 @@ func sessionFrameOf(kind frameKind, number uint32, data []byte) []byte {
 	return frame
 }
 
-// feed gives a reader the data in pieces of a size, as far as there is room.
-func feed(r *frameReader, data []byte, piece int, each func(sessionFrame)) error {
+// feedReader gives a reader the data in pieces of a size, as far as there is room.
+func feedReader(r *frameReader, data []byte, piece int, each func(sessionFrame)) error {
 	for len(data) > 0 {
 		n := copy(r.space(), data[:min(piece, len(data))])
 		r.added(n)
@@ -50,7 +50,7 @@ func TestFrameReader_FramesArriveInAnyPieces(t *testing.T) {
 	for _, piece := range []int{1, 2, 3, 7, 8, 9, 1000, maxMessage, len(data)} {
 		var r frameReader
 		var got []string
-		require.NoError(t, feed(&r, data, piece, func(f sessionFrame) {
+		require.NoError(t, feedReader(&r, data, piece, func(f sessionFrame) {
 			got = append(got, fmt.Sprint(f.kind, f.number, len(f.data)))
 			require.Equal(t, len(f.data), bytes.Count(f.data, []byte{'a' + byte(f.number)}))
 		}))
@@ -67,7 +67,7 @@ func TestFrameReader_LengthsAreHeldToTheirKind(t *testing.T) {
 			header := make([]byte, sessionHeaderSize)
 			putSessionHeader(header, kind, size, 1)
 			var r frameReader
-			err := feed(&r, header, len(header), func(sessionFrame) {})
+			err := feedReader(&r, header, len(header), func(sessionFrame) {})
 			require.Equal(t, ok, err == nil, "kind %d, %d bytes", kind, size)
 		}
 	}
@@ -78,7 +78,7 @@ func TestFrameReader_MemoryFollowsWhatArrives(t *testing.T) {
 	var r frameReader
 	header := make([]byte, sessionHeaderSize)
 	putSessionHeader(header, frameAnswer, headerSize+maxPayload, 1)
-	require.NoError(t, feed(&r, header, len(header), func(sessionFrame) {}))
+	require.NoError(t, feedReader(&r, header, len(header), func(sessionFrame) {}))
 	arrived := 0
 	for range 2000 {
 		space := r.space()

@@ -1,6 +1,7 @@
 package acomm_test
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -8,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -189,4 +191,79 @@ func TestSession_MemoryOfAMessageThatWaitsIsNotUsedAgain(t *testing.T) {
 		require.NotContains(t, payload, "!")
 		require.Equal(t, string(*response(resp.ID[0]).Result), string(*resp.Result))
 	}
+}
+
+// Hazard: the number of sessions was looked at before many were opened at once, and those
+// that were being opened did not count.
+func TestSession_ManyAtOnceKeepToTheLimit(t *testing.T) {
+	var old syscall.Rlimit
+	require.NoError(t, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &old))
+	dir := shortDir(t)
+	var all []*noteService
+	for i := range 100 {
+		all = append(all, startNotes(t, filepath.Join(dir, strconv.Itoa(i)), 0, nil))
+	}
+	low := old
+	low.Cur = 8 * 60
+	require.NoError(t, syscall.Setrlimit(syscall.RLIMIT_NOFILE, &low))
+	defer func() { require.NoError(t, syscall.Setrlimit(syscall.RLIMIT_NOFILE, &old)) }()
+	var sending sync.WaitGroup
+	for _, s := range all {
+		sending.Go(func() {
+			if err := acomm.Send(s.URL(), note{ID: 1}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	sending.Wait()
+	for _, s := range all {
+		await(t, "the session, if there is to be one", func() bool { return !acomm.SessionTo(s.Addr()).Opening })
+	}
+	require.LessOrEqual(t, acomm.SessionTo("").Opened, 60)
+	require.Positive(t, acomm.SessionTo("").Opened)
+}
+
+// Hazard: a listener waited at its stop for what this process sends on the session by
+// which its messages came, for as long as there was something.
+func TestSessionBoth_StopWaitsForNoCallsOfTheOtherDirection(t *testing.T) {
+	b := newRawB(t, nil)
+	b.target(t)
+	writeMessage(t, b.x, 1, `{"id":7}`)
+	requireAccepted(t, b.x, 1)
+	require.NoError(t, b.y.Close()) // that session is not what is waited for
+	var ended gate
+	ctx, end := context.WithCancel(t.Context())
+	var sending sync.WaitGroup
+	data := strings.Repeat("x", 60_000)
+	for range 30 { // more than the peer takes at a time
+		sending.Go(func() {
+			for ctx.Err() == nil && acomm.Send(b.l.addr, note{Data: data}) == nil {
+				continue
+			}
+		})
+	}
+	await(t, "a full session", func() bool { return acomm.SessionTo(b.l.addr.Path).InFlight == 30 })
+	stopped := async(func() { b.s.Stop(0) })
+	seen := make(chan struct{})
+	reading := async(func() { // it reads on, and lets them send more
+		for {
+			kind, number, _, err := readFrame(b.x)
+			if err != nil {
+				return
+			}
+			switch kind {
+			case frameStop:
+				close(seen)
+				ended.wait(ctx)
+			case frameMessage:
+				_, _ = b.x.Write(rawFrame(frameAnswer, uint32(len(accepted)), number, accepted))
+			}
+		}
+	})
+	within(t, seen, "the stop to be read")
+	within(t, stopped, "Stop, with messages still unread")
+	end()
+	sending.Wait()
+	require.NoError(t, b.x.Close())
+	within(t, reading, "the peer")
 }

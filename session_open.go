@@ -129,8 +129,8 @@ func acceptSession(conn *net.UnixConn, queue *acceptQueue) {
 		_ = conn.Close()
 		return
 	}
-	s.serveLocked(queue, conn.LocalAddr(), conn.RemoteAddr()) // nobody else has the session
-	if !queue.join(s) {
+	f := s.serveLocked(queue, conn.LocalAddr(), conn.RemoteAddr()) // nobody else has the session
+	if !queue.join(f) {
 		_ = conn.Close()
 		return
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"net"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -25,6 +26,7 @@ type sessionPool struct {
 	users    int        // listeners that are started
 	openings *openings  // of this time with users
 	all      map[*session]peer
+	opening  int                  // sessions that are being opened
 	admitted int                  // sessions that were opened
 	routes   map[string]*route    // by path
 	avoid    map[string]time.Time // paths to which no session is opened until then
@@ -96,13 +98,16 @@ func (p *sessionPool) leave() {
 	p.mu.Lock()
 	p.users--
 	last := p.users == 0
-	opening := p.openings
+	o := p.openings
+	if last {
+		clear(p.avoid)
+	}
 	p.mu.Unlock()
 	if !last {
 		return
 	}
-	opening.cancel()
-	opening.wg.Wait()
+	o.cancel()
+	o.wg.Wait()
 	for _, s := range p.opened() {
 		if s.finish() {
 			<-s.ended
@@ -287,7 +292,7 @@ func (p *sessionPool) wantsLocked(path string) bool {
 			opened++
 		}
 	}
-	return opened < mostSessions()
+	return opened+p.opening < mostSessions()
 }
 
 // open opens a session to the path in the background, unless that is being done or was
@@ -299,16 +304,14 @@ func (p *sessionPool) open(path string) {
 		return
 	}
 	o := p.openings
+	p.opening++
 	o.wg.Go(func() {
 		s, err := openSession(o.ctx, path)
-		if err != nil {
-			return
-		}
-		if !p.admit(path, s) {
+		if p.admit(path, s) {
+			go s.read() // ends with the session; leave, and the idle time, end it
+		} else if err == nil {
 			_ = s.conn.Close()
-			return
 		}
-		go s.read() // ends with the session; leave, and the idle time, end it
 	})
 }
 
@@ -325,12 +328,13 @@ func (p *sessionPool) avoidLocked(path string) bool {
 	return true
 }
 
-// admit lets messages to the path go by a session that was opened, unless another one
-// leads to the same socket already.
+// admit ends an opening. It lets messages to the path go by the session that was opened,
+// if one was, unless another one leads to the same socket already.
 func (p *sessionPool) admit(path string, s *session) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.users == 0 {
+	p.opening--
+	if s == nil || p.users == 0 {
 		return false
 	}
 	delete(p.avoid, path)
@@ -448,19 +452,18 @@ func (p *sessionPool) carriesLocked(accepted, own *session) bool {
 	return false
 }
 
-// find returns a session that the peer of this one has opened to a listener of this
-// process.
-func (p *sessionPool) find(s *session, to target) *session {
+// feedOf returns the queue of a listener of this process to which the peer of the session
+// has opened one, and the addresses of that.
+func (p *sessionPool) feedOf(s *session, to target) (queue *acceptQueue, local, remote net.Addr) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	with := p.all[s]
-	if !with.isKnown() {
-		return nil
-	}
 	for via, peer := range p.all {
-		if peer == with && !via.opened && via.file.isFile(to.device, to.inode) {
-			return via
+		if with.isKnown() && peer == with && !via.opened && via.file.isFile(to.device, to.inode) {
+			if queue, local, remote = via.serving(); queue != nil {
+				break
+			}
 		}
 	}
-	return nil
+	return queue, local, remote
 }
