@@ -231,6 +231,7 @@ func TestSession_PeersOf2016NoticeNothing(t *testing.T) {
 			require.NoError(t, err)
 			require.Empty(t, rest)
 			conn.Close()
+			require.False(t, acomm.SessionTo(path).Opening, "and there is no other connection")
 			require.Zero(t, acomm.SessionTo("").Opened)
 		}
 	})
