@@ -85,7 +85,7 @@ func SessionTo(path string) (st SessionStatus) {
 			continue
 		}
 		s.mu.Lock()
-		if s.file.isFile(file.device, file.inode) {
+		if s.file.isSame(file) {
 			st.Accepted++
 			st.UnsentAnswers += s.out.answers
 		}

@@ -1,7 +1,6 @@
 package acomm
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -57,13 +56,13 @@ type session struct {
 	ended  chan struct{} // closed when nothing of the session is left
 
 	// The reader's.
-	in      frameReader
-	greeted bool       // by the peer
-	arrived []net.Conn // exchanges of this read, for the queue
-	settled []settled  // calls that were answered in this read
-	targets int        // that the peer has named
-	target  *target    // of them, the one that is to be looked at
-	pair    bool       // to look for a session that can carry the calls of another one, too
+	in       frameReader
+	greeted  bool       // by the peer
+	arrived  []net.Conn // exchanges of this read, for the queue
+	answered []*call    // in this read
+	targets  int        // that the peer has named
+	target   *fileID    // of them, the one that is to be looked at
+	pair     bool       // to look for a session that can carry the calls of another one, too
 
 	unanswered atomic.Bool // no call was answered yet, or since a target was refused
 
@@ -166,22 +165,22 @@ func (s *session) readable(fd uintptr) bool {
 func (s *session) handle() error {
 	s.mu.Lock()
 	err := s.handleLocked()
-	s.corked = s.corked || len(s.arrived)+len(s.settled) > 0
+	s.corked = s.corked || len(s.arrived)+len(s.answered) > 0
 	s.exchanges.adding = len(s.arrived) > 0
 	f := s.exchanges.feed
 	if err == nil && s.ending {
 		err = net.ErrClosed // a peer that goes on writing holds up nobody
 	}
 	s.unlock()
-	for i, c := range s.settled {
-		c.call.outcome <- c.outcome // not under the lock: whoever gets it wants that
-		s.settled[i] = settled{}
+	for _, c := range s.answered {
+		c.outcome <- c.answered // not under the lock: whoever gets it wants that
 	}
 	if len(s.arrived) > 0 && !f.queue.add(s.arrived) {
 		s.abandon()
 	}
 	clear(s.arrived)
-	s.arrived, s.settled = s.arrived[:0], s.settled[:0]
+	clear(s.answered)
+	s.arrived, s.answered = s.arrived[:0], s.answered[:0]
 	return err
 }
 
@@ -202,7 +201,7 @@ func (s *session) handleLocked() error {
 		case frameStop:
 			err = s.stopLocked(f.number)
 		case frameTarget:
-			s.target = &target{binary.BigEndian.Uint64(f.data), binary.BigEndian.Uint64(f.data[8:])}
+			s.target = parseTarget(f.data)
 		}
 		if err != nil {
 			return err

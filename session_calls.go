@@ -35,6 +35,7 @@ type call struct {
 	end      uint64 // of its frame, in bytes added to the frameWriter
 	deadline time.Time
 	outcome  chan outcome
+	answered outcome // until the reader tells it
 }
 
 var callPool = sync.Pool{New: func() any { return &call{outcome: make(chan outcome, 1)} }}
@@ -44,12 +45,6 @@ type outcome struct {
 	answer []byte // nil: the message is accepted
 	err    error
 	free   bool // the memory of the message is not needed any more
-}
-
-// settled is a call that has ended, and is about to be told so.
-type settled struct {
-	call    *call
-	outcome outcome
 }
 
 // openLocked lets messages be sent to a listener.
@@ -113,6 +108,7 @@ func (s *session) call(deadline time.Time, to fileID, frame []byte) outcome {
 	s.expireLocked(deadline)
 	s.unlock()
 	o := <-c.outcome
+	c.answered = outcome{} // not to hold the answer
 	callPool.Put(c)
 	return o
 }
@@ -234,7 +230,8 @@ func (s *session) answerLocked(f sessionFrame) error {
 	default:
 		o.answer = append([]byte{}, f.data...) // not nil, also where it is empty
 	}
-	s.settled = append(s.settled, settled{call, o})
+	call.answered = o
+	s.answered = append(s.answered, call)
 	if s.unanswered.Load() {
 		s.unanswered.Store(false)
 		s.pair = s.opened

@@ -99,12 +99,14 @@ func (s *session) cancelLocked(number uint32) error {
 	return nil
 }
 
-// target names a listener by its socket file.
-type target struct{ device, inode uint64 }
+// parseTarget returns which socket file a target names.
+func parseTarget(data []byte) *fileID {
+	return &fileID{device: binary.BigEndian.Uint64(data), inode: binary.BigEndian.Uint64(data[8:])}
+}
 
 // retarget lets the peer's messages go to the listener that it names, if it may send to
 // that: it has a session to it. Else it is told that none of them is served.
-func (s *session) retarget(to target) error {
+func (s *session) retarget(to fileID) error {
 	s.targets++
 	s.mu.Lock()
 	s.exchanges.adding = false // it was

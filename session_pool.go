@@ -22,11 +22,13 @@ const (
 // sessionPool has the sessions of the process. It opens them while the process has a
 // listener or tracker that is started.
 type sessionPool struct {
-	mu       sync.Mutex // guards the fields below
-	users    int        // listeners that are started
-	openings *openings  // of this time with users
+	mu       sync.Mutex      // guards the fields below
+	users    int             // listeners that are started
+	opening  context.Context // ends with the last user
+	cancel   context.CancelFunc
+	openers  *sync.WaitGroup // goroutines that open sessions; the last leave waits. Add only under mu, while there are users
 	all      map[*session]peer
-	opening  int                  // sessions that are being opened
+	pending  int                  // sessions that are being opened
 	admitted int                  // sessions that were opened
 	routes   map[string]*route    // by path
 	avoid    map[string]time.Time // paths to which no session is opened until then
@@ -36,13 +38,6 @@ var sessions = sessionPool{
 	all:    make(map[*session]peer),
 	routes: make(map[string]*route),
 	avoid:  make(map[string]time.Time),
-}
-
-// openings are the goroutines that open sessions.
-type openings struct {
-	ctx    context.Context
-	cancel context.CancelFunc
-	wg     sync.WaitGroup // leave waits; Add only under the pool's mu, while there are users
 }
 
 // peer is the process at the other end of a session: what it says, and what the kernel
@@ -87,8 +82,8 @@ func (p *sessionPool) join() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.users++; p.users == 1 {
-		p.openings = &openings{}
-		p.openings.ctx, p.openings.cancel = context.WithCancel(context.Background())
+		p.opening, p.cancel = context.WithCancel(context.Background())
+		p.openers = &sync.WaitGroup{}
 	}
 }
 
@@ -98,7 +93,7 @@ func (p *sessionPool) leave() {
 	p.mu.Lock()
 	p.users--
 	last := p.users == 0
-	o := p.openings
+	cancel, openers := p.cancel, p.openers
 	if last {
 		clear(p.avoid)
 	}
@@ -106,8 +101,8 @@ func (p *sessionPool) leave() {
 	if !last {
 		return
 	}
-	o.cancel()
-	o.wg.Wait()
+	cancel()
+	openers.Wait()
 	for _, s := range p.opened() {
 		if s.finish() {
 			<-s.ended
@@ -292,7 +287,7 @@ func (p *sessionPool) wantsLocked(path string) bool {
 			opened++
 		}
 	}
-	return opened+p.opening < mostSessions()
+	return opened+p.pending < mostSessions()
 }
 
 // open opens a session to the path in the background, unless that is being done or was
@@ -303,10 +298,10 @@ func (p *sessionPool) open(path string) {
 	if !p.wantsLocked(path) || !p.avoidLocked(path) {
 		return
 	}
-	o := p.openings
-	p.opening++
-	o.wg.Go(func() {
-		s, err := openSession(o.ctx, path)
+	ctx := p.opening
+	p.pending++
+	p.openers.Go(func() {
+		s, err := openSession(ctx, path)
 		if p.admit(path, s) {
 			go s.read() // ends with the session; leave, and the idle time, end it
 		} else if err == nil {
@@ -333,7 +328,7 @@ func (p *sessionPool) avoidLocked(path string) bool {
 func (p *sessionPool) admit(path string, s *session) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.opening--
+	p.pending--
 	if s == nil || p.users == 0 {
 		return false
 	}
@@ -454,12 +449,12 @@ func (p *sessionPool) carriesLocked(accepted, own *session) bool {
 
 // feedOf returns the queue of a listener of this process to which the peer of the session
 // has opened one, and the addresses of that.
-func (p *sessionPool) feedOf(s *session, to target) (queue *acceptQueue, local, remote net.Addr) {
+func (p *sessionPool) feedOf(s *session, to fileID) (queue *acceptQueue, local, remote net.Addr) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	with := p.all[s]
 	for via, peer := range p.all {
-		if with.isKnown() && peer == with && !via.opened && via.file.isFile(to.device, to.inode) {
+		if with.isKnown() && peer == with && !via.opened && via.file.isSame(to) {
 			if queue, local, remote = via.serving(); queue != nil {
 				break
 			}

@@ -48,8 +48,10 @@ type fileID struct {
 	changed       syscall.Timespec
 }
 
-// isFile reports whether it is the file with these numbers.
-func (f fileID) isFile(device, inode uint64) bool { return f.device == device && f.inode == inode }
+// isSame reports whether it is the same file, changed or not.
+func (f fileID) isSame(other fileID) bool {
+	return f.device == other.device && f.inode == other.inode
+}
 
 func statFile(path string) (fileID, error) {
 	var st syscall.Stat_t
