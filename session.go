@@ -26,6 +26,7 @@ const (
 var (
 	sessionWriteTimeout = sendTimeout     // for a peer to take 64 KiB; for all that is left, once a session is finishing
 	sessionIdleTimeout  = 5 * time.Second // of who has opened a session; who has accepted it waits twice as long
+	sessionCloseTimeout = time.Second     // for the peer to close what is over
 	firstMessage        = uint32(1)       // the number of a session's first message, in each direction
 )
 
@@ -76,6 +77,7 @@ type session struct {
 	corked    bool      // the reader is about to flush
 	finishBy  time.Time // until then all has to be written, once nothing else is left to do
 	failed    bool      // a write did
+	closing   bool      // the peer was told that the session is over, and is to close it
 	ending    bool      // the reader was told to end
 	closed    bool      // the connection is
 	over      bool      // ended is closed, or about to be
@@ -300,8 +302,13 @@ func (s *session) unlock() bool {
 	case f != nil && x.state == halfClosed && x.grace == nil:
 		s.limitGraceLocked(sessionWriteTimeout)
 	}
-	written := s.out.unwritten() == 0 || x.graceOver
-	end := c.state == halfClosed && x.state == halfClosed && written && !s.ending && !s.closed
+	done := c.state == halfClosed && x.state == halfClosed && !s.ending && !s.closed
+	if done && s.opened && !s.closing && s.out.err == nil {
+		s.closing = true
+		s.out.addCopy(frameStop, firstMessage-1, nil) // of a target that is on its way, too
+		time.AfterFunc(sessionCloseTimeout, s.end)
+	}
+	end := done && !s.opened && (s.out.unwritten() == 0 || x.graceOver)
 	s.ending = s.ending || end
 	flush := !s.writing && !s.corked && !s.closed && len(s.out.queue) > 0
 	s.writing = s.writing || flush
@@ -327,8 +334,15 @@ func (s *session) unlock() bool {
 	return flush && s.flush(yield)
 }
 
-// end lets the reader return, who closes the connection.
-func (s *session) end() { _ = s.conn.SetReadDeadline(time.Unix(1, 0)) }
+// end lets the reader return, who closes the connection. Who has opened it does that when
+// the peer has closed, or too late: until then the peer may name a target, and has to be
+// told that nothing is served.
+func (s *session) end() {
+	s.mu.Lock()
+	s.ending = true
+	s.mu.Unlock()
+	_ = s.conn.SetReadDeadline(time.Unix(1, 0))
+}
 
 // checkFailedLocked lets the messages go elsewhere that a failed write has not written,
 // and ends what this end serves. What was written may yet be answered. The caller holds
@@ -343,7 +357,7 @@ func (s *session) checkFailedLocked() {
 	s.exchanges.abandonLocked()
 	if !errors.Is(s.out.err, syscall.EPIPE) && !errors.Is(s.out.err, syscall.ECONNRESET) {
 		s.ending = true // the other end is there, and could not be told
-		s.end()
+		_ = s.conn.SetReadDeadline(time.Unix(1, 0))
 	}
 }
 
@@ -356,7 +370,7 @@ func (s *session) finish() bool {
 	s.unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.ending || s.closed
+	return s.closing || s.ending || s.closed
 }
 
 // isIdle reports whether no exchange is under way.

@@ -710,7 +710,7 @@ func TestSessionBoth_NoOtherTargetBeforeAStop(t *testing.T) {
 		a.request(t) // and no target before its acknowledgement
 		a.requireResponse(t, a.y, number)
 	}
-	a.l.write(a.x, rawFrame(frameStop, 0, 0, ""))
+	a.l.write(a.x, rawFrame(frameStop, 0, 5, ""))
 	a.requireTarget(t)
 }
 
@@ -1056,7 +1056,7 @@ func TestSessionBoth_IdleMeansNeitherDirectionIsUsed(t *testing.T) {
 	release()
 	requireAccepted(t, b.x, 1)
 	requireFrame(t, b.x, frameStop, 1)
-	require.ErrorIs(t, readOne(b.x), io.EOF)
+	requireClosing(t, b.x)
 	await(t, "it to be forgotten", func() bool { return !acomm.SessionTo(b.l.addr.Path).Known })
 	b.x = b.l.open() // the next
 	b.requireBackward(t)
@@ -1370,4 +1370,29 @@ func TestSessionBoth_AcknowledgementsWaitForNoHandler(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Hazard: a session was closed by who had opened it while a target and messages were on
+// their way: what became of them was not known.
+func TestSessionBoth_TargetThatCrossesTheEndIsRefused(t *testing.T) {
+	setIdleTimeout(t, 50*time.Millisecond)
+	b := newRawB(t, nil)
+	requireFrame(t, b.x, frameStop, 0)
+	for range 3 { // as often as it is named
+		b.target(t)
+		b.requireRefused(t)
+	}
+	require.NoError(t, b.x.Close())
+	await(t, "its end", func() bool { return acomm.SessionTo("").Opened == 0 })
+}
+
+// A stop at number 0 that answers no target says that the session is over: who has
+// accepted it closes it.
+func TestSessionBoth_WhoHasAcceptedClosesWhatIsOver(t *testing.T) {
+	a := newRawA(t)
+	a.request(t)
+	a.l.write(a.x, rawFrame(frameStop, 0, 0, ""))
+	a.requireResponse(t, a.y, 1) // not on X
+	requireFrame(t, a.x, frameStop, 1)
+	require.ErrorIs(t, readOne(a.x), io.EOF)
 }

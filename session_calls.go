@@ -249,6 +249,10 @@ func isAcceptedFrame(answer []byte) bool {
 // served none, a target may be named again.
 func (s *session) stopLocked(number uint32) error {
 	h := &s.calls
+	if h.state == halfClosed && !s.opened && number == firstMessage-1 {
+		s.stopServingLocked() // it answers no target: the session is over
+		return nil
+	}
 	if h.pending == nil {
 		return errBadFrame
 	}

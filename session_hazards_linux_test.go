@@ -32,8 +32,8 @@ func TestSession_StoppedWithoutAClosedConnectionIsClosed(t *testing.T) {
 	l.write(conn, rawFrame(frameAnswer, uint32(len(accepted)), number, accepted))
 	require.NoError(t, within(t, sent, "an exchange"))
 	l.write(conn, rawFrame(frameStop, 0, number, ""))
-	_, _, _, err := readFrame(conn)
-	require.ErrorIs(t, err, io.EOF)
+	requireFrame(t, conn, frameStop, 0)
+	require.ErrorIs(t, readOne(conn), io.EOF, "it does not wait for ever for the listener to close")
 	await(t, "the connection to be forgotten", func() bool { return acomm.SessionTo("").Opened == 0 })
 }
 

@@ -38,7 +38,7 @@ func TestSession_IdleSessionIsClosedByWhoOpenedIt(t *testing.T) {
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(patience)))
 	l.write(conn, rawFrame(frameAnswer, uint32(len(accepted)), number, accepted))
 	require.NoError(t, within(t, sent, "the acknowledgement"))
-	require.ErrorIs(t, readOne(conn), io.EOF)
+	requireClosing(t, conn)
 	await(t, "the connection to be forgotten", func() bool { return !acomm.SessionTo(l.addr.Path).Known })
 }
 

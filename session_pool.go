@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
+	"io/fs"
 	"maps"
 	"net"
 	"slices"
@@ -103,11 +105,17 @@ func (p *sessionPool) leave() {
 	}
 	cancel()
 	openers.Wait()
-	for _, s := range p.opened() {
-		if s.finish() {
-			<-s.ended
-		}
+	finish(p.opened())
+}
+
+// finish finishes sessions, and waits for those that end now. It reports whether there
+// were any.
+func finish(all []*session) bool {
+	all = slices.DeleteFunc(all, func(s *session) bool { return !s.finish() })
+	for _, s := range all {
+		<-s.ended
 	}
+	return len(all) > 0
 }
 
 // opened returns the sessions that this process has opened, if it has no listener.
@@ -128,14 +136,7 @@ func (p *sessionPool) makeRoom() bool {
 	p.mu.Lock()
 	all := slices.Collect(maps.Keys(p.all))
 	p.mu.Unlock()
-	room := false
-	for _, s := range all {
-		if s.isIdle() && s.finish() {
-			<-s.ended
-			room = true
-		}
-	}
-	return room
+	return finish(slices.DeleteFunc(all, func(s *session) bool { return !s.isIdle() }))
 }
 
 // lacksDescriptor reports whether an error says that there is no descriptor left.
@@ -302,7 +303,7 @@ func (p *sessionPool) open(path string) {
 	p.pending++
 	p.openers.Go(func() {
 		s, err := openSession(ctx, path)
-		if p.admit(path, s) {
+		if p.admit(path, s, err) {
 			go s.read() // ends with the session; leave, and the idle time, end it
 		} else if err == nil {
 			_ = s.conn.Close()
@@ -325,14 +326,16 @@ func (p *sessionPool) avoidLocked(path string) bool {
 
 // admit ends an opening. It lets messages to the path go by the session that was opened,
 // if one was, unless another one leads to the same socket already.
-func (p *sessionPool) admit(path string, s *session) bool {
+func (p *sessionPool) admit(path string, s *session, err error) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.pending--
+	if err == nil || isGone(err) {
+		delete(p.avoid, path)
+	}
 	if s == nil || p.users == 0 {
 		return false
 	}
-	delete(p.avoid, path)
 	if p.routes[path] != nil || p.addRouteLocked(path, s.file) != nil {
 		return false
 	}
@@ -341,6 +344,12 @@ func (p *sessionPool) admit(path string, s *session) bool {
 	p.all[s] = peer{s.token, s.creds}
 	p.routes[path] = &route{destination: &destination{own: s}, path: path}
 	return true
+}
+
+// isGone reports whether an error says that the listener is gone: the next one at the path
+// may greet.
+func isGone(err error) bool {
+	return errors.Is(asUnexpectedEOF(err), io.ErrUnexpectedEOF) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)
 }
 
 // add notes a session that was accepted.
