@@ -50,9 +50,18 @@ type program struct {
 	reaped bool       // the number of its group may be another's
 }
 
-// start starts the program for a request. It ends when it wants to, or killed with
-// the context of its time-out, with stop, and with killAll.
-func (s *service) start(req *acomm.Request, stdout io.Writer) (*program, error) {
+// start starts the program for a request, when there are the descriptors for it. It
+// ends when it wants to, or killed with the context of its time-out, with stop, and
+// with killAll.
+func (s *service) start(req *acomm.Request, stdout io.Writer) (p *program, err error) {
+	err = s.retry("start the program", req.ID, isStartShortage, func() (err error) {
+		p, err = s.tryStart(req, stdout)
+		return err
+	})
+	return p, err
+}
+
+func (s *service) tryStart(req *acomm.Request, stdout io.Writer) (*program, error) {
 	timeout, cancelTimeout := s.context()
 	ctx, cancel := context.WithCancelCause(timeout)
 	p := &program{ctx: ctx, cancel: cancel, ended: make(chan struct{}), errors: &lastLine{}}
@@ -176,14 +185,22 @@ func resultOf(out []byte) (json.RawMessage, error) {
 // startStream starts the program for a request and waits for its first byte. A
 // program that fails before gives its error.
 func (s *service) startStream(req *acomm.Request) (*programStream, error) {
-	r, w, err := os.Pipe()
+	var r *os.File
+	var p *program
+	// Again with another pipe: one with the last free number fails again and again.
+	err := s.retry("start the program", req.ID, isStartShortage, func() (err error) {
+		var w *os.File
+		if r, w, err = os.Pipe(); err != nil {
+			return err
+		}
+		p, err = s.tryStart(req, w)
+		_ = w.Close()
+		if err != nil {
+			_ = r.Close()
+		}
+		return err
+	})
 	if err != nil {
-		return nil, err
-	}
-	p, err := s.start(req, w)
-	_ = w.Close()
-	if err != nil {
-		_ = r.Close()
 		return nil, err
 	}
 	go func() { // ends with the program

@@ -36,6 +36,7 @@ type service struct {
 	verbose     bool
 
 	tracker  *acomm.Tracker // for the streams
+	room     chan struct{}  // holds a token for each request that descriptors are kept for
 	slots    chan struct{}  // holds a token for each program that runs
 	draining chan struct{}  // closed when the service is told to stop
 	programs programs
@@ -73,8 +74,11 @@ ends with what has been written.
 
 CONCURRENCY
 --concurrency programs run at a time; further requests are acknowledged at once and
-wait for their turn, without a limit to their number. The time-out counts from the
-start of the program. With --stream, a stream that nobody reads holds its program, and
+wait for their turn, without a limit to their number. Where descriptors are few
+(ulimit -n), fewer programs run, and what finds none is tried again for a minute: to
+start a program, to send its result. Over HTTP a hook that can't be connected to is
+tried for as long, until the service is told to end. The time-out counts from the start
+of the program. With --stream, a stream that nobody reads holds its program, and
 so its place, for an hour, or the time-out.
 
 SIGNALS
@@ -158,6 +162,7 @@ func (s *service) run() (err error) {
 	defer signal.Stop(signals)
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // a log that nobody reads does not end it
 
+	s.room = make(chan struct{}, s.requestsWithDescriptors())
 	s.slots = make(chan struct{}, s.concurrency)
 	s.draining = make(chan struct{})
 	s.programs.killed = make(chan struct{})
@@ -254,6 +259,8 @@ func (s *service) accept(req *acomm.Request) error {
 
 // answer does the task when it is its turn, and sends the response.
 func (s *service) answer(req *acomm.Request) error {
+	s.room <- struct{}{}
+	defer func() { <-s.room }()
 	s.slots <- struct{}{}
 	release := sync.OnceFunc(func() { <-s.slots })
 	defer release()
@@ -270,7 +277,7 @@ func (s *service) answer(req *acomm.Request) error {
 		}
 		release()
 		if err == nil {
-			err = deliverResponse(req, resp)
+			err = s.deliver(req, resp)
 		}
 	}
 	if err != nil {
@@ -285,17 +292,21 @@ func (s *service) answer(req *acomm.Request) error {
 func (s *service) answerStream(req *acomm.Request, release func()) error {
 	src, err := s.startStream(req)
 	if err != nil {
-		return req.Respond(&acomm.Response{ID: req.ID, Error: err})
+		return s.respond(req, &acomm.Response{ID: req.ID, Error: err})
 	}
 	defer src.program.wait() // its end, whatever becomes of the stream
-	addr, err := s.tracker.NewStreamUnix("", src)
+	var addr *url.URL
+	err = s.retry("offer the stream", req.ID, isShortage, func() (err error) {
+		addr, err = s.tracker.NewStreamUnix("", src)
+		return err
+	})
 	if err != nil {
 		_ = src.Close() // it is still ours
-		return req.Respond(&acomm.Response{ID: req.ID, Error: err})
+		return s.respond(req, &acomm.Response{ID: req.ID, Error: err})
 	}
 	resp, err := acomm.NewResponse(req, nil, addr, nil)
 	if err == nil {
-		err = req.Respond(resp)
+		err = s.respond(req, resp)
 	}
 	if err != nil {
 		_ = src.Close()
@@ -325,11 +336,11 @@ func (s *service) answerStream(req *acomm.Request, release func()) error {
 	return nil
 }
 
-// deliverResponse sends the response, or that it is too large.
-func deliverResponse(req *acomm.Request, resp *acomm.Response) error {
-	err := req.Respond(resp)
+// deliver sends the response, or that it is too large.
+func (s *service) deliver(req *acomm.Request, resp *acomm.Response) error {
+	err := s.respond(req, resp)
 	if isTooLarge(req.ResponseHook, resp, err) {
-		err = req.Respond(tooLarge(resp))
+		err = s.respond(req, tooLarge(resp))
 	}
 	return err
 }

@@ -17,7 +17,7 @@ import (
 )
 
 // Hazard: a hook that has taken a response is sent a second one.
-func TestDeliverResponse_HookWithALargeAnswerIsSentOne(t *testing.T) {
+func TestServe_HookWithALargeAnswerIsSentOne(t *testing.T) {
 	var posts atomic.Int32
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		posts.Add(1)
@@ -27,7 +27,7 @@ func TestDeliverResponse_HookWithALargeAnswerIsSentOne(t *testing.T) {
 	hook, err := url.Parse(server.URL)
 	require.NoError(t, err)
 	raw := json.RawMessage(`1`)
-	err = deliverResponse(&acomm.Request{ID: "1", ResponseHook: hook}, &acomm.Response{ID: "1", Result: &raw})
+	err = (&service{}).deliver(&acomm.Request{ID: "1", ResponseHook: hook}, &acomm.Response{ID: "1", Result: &raw})
 	require.ErrorIs(t, err, syscall.EMSGSIZE)
 	require.EqualValues(t, 1, posts.Load())
 }
