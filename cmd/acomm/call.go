@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -461,24 +460,4 @@ func printable(text string) string {
 		}
 		return r
 	}, text)
-}
-
-// signalContext is a context that ends with SIGINT, SIGTERM or SIGHUP; its cause
-// then has the exit code. The second signal ends the process.
-func signalContext() (context.Context, func()) {
-	ctx, cancel := context.WithCancelCause(context.Background())
-	signals := make(chan os.Signal, 1)
-	notifyEnd(signals)
-	// Writing to standard output then fails instead of ending the process, which
-	// would leave the socket behind.
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-	go func() { // ends with stop
-		select {
-		case sig := <-signals:
-			signal.Stop(signals)
-			cancel(&exitError{128 + int(sig.(syscall.Signal)), fmt.Errorf("interrupted: %v", sig)})
-		case <-ctx.Done():
-		}
-	}()
-	return ctx, func() { cancel(nil); signal.Stop(signals) }
 }

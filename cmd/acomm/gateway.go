@@ -116,7 +116,8 @@ SIGNALS
               (--timeout at most, and the sending), then for streams and other HTTP
               exchanges that are under way, and ends with status 0. Streams that then
               do not move for 10 seconds, or have not, are cut off. A second signal
-              ends it at once, with status 1. SIGHUP does nothing where it was ignored
+              ends it at once, with status 1; one within a second of the first is
+              taken for the same. SIGHUP does nothing where it was ignored
               from the start, as with nohup.
 
 EXIT STATUS

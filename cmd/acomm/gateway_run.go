@@ -8,10 +8,8 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"sync"
-	"syscall"
 
 	"github.com/mistifyio/acomm"
 	"github.com/sirupsen/logrus"
@@ -23,8 +21,6 @@ import (
 func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) error {
 	signals := make(chan os.Signal, 2)
 	notifyEnd(signals)
-	defer signal.Stop(signals)
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // a log that nobody reads does not end it
 
 	rules, err := newHookRules(opts.hookAllow, opts.hookDeny)
 	if err != nil {
@@ -107,6 +103,7 @@ func (s *gatewayServer) run(ctx context.Context, signals <-chan os.Signal, front
 		logrus.WithFields(logrus.Fields{"addr": front.Addr().String(), "socket": s.requests.Addr()}).Info("gateway: ready")
 		select {
 		case sig := <-signals:
+			signals = secondSignal(signals)
 			s.draining.Store(true)
 			logrus.WithFields(logrus.Fields{"signal": sig.String(), "outstanding": s.pending.Load()}).Info("gateway: draining")
 		case <-ctx.Done():

@@ -549,7 +549,7 @@ func TestGateway_SecondSIGTERMEndsAtOnce(t *testing.T) {
 	require.NoError(t, acomm.Send(g.url, gwRequest(t, "silent", hook, nil)))
 	g.signal(syscall.SIGTERM)
 	g.waitLine("draining")
-	g.signal(syscall.SIGTERM)
+	g.signalUntilEnd(syscall.SIGTERM)
 	require.Equal(t, exitTask, g.wait())
 	require.Contains(t, g.said(), "1 requests outstanding")
 	require.NoFileExists(t, filepath.Join(g.dir, "response", "gw.sock"))

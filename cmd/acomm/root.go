@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/signal"
-	"syscall"
 
 	"github.com/fatih/color"
 	"github.com/sirupsen/logrus"
@@ -101,14 +99,6 @@ func newRootCommand() *cobra.Command {
 	}
 	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand())
 	return root
-}
-
-// notifyEnd relays the signals that end a command.
-func notifyEnd(signals chan<- os.Signal) {
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
-	if !signal.Ignored(syscall.SIGHUP) { // or nohup would be of no use
-		signal.Notify(signals, syscall.SIGHUP)
-	}
 }
 
 // run runs the command line and returns the exit code.

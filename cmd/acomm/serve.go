@@ -8,10 +8,9 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
-	"os/signal"
 	"runtime"
 	"sync"
-	"syscall"
+	"sync/atomic"
 	"time"
 
 	"github.com/mistifyio/acomm"
@@ -40,6 +39,8 @@ type service struct {
 	slots    chan struct{}  // holds a token for each program that runs
 	draining chan struct{}  // closed when the service is told to stop
 	programs programs
+
+	acknowledged atomic.Int64 // requests that are to be done, or are being done
 }
 
 const serveLong = `Serve takes requests on the unix socket PATH and runs COMMAND for each of them. It
@@ -88,7 +89,8 @@ those that are being read as long as they move: one that does not for 10 seconds
 because its program is silent or its reader takes nothing, is cut off, and its program
 killed. This begins with the first byte: a program that has not written any is waited
 for as without --stream, as long as it takes, or --timeout. A second signal kills the
-programs, fails their tasks, and ends the service. SIGHUP does nothing where it was
+programs, fails their tasks, and ends the service; one within a second of the first is
+taken for the same, as a terminal and a supervisor both send one. SIGHUP does nothing where it was
 ignored from the start, as with nohup.
 
 SECURITY
@@ -159,8 +161,6 @@ func (s *service) run() (err error) {
 	// Before the socket is there: whoever sees it may send a signal.
 	signals := make(chan os.Signal, 2)
 	notifyEnd(signals)
-	defer signal.Stop(signals)
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // a log that nobody reads does not end it
 
 	s.room = make(chan struct{}, s.requestsWithDescriptors())
 	s.slots = make(chan struct{}, s.concurrency)
@@ -186,13 +186,18 @@ func (s *service) run() (err error) {
 		s.tracker.Stop()
 	}()
 	sig := <-signals
-	fmt.Fprintf(os.Stderr, "%s %v: finishing what runs; once more ends it\n", sayLabel("acomm serve:"), sig)
+	again := secondSignal(signals)
+	fmt.Fprintf(os.Stderr, "%s %v: finishing what runs; another signal, after %v, ends it\n", sayLabel("acomm serve:"), sig, sameSignal)
 	close(s.draining)
 	go listener.Stop(receiveTimeout) // serve ends with it
 	select {
 	case <-done:
 		return nil
-	case sig = <-signals:
+	case sig = <-again:
+	}
+	if s.acknowledged.Load() == 0 { // it only waited for requests that did not come
+		s.tracker.Stop()
+		return nil
 	}
 	s.programs.killAll()
 	select {
@@ -213,6 +218,7 @@ func (s *service) serve(listener *acomm.UnixListener) {
 				logrus.Warn(printable(err.Error()))
 				return
 			}
+			defer s.acknowledged.Add(-1)
 			if err := s.answer(req); err != nil {
 				logrus.Warn(printable(err.Error()))
 			}
@@ -221,7 +227,8 @@ func (s *service) serve(listener *acomm.UnixListener) {
 }
 
 // receive reads a request, acknowledges or refuses it, and is done with the
-// connection. An error means that the request is not to be done.
+// connection. An error means that the request is not to be done, else it counts as
+// acknowledged.
 func (s *service) receive(listener *acomm.UnixListener, conn net.Conn) (*acomm.Request, error) {
 	defer listener.DoneConn(conn)
 	if err := conn.SetDeadline(time.Now().Add(receiveTimeout)); err != nil {
@@ -232,7 +239,11 @@ func (s *service) receive(listener *acomm.UnixListener, conn net.Conn) (*acomm.R
 	if refusal == nil {
 		refusal = s.accept(req)
 	}
+	s.acknowledged.Add(1)
 	err := acomm.SendConnData(conn, &acomm.Response{ID: req.ID, Error: refusal})
+	if refusal != nil || err != nil {
+		s.acknowledged.Add(-1)
+	}
 	if refusal != nil {
 		return nil, fmt.Errorf("refuse request %q: %w", req.ID, refusal)
 	}

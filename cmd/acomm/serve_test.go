@@ -181,7 +181,7 @@ func TestServe_SecondSignalKillsPrograms(t *testing.T) {
 	r.waitLine("running")
 	r.signal(syscall.SIGTERM)
 	r.waitLine("finishing what runs")
-	r.signal(syscall.SIGTERM)
+	r.signalUntilEnd(syscall.SIGTERM)
 	require.Equal(t, exitTask, r.wait())
 	require.Equal(t, exitTask, call.wait())
 	require.Equal(t, "acomm call: the service was stopped", call.said())
