@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"unicode/utf8"
 )
 
 // maxArgs is how much JSON a message can carry.
@@ -16,6 +17,11 @@ const maxArgs = 64 << 20
 func parseArgs(words []string, stdin io.Reader) (json.RawMessage, error) {
 	if len(words) == 0 {
 		return json.RawMessage("null"), nil
+	}
+	for _, word := range words {
+		if isFile := len(words) == 1 && strings.HasPrefix(word, "@"); !isFile && !utf8.ValidString(word) {
+			return nil, fmt.Errorf("ARGS: %q is not UTF-8, as JSON must be", word)
+		}
 	}
 	first := words[0]
 	if len(words) == 1 {
@@ -44,6 +50,9 @@ func readArgs(name string, r io.Reader) (json.RawMessage, error) {
 	}
 	if len(data) > maxArgs {
 		return nil, fmt.Errorf("ARGS: %s holds more than the 64 MiB of a message", name)
+	}
+	if !utf8.Valid(data) {
+		return nil, fmt.Errorf("ARGS: %s is not UTF-8, as JSON must be", name)
 	}
 	if err := json.Unmarshal(data, new(json.RawMessage)); err != nil {
 		return nil, fmt.Errorf("ARGS: %s is not JSON: %w", name, err)

@@ -72,7 +72,7 @@ ARGS that begin with a dash, such as -5, come after --.
 
 OUTPUT
 The result is indented on a terminal, one line otherwise, and with --raw byte for byte
-as it came. A stream that comes with the response goes to standard output, or with -o
+as it came, except that <, > and & are never written as \u003c, \u003e and \u0026. A stream that comes with the response goes to standard output, or with -o
 to a file; the result then goes to standard error, or with -o to standard output,
 unless it is null. While a stream is read, a bar on standard error shows its progress
 if that is a terminal (and standard output is not one the stream goes to).
@@ -345,6 +345,7 @@ func (c *call) deliver(ctx context.Context, resp *acomm.Response, file *download
 
 // writeResult writes the result in the form that suits the file.
 func (c *call) writeResult(to *os.File, result []byte) error {
+	result = unescapeJSON(result)
 	if c.raw {
 		_, err := to.Write(result)
 		return err

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unicode/utf8"
 
 	"github.com/mistifyio/acomm"
 )
@@ -75,9 +76,10 @@ func (s *service) tryStart(req *acomm.Request, stdout io.Writer) (*program, erro
 		return nil, err
 	}
 	line.WriteByte('\n')
+	stdin := bytes.NewReader(unescapeJSON(line.Bytes()))
 	p.cmd = exec.Command(s.command[0], s.command[1:]...)
 	p.cmd.Env = append(os.Environ(), "ACOMM_TASK="+req.Task, "ACOMM_ID="+req.ID)
-	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = &line, stdout, p.errors
+	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = stdin, stdout, p.errors
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	p.cmd.WaitDelay = pipeGrace
 	if err := s.programs.start(p); err != nil {
@@ -176,6 +178,9 @@ func (s *service) runProgram(req *acomm.Request) (json.RawMessage, error) {
 
 // resultOf makes a result of what a program has written.
 func resultOf(out []byte) (json.RawMessage, error) {
+	if !utf8.Valid(out) {
+		return nil, errors.New("the output is not UTF-8, as a result must be: serve other bytes with --stream")
+	}
 	if json.Valid(out) {
 		return bytes.TrimSpace(out), nil
 	}

@@ -57,7 +57,7 @@ is run without a shell and gets
   ACOMM_TASK       the name of the task
   ACOMM_ID         the id of the request
 Its standard output is the result: JSON, or a JSON string of it without the newlines at
-its end where it is no JSON; 64 MiB at most. Its standard error goes to that of the
+its end where it is no JSON; UTF-8, and 64 MiB at most, or the task has failed. Its standard error goes to that of the
 service. If it exits with another status than 0, the task has failed: the error is the
 last line it wrote to standard error, or how it exited if it wrote none.
 
