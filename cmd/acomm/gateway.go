@@ -11,7 +11,6 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
-	"github.com/spf13/viper"
 )
 
 const gatewayLong = `gateway takes requests from other machines over HTTP, and from this one over a
@@ -160,10 +159,14 @@ func newGatewayCommand() *cobra.Command {
   acomm gateway --config /etc/acomm/gateway.yaml`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := opts.load(cmd.NonInheritedFlags()); err != nil {
+			settings, err := loadSettings(cmd.NonInheritedFlags())
+			if err != nil {
 				return err
 			}
-			return runGateway(cmd.Context(), opts, cmd.OutOrStdout())
+			if err = opts.check(); err == nil {
+				err = runGateway(cmd.Context(), opts, cmd.OutOrStdout())
+			}
+			return settings.locate(err)
 		},
 	}
 	opts.addFlags(cmd.Flags())
@@ -191,62 +194,6 @@ func (o *gatewayOptions) addFlags(f *pflag.FlagSet) {
 	f.BoolVar(&o.verbose, "verbose", false, "log each request that is refused, and why")
 }
 
-// load sets the flags that were not given from the environment and the file, and
-// checks them all.
-func (o *gatewayOptions) load(flags *pflag.FlagSet) error {
-	env := viper.New()
-	env.SetEnvPrefix("acomm")
-	env.SetEnvKeyReplacer(strings.NewReplacer("-", "_"))
-	env.AutomaticEnv()
-	if o.config == "" {
-		o.config = env.GetString("config")
-	}
-	file := viper.New()
-	if o.config != "" {
-		file.SetConfigFile(o.config)
-		if err := file.ReadInConfig(); err != nil {
-			return usageError("read the configuration %s: %w", o.config, err)
-		}
-	}
-	for _, key := range file.AllKeys() {
-		if f := flags.Lookup(key); f == nil || key == "config" || key == "help" {
-			return usageError("%s: no flag is called %q", o.config, key)
-		}
-	}
-	var err error
-	flags.VisitAll(func(f *pflag.Flag) {
-		if err != nil || f.Changed || f.Name == "help" || f.Name == "config" {
-			return
-		}
-		for _, source := range []*viper.Viper{env, file} {
-			if !source.IsSet(f.Name) {
-				continue
-			}
-			if setErr := flags.Set(f.Name, settingText(source.Get(f.Name))); setErr != nil {
-				err = usageError("%w", setErr)
-			}
-			return
-		}
-	})
-	if err != nil {
-		return err
-	}
-	return o.check()
-}
-
-// settingText is what a setting looks like on the command line.
-func settingText(value any) string {
-	list, ok := value.([]any)
-	if !ok {
-		return fmt.Sprint(value)
-	}
-	texts := make([]string, len(list))
-	for i, v := range list {
-		texts[i] = fmt.Sprint(v)
-	}
-	return strings.Join(texts, ",")
-}
-
 func (o *gatewayOptions) check() error {
 	if o.name == "" {
 		name, err := os.Hostname()
@@ -268,8 +215,14 @@ func (o *gatewayOptions) check() error {
 		return usageError("--name: %q is no file name", o.name)
 	case o.timeout <= 0:
 		return usageError("--timeout is not positive")
-	case o.maxBody <= 0, o.maxHeader <= 0, o.maxConnections <= 0, o.maxOutstanding <= 0:
-		return usageError("a limit is not positive")
+	case o.maxBody <= 0:
+		return usageError("--max-body is not positive")
+	case o.maxHeader <= 0:
+		return usageError("--max-header is not positive")
+	case o.maxConnections <= 0:
+		return usageError("--max-connections is not positive")
+	case o.maxOutstanding <= 0:
+		return usageError("--max-outstanding is not positive")
 	case o.nats != "" && !isSubject(o.natsSubject):
 		return usageError("--nats-subject: %q is no subject", o.natsSubject)
 	}
