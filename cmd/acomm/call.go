@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -54,7 +53,8 @@ const callLong = `Call sends a request for TASK to URL, waits for its response a
 to standard output.
 
 URL is one of
-  unix:///run/echo.sock   a unix socket; a path (/run/echo.sock, ./echo.sock) will do
+  unix:///run/echo.sock   a unix socket; a path (/run/echo.sock, ./echo.sock,
+                          tasks/echo/1.sock) will do
   http://host:port/path   a service that takes requests over HTTP, such as a gateway;
                           https as well
   nats://host:4222/tasks  a subject of a NATS server; without a host that of NATS_URL
@@ -158,33 +158,6 @@ func (c *call) parse(words []string, stdin io.Reader) (err error) {
 	}
 	c.args, err = parseArgs(words[2:], stdin)
 	return err
-}
-
-// parseTarget makes a URL of the text, which may be the path of a socket.
-func parseTarget(text string) (*url.URL, error) {
-	if strings.HasPrefix(text, "/") || strings.HasPrefix(text, ".") {
-		path, err := filepath.Abs(text)
-		return &url.URL{Scheme: "unix", Path: path}, err
-	}
-	u, err := url.Parse(text)
-	if err != nil {
-		return nil, errors.New("URL can't be parsed") // the error would quote a password
-	}
-	switch u.Scheme {
-	case "unix":
-		if u.Host != "" || !strings.HasPrefix(u.Path, "/") {
-			return nil, errors.New("URL: the path is not absolute: unix:///PATH")
-		}
-		return u, nil
-	case "http", "https":
-		if u.Host == "" {
-			return nil, fmt.Errorf("URL: no host: %s://HOST/", u.Scheme)
-		}
-		return u, nil
-	case "nats":
-		return u, parseNATSTarget(u)
-	}
-	return nil, errors.New("URL is not unix:///PATH, http(s)://HOST/, nats://HOST/SUBJECT or the path of a socket (/PATH, ./PATH)")
 }
 
 // run makes the call.

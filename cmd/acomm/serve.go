@@ -122,8 +122,8 @@ func newServeCommand() *cobra.Command {
 			return nil
 		},
 		RunE: func(_ *cobra.Command, args []string) error {
-			s.path, s.command = args[0], args[1:]
-			if err := s.check(); err != nil {
+			s.command = args[1:]
+			if err := s.check(args[0]); err != nil {
 				return &exitError{exitUsage, err}
 			}
 			return s.run()
@@ -138,11 +138,12 @@ func newServeCommand() *cobra.Command {
 	return cmd
 }
 
-// check looks for what makes no sense.
-func (s *service) check() error {
+// check takes PATH, and looks for what makes no sense.
+func (s *service) check(path string) (err error) {
+	if s.path, err = socketPath(path); err != nil {
+		return err
+	}
 	switch {
-	case s.path == "":
-		return errors.New("PATH is empty")
 	case s.concurrency < 1:
 		return fmt.Errorf("--concurrency %d is not positive", s.concurrency)
 	case s.timeout < 0:
