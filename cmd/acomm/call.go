@@ -16,7 +16,6 @@ import (
 	"unicode"
 
 	"github.com/mistifyio/acomm"
-	"github.com/schollz/progressbar/v3"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 )
@@ -71,7 +70,8 @@ ARGS, the arguments of the task, is one of
 ARGS that begin with a dash, such as -5, come after --.
 
 OUTPUT
-The result is indented on a terminal, one line otherwise, and with --raw byte for byte
+The result is indented on a terminal, where characters that it would obey are written
+as \u and their number, one line otherwise, and with --raw byte for byte
 as it came, except that <, > and & are never written as \u003c, \u003e and \u0026. A stream that comes with the response goes to standard output, or with -o
 to a file; the result then goes to standard error, or with -o to standard output,
 unless it is null. While a stream is read, a bar on standard error shows its progress
@@ -123,11 +123,13 @@ const callExample = `  acomm call unix:///run/echo.sock echo hello=world n=5
 func newCallCommand() *cobra.Command {
 	c := &call{}
 	cmd := &cobra.Command{
-		Use:     "call URL TASK [ARGS]",
+		Use:     "call [flags] URL TASK [ARGS]",
 		Short:   "Send a request and wait for its response",
 		Long:    callLong,
 		Example: callExample,
-		Args:    cobra.MinimumNArgs(2),
+		Args:    missingArgs("URL", "TASK"),
+
+		DisableFlagsInUseLine: true,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := c.parse(args, cmd.InOrStdin()); err != nil {
 				return &exitError{exitUsage, err}
@@ -326,7 +328,7 @@ func (c *call) writeResult(to *os.File, result []byte) error {
 	var buf bytes.Buffer
 	var err error
 	if term.IsTerminal(int(to.Fd())) {
-		err = json.Indent(&buf, result, "", "  ")
+		err = json.Indent(&buf, inertJSON(result), "", "  ")
 	} else {
 		err = json.Compact(&buf, result)
 	}
@@ -349,10 +351,10 @@ func (c *call) readStream(ctx context.Context, stream *url.URL, file *download) 
 	dest = counted
 	finish := func() {}
 	if !shown && term.IsTerminal(int(os.Stderr.Fd())) {
-		bar := newBar(c.task)
+		bar := newProgress(os.Stderr, printable(c.task))
 		dest = io.MultiWriter(counted, bar)
 		finish = func() { // the bar gives way to what has come
-			_ = bar.Clear()
+			bar.clear()
 			fmt.Fprintf(os.Stderr, "%s: %d bytes in %v\n", printable(c.task), counted.n, time.Since(began).Round(time.Millisecond))
 		}
 	}
@@ -363,6 +365,7 @@ func (c *call) readStream(ctx context.Context, stream *url.URL, file *download) 
 	case err = <-read:
 		finish()
 	case <-ctx.Done(): // the other side may be silent for long
+		finish()
 		return context.Cause(ctx)
 	}
 	switch {
@@ -382,18 +385,6 @@ func (c *call) readStream(ctx context.Context, stream *url.URL, file *download) 
 	}
 	c.say("stream: %d bytes", counted.n)
 	return nil
-}
-
-// newBar is a bar for a stream, whose size nobody knows.
-func newBar(task string) *progressbar.ProgressBar {
-	return progressbar.NewOptions64(-1,
-		progressbar.OptionSetWriter(os.Stderr),
-		progressbar.OptionSetDescription(printable(task)),
-		progressbar.OptionShowBytes(true),
-		progressbar.OptionThrottle(65*time.Millisecond),
-		progressbar.OptionSpinnerType(14),
-		progressbar.OptionSetRenderBlankState(true),
-	)
 }
 
 // counter counts what it passes on, and keeps the error of the other side.
@@ -426,10 +417,16 @@ func outputError(err error) error {
 	return &exitError{exitTask, err}
 }
 
+// commands reports whether a terminal, or what shows text in lines, would obey the
+// character: a control character, or one that turns the direction of text.
+func commands(r rune) bool {
+	return unicode.IsControl(r) || unicode.Is(unicode.Bidi_Control, r) || r == '\u2028' || r == '\u2029'
+}
+
 // printable is the text of a peer without what a terminal would obey.
 func printable(text string) string {
 	return strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) && r != '\n' && r != '\t' {
+		if commands(r) && r != '\n' && r != '\t' {
 			return unicode.ReplacementChar
 		}
 		return r

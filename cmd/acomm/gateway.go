@@ -157,7 +157,7 @@ func newGatewayCommand() *cobra.Command {
 		Long:  gatewayLong,
 		Example: `  acomm gateway --socket-dir /run/acomm --listen :8080 --stream-url https://box.example/stream
   acomm gateway --config /etc/acomm/gateway.yaml`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			settings, err := loadSettings(cmd.NonInheritedFlags())
 			if err != nil {

@@ -1,6 +1,10 @@
 package main
 
-import "bytes"
+import (
+	"bytes"
+	"fmt"
+	"unicode/utf8"
+)
 
 // escapedForHTML is what encoding/json writes, for HTML and JavaScript, in place of
 // characters that JSON takes as they are.
@@ -29,4 +33,21 @@ func unescapeJSON(text []byte) []byte {
 		}
 		out, text = append(out, '\\', text[0]), text[1:]
 	}
+}
+
+// inertJSON is the JSON with escapes for what a terminal would obey, and for what is not
+// UTF-8. Outside of strings there is none of that but white space.
+func inertJSON(text []byte) []byte {
+	out := make([]byte, 0, len(text))
+	for len(text) > 0 {
+		r, size := utf8.DecodeRune(text)
+		switch {
+		case r == utf8.RuneError && size == 1, r > ' ' && commands(r):
+			out = fmt.Appendf(out, "\\u%04x", r)
+		default:
+			out = append(out, text[:size]...)
+		}
+		text = text[size:]
+	}
+	return out
 }

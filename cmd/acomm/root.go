@@ -89,15 +89,13 @@ func newRootCommand() *cobra.Command {
 		Use:           "acomm",
 		Short:         "Call and serve acomm tasks",
 		Long:          rootLong,
-		Args:          cobra.NoArgs,
-		SilenceErrors: true, // run says it, once
+		Args:          cobra.ArbitraryArgs, // onlySubcommands looks at them
+		SilenceErrors: true,                // run says it, once
 		SilenceUsage:  true,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			_ = cmd.Help()
-			return &exitError{code: exitUsage}
-		},
+		RunE:          onlySubcommands,
 	}
 	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand())
+	setUsage(root)
 	return root
 }
 
@@ -125,7 +123,7 @@ func run() int {
 			return code
 		}
 	}
-	fmt.Fprintln(os.Stderr, errorLabel(cmd.CommandPath()+":"), err)
+	fmt.Fprintln(os.Stderr, errorLabel(cmd.CommandPath()+":"), printable(err.Error()))
 	if !started {
 		fmt.Fprintf(os.Stderr, "Try '%s --help'.\n", cmd.CommandPath())
 	}

@@ -111,16 +111,26 @@ const serveExample = `  acomm serve ./echo.sock -- cat
 func newServeCommand() *cobra.Command {
 	s := &service{}
 	cmd := &cobra.Command{
-		Use:     "serve PATH -- COMMAND...",
+		Use:     "serve [flags] PATH -- COMMAND...",
 		Short:   "Serve a task with a program",
 		Long:    serveLong,
 		Example: serveExample,
 		Args: func(cmd *cobra.Command, args []string) error {
-			if cmd.ArgsLenAtDash() != 1 || len(args) < 2 {
-				return errors.New("the arguments are not PATH -- COMMAND... with a COMMAND")
+			switch dash := cmd.ArgsLenAtDash(); {
+			case len(args) == 0 || dash == 0:
+				return errors.New("PATH is missing: PATH -- COMMAND...")
+			case dash == 1 && len(args) > 1:
+				return nil
+			case len(args) == 1:
+				return errors.New("COMMAND is missing: PATH -- COMMAND...")
+			case dash < 0:
+				return errors.New("-- is missing before COMMAND: PATH -- COMMAND...")
+			default:
+				return fmt.Errorf("%q between PATH and -- is too much", args[1])
 			}
-			return nil
 		},
+
+		DisableFlagsInUseLine: true,
 		RunE: func(_ *cobra.Command, args []string) error {
 			s.command = args[1:]
 			if err := s.check(args[0]); err != nil {
@@ -278,35 +288,50 @@ func (s *service) answer(req *acomm.Request) error {
 	defer release()
 	s.say("request %s for %s: start", req.ID, req.Task)
 	started := time.Now()
-	var err error
+	var failed, err error // of the task, and of its response
 	if s.stream {
-		err = s.answerStream(req, release)
+		failed, err = s.answerStream(req, release)
 	} else {
-		var result any
-		resp := &acomm.Response{ID: req.ID}
-		if result, resp.Error = s.runProgram(req); resp.Error == nil {
-			resp, err = acomm.NewResponse(req, result, nil, nil)
-		}
-		release()
-		if err == nil {
-			err = s.deliver(req, resp)
-		}
+		failed, err = s.answerResult(req, release)
 	}
 	if err != nil {
 		return fmt.Errorf("respond to request %s for %s: %w", req.ID, req.Task, sendError(req.ResponseHook, err))
 	}
-	s.say("request %s for %s: done after %v", req.ID, req.Task, time.Since(started).Round(time.Millisecond))
+	took := time.Since(started).Round(time.Millisecond)
+	if failed != nil {
+		s.say("request %s for %s: failed after %v: %v", req.ID, req.Task, took, failed)
+		return nil
+	}
+	s.say("request %s for %s: done after %v", req.ID, req.Task, took)
 	return nil
+}
+
+// answerResult does a task whose output is the result, and calls release when the program
+// has ended.
+func (s *service) answerResult(req *acomm.Request, release func()) (failed, err error) {
+	result, failed := s.runProgram(req)
+	release()
+	resp := &acomm.Response{ID: req.ID, Error: failed}
+	if failed == nil {
+		if resp, err = acomm.NewResponse(req, result, nil, nil); err != nil {
+			return nil, err
+		}
+	}
+	return failed, s.deliver(req, resp)
 }
 
 // answerStream does a task whose output is a stream, and returns when that has
 // ended. Meanwhile it calls release, when the program has ended.
-func (s *service) answerStream(req *acomm.Request, release func()) error {
+func (s *service) answerStream(req *acomm.Request, release func()) (failed, err error) {
 	src, err := s.startStream(req)
 	if err != nil {
-		return s.respond(req, &acomm.Response{ID: req.ID, Error: err})
+		return err, s.respond(req, &acomm.Response{ID: req.ID, Error: err})
 	}
-	defer src.program.wait() // its end, whatever becomes of the stream
+	defer func() { // its end, whatever becomes of the stream
+		if end := src.program.wait(); failed == nil {
+			failed = end
+		}
+	}()
 	var addr *url.URL
 	err = s.retry("offer the stream", req.ID, isShortage, func() (err error) {
 		addr, err = s.tracker.NewStreamUnix("", src)
@@ -314,7 +339,7 @@ func (s *service) answerStream(req *acomm.Request, release func()) error {
 	})
 	if err != nil {
 		_ = src.Close() // it is still ours
-		return s.respond(req, &acomm.Response{ID: req.ID, Error: err})
+		return err, s.respond(req, &acomm.Response{ID: req.ID, Error: err})
 	}
 	resp, err := acomm.NewResponse(req, nil, addr, nil)
 	if err == nil {
@@ -322,8 +347,8 @@ func (s *service) answerStream(req *acomm.Request, release func()) error {
 	}
 	if err != nil {
 		_ = src.Close()
-		dropStream(addr)
-		return err
+		s.dropStream(req, addr)
+		return nil, err
 	}
 	go func() { // ends with the program
 		<-src.program.ended
@@ -331,7 +356,7 @@ func (s *service) answerStream(req *acomm.Request, release func()) error {
 	}()
 	select {
 	case <-src.closed:
-		return nil
+		return nil, nil
 	case <-s.draining:
 	}
 	if !src.isClaimed() {
@@ -342,10 +367,10 @@ func (s *service) answerStream(req *acomm.Request, release func()) error {
 		// is cut off when the tracker stops.
 		_ = src.Close()
 		if !src.isClaimed() {
-			dropStream(addr)
+			s.dropStream(req, addr)
 		}
 	}
-	return nil
+	return nil, nil
 }
 
 // deliver sends the response, or that it is too large.
@@ -358,8 +383,10 @@ func (s *service) deliver(req *acomm.Request, resp *acomm.Response) error {
 }
 
 // dropStream ends a stream that nobody reads, as a consumer that leaves at once.
-func dropStream(addr *url.URL) {
-	_ = acomm.Stream(closedWriter{}, addr) // it can't succeed
+func (s *service) dropStream(req *acomm.Request, addr *url.URL) {
+	_ = s.retry("end the stream", req.ID, isShortage, func() error {
+		return acomm.Stream(closedWriter{}, addr) // it can't succeed
+	})
 }
 
 // closedWriter is a consumer that has left.

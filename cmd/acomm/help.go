@@ -1,0 +1,157 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+)
+
+// helpWidth is how many columns help has at most.
+const helpWidth = 80
+
+// setUsage gives the command line the ways in which it shows its usage, and says what is
+// wrong with what was given.
+func setUsage(root *cobra.Command) {
+	root.SetUsageTemplate(strings.NewReplacer(
+		"{{.LocalFlags.FlagUsages ", fmt.Sprintf("{{.LocalFlags.FlagUsagesWrapped %d ", helpWidth),
+		"{{.InheritedFlags.FlagUsages ", fmt.Sprintf("{{.InheritedFlags.FlagUsagesWrapped %d ", helpWidth),
+	).Replace(root.UsageTemplate()))
+	root.SetFlagErrorFunc(flagError)
+	root.SetHelpCommand(newHelpCommand())
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	for _, cmd := range root.Commands() {
+		if cmd.Name() == "completion" {
+			cmd.Args = cobra.ArbitraryArgs
+			cmd.RunE = onlySubcommands
+		}
+	}
+}
+
+// onlySubcommands is what a command does that has nothing to do itself.
+func onlySubcommands(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		_ = cmd.Help()
+		return &exitError{code: exitUsage}
+	}
+	return &exitError{exitUsage, unknownCommand(cmd, args[0])}
+}
+
+// unknownCommand is the error of a command that has no such subcommand.
+func unknownCommand(cmd *cobra.Command, name string) error {
+	var names []string
+	for _, sub := range cmd.Commands() {
+		if sub.IsAvailableCommand() || sub.Name() == "help" {
+			names = append(names, sub.Name())
+		}
+	}
+	return fmt.Errorf("unknown command %q for %q%s", name, cmd.CommandPath(), suggestion("", name, names))
+}
+
+// newHelpCommand is cobra's, which takes what is not there for a success.
+func newHelpCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "help [COMMAND]",
+		Short: "Help about any command",
+		Long:  "Help shows the manual of a command.",
+		ValidArgsFunction: func(cmd *cobra.Command, args []string, _ string) (names []string, _ cobra.ShellCompDirective) {
+			if of, _, err := cmd.Root().Find(args); err == nil {
+				for _, sub := range of.Commands() {
+					if sub.IsAvailableCommand() {
+						names = append(names, sub.Name()+"\t"+sub.Short)
+					}
+				}
+			}
+			return names, cobra.ShellCompDirectiveNoFileComp
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			of := cmd.Root()
+			for _, name := range args {
+				i := slices.IndexFunc(of.Commands(), func(sub *cobra.Command) bool { return sub.Name() == name || sub.HasAlias(name) })
+				if i < 0 {
+					return &exitError{exitUsage, unknownCommand(of, name)}
+				}
+				of = of.Commands()[i]
+			}
+			of.InitDefaultHelpFlag() // or it would not be shown
+			return of.Help()
+		},
+	}
+}
+
+// flagError is an error of the flags, with what may have been meant.
+func flagError(cmd *cobra.Command, err error) error {
+	var unknown *pflag.NotExistError
+	if !errors.As(err, &unknown) {
+		return err
+	}
+	var names []string
+	cmd.Flags().VisitAll(func(f *pflag.Flag) {
+		if !f.Hidden {
+			names = append(names, f.Name)
+		}
+	})
+	return fmt.Errorf("%w%s", err, suggestion("--", unknown.GetSpecifiedName(), names))
+}
+
+// suggestion says which of the names may have been meant, if one is near.
+func suggestion(prefix, name string, names []string) string {
+	best, distance := "", 3
+	for _, candidate := range names {
+		d := editDistance(strings.ToLower(name), candidate)
+		if len(name) > 1 && strings.HasPrefix(candidate, strings.ToLower(name)) {
+			d = min(d, 1)
+		}
+		if d < distance && d < len(name) {
+			best, distance = candidate, d
+		}
+	}
+	if best == "" {
+		return ""
+	}
+	return fmt.Sprintf("; did you mean %s%s?", prefix, best)
+}
+
+// editDistance is how many bytes have to be put in, left out or replaced to make one text
+// the other.
+func editDistance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			replaced := diagonal
+			if a[i] != b[j] {
+				replaced++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(replaced, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}
+
+// missingArgs is an Args of a command that needs the named ones.
+func missingArgs(names ...string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if missing := names[min(len(args), len(names)):]; len(missing) > 0 {
+			return fmt.Errorf("%s missing", strings.Join(missing, " and ")+map[bool]string{true: " is", false: " are"}[len(missing) == 1])
+		}
+		return nil
+	}
+}
+
+// noArguments is the Args of a command that takes none.
+func noArguments(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("%q is too much: %s takes flags only", args[0], cmd.CommandPath())
+	}
+	return nil
+}
