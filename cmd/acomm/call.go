@@ -116,8 +116,9 @@ EXIT STATUS
 
 const callExample = `  acomm call unix:///run/echo.sock echo hello=world n=5
   acomm call ./echo.sock echo '{"hello": "world"}'
-  acomm call --timeout 10m -o backup.tar http://127.0.0.1:8080/ backup @backup.json
-  acomm call --hook-listen 0.0.0.0:9000 --hook-url http://10.0.0.5:9000/ http://10.0.0.7:8080/ echo
+  acomm call --timeout 10m -o srv.tar http://127.0.0.1:8080/ backup @backup.json
+  acomm call --hook-listen 0.0.0.0:9000 --hook-url http://10.0.0.5:9000/ \
+        http://10.0.0.7:8080/ echo
   date | jq -R . | acomm call -v ./echo.sock echo -`
 
 func newCallCommand() *cobra.Command {

@@ -153,9 +153,10 @@ func newGatewayCommand() *cobra.Command {
 	opts := &gatewayOptions{maxBody: 64 << 20, maxHeader: 64 << 10}
 	cmd := &cobra.Command{
 		Use:   "gateway --socket-dir DIR --listen ADDR",
-		Short: "Take requests over HTTP and forward them to providers on this machine",
+		Short: "Take requests over HTTP and forward them to providers",
 		Long:  gatewayLong,
-		Example: `  acomm gateway --socket-dir /run/acomm --listen :8080 --stream-url https://box.example/stream
+		Example: `  acomm gateway --socket-dir /run/acomm --listen :8080 \
+        --stream-url https://box.example/stream
   acomm gateway --config /etc/acomm/gateway.yaml`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {

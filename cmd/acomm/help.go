@@ -3,8 +3,10 @@ package main
 import (
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -30,6 +32,72 @@ func setUsage(root *cobra.Command) {
 			cmd.RunE = onlySubcommands
 		}
 	}
+	foldHelp(root)
+}
+
+// foldHelp makes the manuals fit, of the command and those below it.
+func foldHelp(cmd *cobra.Command) {
+	cmd.Long = fold(cmd.Long, helpWidth)
+	for _, sub := range cmd.Commands() {
+		foldHelp(sub)
+	}
+}
+
+// fold fills the paragraphs of a manual again that have a line of more columns. A paragraph is lines with one indentation. That of a table's entry
+// begins behind two spaces: the lines that follow stand under its text. A line in
+// capitals is a heading.
+func fold(text string, width int) string {
+	lines := strings.Split(text, "\n")
+	var out []string
+	for i := 0; i < len(lines); {
+		end := i + 1
+		first, indent := splitEntry(lines[i])
+		if first != "" && !isHeading(lines[i]) {
+			for end < len(lines) && isContinuation(lines[end], indent) {
+				end++
+			}
+		}
+		block := lines[i:end]
+		i = end
+		if !slices.ContainsFunc(block, func(line string) bool { return utf8.RuneCountInString(line) > width }) {
+			out = append(out, block...)
+			continue
+		}
+		line := block[0][:indent]
+		words := strings.Fields(strings.Join(append([]string{block[0][indent:]}, block[1:]...), " "))
+		for n, word := range words {
+			switch {
+			case n == 0:
+				line += word
+			case utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > width:
+				out = append(out, line)
+				line = strings.Repeat(" ", indent) + word
+			default:
+				line += " " + word
+			}
+		}
+		out = append(out, line)
+	}
+	return strings.Join(out, "\n")
+}
+
+// splitEntry returns the text of a line, of a table's entry that behind the gap, and
+// where it begins.
+func splitEntry(line string) (text string, indent int) {
+	text = strings.TrimLeft(line, " ")
+	if gap := strings.Index(text, "  "); gap >= 0 {
+		text = strings.TrimLeft(text[gap:], " ")
+	}
+	return text, len(line) - len(text)
+}
+
+func isContinuation(line string, indent int) bool {
+	text, at := splitEntry(line)
+	return text != "" && at == indent && strings.TrimLeft(line[:at], " ") == "" && !isHeading(line)
+}
+
+func isHeading(line string) bool {
+	return line != "" && line == strings.ToUpper(line) && !strings.ContainsAny(line, ".,:;")
 }
 
 // onlySubcommands is what a command does that has nothing to do itself.
@@ -88,6 +156,9 @@ func flagError(cmd *cobra.Command, err error) error {
 	var unknown *pflag.NotExistError
 	if !errors.As(err, &unknown) {
 		return err
+	}
+	if !cmd.HasParent() && len(os.Args) > 1 && !strings.HasPrefix(os.Args[1], "-") { // the flag is that of a command
+		return unknownCommand(cmd, os.Args[1])
 	}
 	var names []string
 	cmd.Flags().VisitAll(func(f *pflag.Flag) {

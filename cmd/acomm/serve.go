@@ -104,9 +104,9 @@ EXIT STATUS
   2  usage`
 
 const serveExample = `  acomm serve ./echo.sock -- cat
-  acomm serve --task wc.count --timeout 10s ./wc.sock -- sh -c 'jq -r .text | wc -w'
+  acomm serve --task count --timeout 9s ./wc.sock -- sh -c 'jq -r .text | wc -w'
   acomm serve --stream --concurrency 2 ./backup.sock -- tar -C /srv -cf - .
-  acomm serve ./tasks/echo/1.sock -- cat     # for a gateway with --socket-dir ./tasks`
+  acomm serve ./tasks/echo/1.sock -- cat   # of a gateway`
 
 func newServeCommand() *cobra.Command {
 	s := &service{}
