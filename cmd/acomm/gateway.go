@@ -147,6 +147,7 @@ type gatewayOptions struct {
 	natsSubject    string
 	natsListen     string
 	verbose        bool
+	log            logFormat
 }
 
 func newGatewayCommand() *cobra.Command {
@@ -161,13 +162,14 @@ func newGatewayCommand() *cobra.Command {
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			settings, err := loadSettings(cmd.NonInheritedFlags())
-			if err != nil {
-				return err
+			opts.log.use()
+			if err == nil {
+				err = opts.check()
 			}
-			if err = opts.check(); err == nil {
+			if err == nil {
 				err = runGateway(cmd.Context(), opts, cmd.OutOrStdout())
 			}
-			return settings.locate(err)
+			return opts.log.logged(settings.locate(err))
 		},
 	}
 	opts.addFlags(cmd.Flags())
@@ -192,6 +194,7 @@ func (o *gatewayOptions) addFlags(f *pflag.FlagSet) {
 	f.StringVar(&o.natsSubject, "nats-subject", "tasks", "`SUBJECT` before the task's name")
 	f.StringVar(&o.natsListen, "nats-listen", "127.0.0.1:4222", "`ADDR` of the embedded NATS server")
 	f.StringVar(&o.config, "config", "", "`FILE` with flags")
+	o.log.addTo(f)
 	f.BoolVar(&o.verbose, "verbose", false, "log each request that is refused, and why")
 }
 

@@ -55,7 +55,7 @@ type program struct {
 // ends when it wants to, or killed with the context of its time-out, with stop, and
 // with killAll.
 func (s *service) start(req *acomm.Request, stdout io.Writer) (p *program, err error) {
-	err = s.retry("start the program", req.ID, isStartShortage, func() (err error) {
+	err = s.retry("start the program", req, isStartShortage, func() (err error) {
 		p, err = s.tryStart(req, stdout)
 		return err
 	})
@@ -193,7 +193,7 @@ func (s *service) startStream(req *acomm.Request) (*programStream, error) {
 	var r *os.File
 	var p *program
 	// Again with another pipe: one with the last free number fails again and again.
-	err := s.retry("start the program", req.ID, isStartShortage, func() (err error) {
+	err := s.retry("start the program", req, isStartShortage, func() (err error) {
 		var w *os.File
 		if r, w, err = os.Pipe(); err != nil {
 			return err

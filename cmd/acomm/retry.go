@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/mistifyio/acomm"
-	"github.com/sirupsen/logrus"
 )
 
 // What a shortage has prevented is tried again after a delay from the first of these
@@ -20,7 +19,7 @@ const (
 
 // retry does something, again while its error passes by itself. It logs the first
 // such error, and stops trying when the programs are killed.
-func (s *service) retry(what, id string, passes func(error) bool, do func() error) error {
+func (s *service) retry(what string, req *acomm.Request, passes func(error) bool, do func() error) error {
 	deadline := time.Now().Add(retryTime)
 	for delay := minRetryDelay; ; delay = min(2*delay, maxRetryDelay) {
 		err := do()
@@ -28,7 +27,7 @@ func (s *service) retry(what, id string, passes func(error) bool, do func() erro
 			return err
 		}
 		if delay == minRetryDelay {
-			logrus.Warnf("%s, request %s: %s; trying again for %v", what, printable(id), printable(withoutURL(err).Error()), retryTime)
+			logOf(req).Warnf("%s: %s; trying again for %v", what, printable(withoutURL(err).Error()), retryTime)
 		}
 		select {
 		case <-s.programs.killed:
@@ -89,5 +88,5 @@ func (s *service) respond(req *acomm.Request, resp *acomm.Response) error {
 			return overHTTP && isNotConnected(err)
 		}
 	}
-	return s.retry("send the response", req.ID, passes, func() error { return req.Respond(resp) })
+	return s.retry("send the response", req, passes, func() error { return req.Respond(resp) })
 }

@@ -33,6 +33,7 @@ type service struct {
 	concurrency int
 	timeout     time.Duration // 0: none
 	verbose     bool
+	log         logFormat
 
 	tracker  *acomm.Tracker // for the streams
 	room     chan struct{}  // holds a token for each request that descriptors are kept for
@@ -93,6 +94,11 @@ programs, fails their tasks, and ends the service; one within a second of the fi
 taken for the same, as a terminal and a supervisor both send one. SIGHUP does nothing where it was
 ignored from the start, as with nohup.
 
+LOG
+The log on standard error is lines of text with the time, or with --log-format json
+one object a line, with time, level, msg, and of a request id and task. What programs
+write to standard error is between them.
+
 SECURITY
 Whoever may connect to PATH may run COMMAND, with arguments of his choice, and choose
 the address the response is sent to. Put it into a directory with the mode and the
@@ -132,11 +138,12 @@ func newServeCommand() *cobra.Command {
 
 		DisableFlagsInUseLine: true,
 		RunE: func(_ *cobra.Command, args []string) error {
+			s.log.use()
 			s.command = args[1:]
 			if err := s.check(args[0]); err != nil {
-				return &exitError{exitUsage, err}
+				return s.log.logged(&exitError{exitUsage, err})
 			}
-			return s.run()
+			return s.log.logged(s.run())
 		},
 	}
 	flags := cmd.Flags()
@@ -144,7 +151,8 @@ func newServeCommand() *cobra.Command {
 	flags.BoolVar(&s.stream, "stream", false, "the program's output is a stream")
 	flags.IntVar(&s.concurrency, "concurrency", runtime.NumCPU(), "how many programs run at a time")
 	flags.DurationVar(&s.timeout, "timeout", 0, "how long a program may run (default without limit)")
-	flags.BoolVarP(&s.verbose, "verbose", "v", false, "say on standard error what is done")
+	flags.BoolVarP(&s.verbose, "verbose", "v", false, "log each task: when it starts, and how it ends")
+	s.log.addTo(flags)
 	return cmd
 }
 
@@ -198,7 +206,7 @@ func (s *service) run() (err error) {
 	}()
 	sig := <-signals
 	again := secondSignal(signals)
-	fmt.Fprintf(os.Stderr, "%s %v: finishing what runs; another signal, after %v, ends it\n", sayLabel("acomm serve:"), sig, sameSignal)
+	logrus.Infof("%v: finishing what runs; another signal, after %v, ends it", sig, sameSignal)
 	close(s.draining)
 	go listener.Stop(receiveTimeout) // serve ends with it
 	select {
@@ -231,7 +239,7 @@ func (s *service) serve(listener *acomm.UnixListener) {
 			}
 			defer s.acknowledged.Add(-1)
 			if err := s.answer(req); err != nil {
-				logrus.Warn(printable(err.Error()))
+				logOf(req).Warn(printable(err.Error()))
 			}
 		})
 	}
@@ -286,7 +294,7 @@ func (s *service) answer(req *acomm.Request) error {
 	s.slots <- struct{}{}
 	release := sync.OnceFunc(func() { <-s.slots })
 	defer release()
-	s.say("request %s for %s: start", req.ID, req.Task)
+	s.say(req, "start")
 	started := time.Now()
 	var failed, err error // of the task, and of its response
 	if s.stream {
@@ -295,14 +303,14 @@ func (s *service) answer(req *acomm.Request) error {
 		failed, err = s.answerResult(req, release)
 	}
 	if err != nil {
-		return fmt.Errorf("respond to request %s for %s: %w", req.ID, req.Task, sendError(req.ResponseHook, err))
+		return fmt.Errorf("respond to request: %w", sendError(req.ResponseHook, err))
 	}
 	took := time.Since(started).Round(time.Millisecond)
 	if failed != nil {
-		s.say("request %s for %s: failed after %v: %v", req.ID, req.Task, took, failed)
+		s.say(req, "failed after %v: %v", took, failed)
 		return nil
 	}
-	s.say("request %s for %s: done after %v", req.ID, req.Task, took)
+	s.say(req, "done after %v", took)
 	return nil
 }
 
@@ -333,7 +341,7 @@ func (s *service) answerStream(req *acomm.Request, release func()) (failed, err 
 		}
 	}()
 	var addr *url.URL
-	err = s.retry("offer the stream", req.ID, isShortage, func() (err error) {
+	err = s.retry("offer the stream", req, isShortage, func() (err error) {
 		addr, err = s.tracker.NewStreamUnix("", src)
 		return err
 	})
@@ -384,7 +392,7 @@ func (s *service) deliver(req *acomm.Request, resp *acomm.Response) error {
 
 // dropStream ends a stream that nobody reads, as a consumer that leaves at once.
 func (s *service) dropStream(req *acomm.Request, addr *url.URL) {
-	_ = s.retry("end the stream", req.ID, isShortage, func() error {
+	_ = s.retry("end the stream", req, isShortage, func() error {
 		return acomm.Stream(closedWriter{}, addr) // it can't succeed
 	})
 }
@@ -402,9 +410,14 @@ func (s *service) context() (context.Context, context.CancelFunc) {
 	return context.WithTimeoutCause(context.Background(), s.timeout, fmt.Errorf("timed out after %v", s.timeout))
 }
 
-// say tells what is done, with -v.
-func (s *service) say(format string, args ...any) {
+// say logs what is done, with -v.
+func (s *service) say(req *acomm.Request, format string, args ...any) {
 	if s.verbose {
-		fmt.Fprintln(os.Stderr, sayLabel(time.Now().Format("15:04:05.000")+" acomm serve:"), printable(fmt.Sprintf(format, args...)))
+		logOf(req).Info(printable(fmt.Sprintf(format, args...)))
 	}
+}
+
+// logOf logs about a request.
+func logOf(req *acomm.Request) *logrus.Entry {
+	return logrus.WithFields(logrus.Fields{"id": printable(req.ID), "task": printable(req.Task)})
 }
