@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unicode"
@@ -42,10 +43,12 @@ type call struct {
 	hookURL    string
 	output     string // file for the stream; empty: standard output
 	raw        bool
+	json       bool
 	verbose    bool
 
-	posts *postWatcher // nil: it does not go over HTTP, nor NATS
-	start time.Time    // when it was sent
+	report *callReport  // nil without --json
+	posts  *postWatcher // nil: it does not go over HTTP, nor NATS
+	start  time.Time    // when it was sent
 }
 
 const callLong = `Call sends a request for TASK to URL, waits for its response and writes the result
@@ -81,6 +84,23 @@ With -o the data is written to a hidden file beside FILE, .acomm-*.part, and mov
 the stream is complete. After an error or an interruption FILE is what it was before,
 or absent, and the part is removed. If FILE is a link, it is written where that leads.
 A response without a stream is an error then.
+
+JSON
+With --json the call writes one object on a line, and nothing else: to standard output
+in place of the result, or, where a stream goes there, to standard error.
+  id, task   of the request
+  phase      not taken     nobody has the request
+             sent          interrupted before it was known whether it was taken
+             acknowledged  interrupted after it was taken
+             answered      there is a response
+             timed out     there was none in time
+  result     null if there is none
+  error      a text; null if all went well
+  stream     an object with bytes, complete, and file (null: standard output); null
+             if the response has no stream
+  times      sent, acknowledged, answered, ended; null if it did not happen, such as
+             acknowledged where the acknowledgement was lost
+The exit status is that without --json. A mistake in the command line (2) is text.
 
 HOOKS
 The response is sent to the hook. For a unix socket that is a socket of the call's own
@@ -135,7 +155,10 @@ func newCallCommand() *cobra.Command {
 			if err := c.parse(args, cmd.InOrStdin()); err != nil {
 				return &exitError{exitUsage, err}
 			}
-			return c.run()
+			if c.json {
+				c.report = &callReport{Task: c.task, Phase: phaseNotTaken}
+			}
+			return c.report.end(c.run())
 		},
 	}
 	flags := cmd.Flags()
@@ -143,6 +166,7 @@ func newCallCommand() *cobra.Command {
 	flags.StringVar(&c.hookListen, "hook-listen", "127.0.0.1:0", "`address` to listen on for the response to an HTTP request")
 	flags.StringVar(&c.hookURL, "hook-url", "", "`URL` of that address as the other side sees it")
 	flags.StringVarP(&c.output, "output", "o", "", "`file` for the stream")
+	flags.BoolVar(&c.json, "json", false, "write one JSON object that says how the call went")
 	flags.BoolVar(&c.raw, "raw", false, "write the result as it came")
 	flags.BoolVarP(&c.verbose, "verbose", "v", false, "say on standard error what is sent and received, and when")
 	return cmd
@@ -158,6 +182,9 @@ func (c *call) parse(words []string, stdin io.Reader) (err error) {
 	}
 	if c.timeout <= 0 {
 		return fmt.Errorf("--timeout %v is not positive", c.timeout)
+	}
+	if c.json && c.raw {
+		return errors.New("--json and --raw exclude each other")
 	}
 	c.args, err = parseArgs(words[2:], stdin)
 	return err
@@ -182,10 +209,13 @@ func (c *call) run() error {
 	}
 	if resp.Error != nil {
 		if errors.Is(resp.Error, os.ErrDeadlineExceeded) { // the tracker's; none comes over the wire
+			c.report.timedOut()
 			return &exitError{exitTimeout, fmt.Errorf("no response to %s within %v", c.task, c.timeout)}
 		}
+		c.report.answered()
 		return &exitError{exitTask, errors.New(printable(resp.Error.Error()))}
 	}
+	c.report.answered()
 	return c.deliver(ctx, resp, file)
 }
 
@@ -220,6 +250,7 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 	}
 	defer tracker.RemoveRequest(req) // Stop waits for what is tracked
 	c.say("sending %s %s to %s, %d bytes of arguments, hook %s", c.task, req.ID, place(c.target), len(c.args), place(hook))
+	c.report.sending(req.ID)
 	sent := make(chan error, 1)
 	go func() { sent <- acomm.Send(c.target, req) }() // ends with the process, if not before
 	for ack := sent; ; {
@@ -229,9 +260,13 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 			switch {
 			case err == nil:
 				c.say("acknowledged")
+				c.report.acknowledged()
 			case c.mayHaveArrived(err):
 				if resp := c.awaitLate(responses); resp != nil {
 					return resp, nil
+				}
+				if c.report != nil { // its times say so
+					continue
 				}
 				fmt.Fprintln(os.Stderr, errorLabel("acomm call:"), "acknowledgement lost, waiting for the response, as the request may have arrived:",
 					printable(sendError(c.target, err).Error()))
@@ -239,6 +274,7 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 				if !tracker.RemoveRequest(req) { // a response or the time-out came first
 					return <-responses, nil
 				}
+				c.report.notTaken()
 				return nil, &exitError{exitNotSent, errors.New(printable(sendError(c.target, err).Error()))}
 			}
 		case resp := <-responses:
@@ -285,6 +321,7 @@ func (c *call) awaitAck(ack <-chan error) {
 	case err := <-ack:
 		if err == nil {
 			c.say("acknowledged")
+			c.report.acknowledged()
 		}
 	case <-time.After(ackGrace):
 	}
@@ -296,6 +333,7 @@ func (c *call) deliver(ctx context.Context, resp *acomm.Response, file *download
 	if resp.Result != nil {
 		result = *resp.Result
 	}
+	c.report.result(result)
 	if resp.StreamURL == nil {
 		c.say("response: %d bytes of result", len(result))
 		if err := c.writeResult(os.Stdout, result); err != nil {
@@ -321,6 +359,9 @@ func (c *call) deliver(ctx context.Context, resp *acomm.Response, file *download
 
 // writeResult writes the result in the form that suits the file.
 func (c *call) writeResult(to *os.File, result []byte) error {
+	if c.report != nil { // it is there
+		return nil
+	}
 	result = unescapeJSON(result)
 	if c.raw {
 		_, err := to.Write(result)
@@ -351,12 +392,12 @@ func (c *call) readStream(ctx context.Context, stream *url.URL, file *download) 
 	counted, began := &counter{w: dest}, time.Now()
 	dest = counted
 	finish := func() {}
-	if !shown && term.IsTerminal(int(os.Stderr.Fd())) {
+	if !shown && c.report == nil && term.IsTerminal(int(os.Stderr.Fd())) {
 		bar := newProgress(os.Stderr, printable(c.task))
 		dest = io.MultiWriter(counted, bar)
 		finish = func() { // the bar gives way to what has come
 			bar.clear()
-			fmt.Fprintf(os.Stderr, "%s: %d bytes in %v\n", printable(c.task), counted.n, time.Since(began).Round(time.Millisecond))
+			fmt.Fprintf(os.Stderr, "%s: %d bytes in %v\n", printable(c.task), counted.n.Load(), time.Since(began).Round(time.Millisecond))
 		}
 	}
 	read := make(chan error, 1)
@@ -367,8 +408,10 @@ func (c *call) readStream(ctx context.Context, stream *url.URL, file *download) 
 		finish()
 	case <-ctx.Done(): // the other side may be silent for long
 		finish()
+		c.report.stream(counted.n.Load(), false, c.output)
 		return context.Cause(ctx)
 	}
+	c.report.stream(counted.n.Load(), false, c.output)
 	switch {
 	case counted.err != nil:
 		return outputError(counted.err)
@@ -377,27 +420,28 @@ func (c *call) readStream(ctx context.Context, stream *url.URL, file *download) 
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			code = exitTimeout
 		}
-		return &exitError{code, fmt.Errorf("stream from %s, after %d bytes: %w", place(stream), counted.n, withoutURL(err))}
+		return &exitError{code, fmt.Errorf("stream from %s, after %d bytes: %w", place(stream), counted.n.Load(), withoutURL(err))}
 	}
 	if file != nil {
 		if err := file.complete(); err != nil {
 			return outputError(err)
 		}
 	}
-	c.say("stream: %d bytes", counted.n)
+	c.report.stream(counted.n.Load(), true, c.output)
+	c.say("stream: %d bytes", counted.n.Load())
 	return nil
 }
 
 // counter counts what it passes on, and keeps the error of the other side.
 type counter struct {
 	w   io.Writer
-	n   int64
+	n   atomic.Int64
 	err error
 }
 
 func (c *counter) Write(p []byte) (int, error) {
 	n, err := c.w.Write(p)
-	c.n += int64(n)
+	c.n.Add(int64(n))
 	c.err = err
 	return n, err
 }
