@@ -53,6 +53,7 @@ messages, as a stream.
   acomm call     sends a request and waits for its response
   acomm serve    serves a task with a program, on a unix socket
   acomm gateway  takes requests over HTTP and forwards them to such sockets
+  acomm ping     asks whether one of these acknowledges messages, and how fast
 
 EXIT STATUS
   0  done
@@ -89,13 +90,16 @@ func newRootCommand() *cobra.Command {
 		Use:           "acomm",
 		Short:         "Call and serve acomm tasks",
 		Long:          rootLong,
+		Version:       versionText(),
 		Args:          cobra.ArbitraryArgs, // onlySubcommands looks at them
 		SilenceErrors: true,                // run says it, once
 		SilenceUsage:  true,
 		RunE:          onlySubcommands,
 	}
-	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand())
+	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand(), newPingCommand())
 	setUsage(root)
+	root.Flags().Bool("version", false, "say version, commit and Go")
+	root.SetVersionTemplate("{{.Version}}\n")
 	return root
 }
 

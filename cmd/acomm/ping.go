@@ -1,0 +1,190 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"sync/atomic"
+	"time"
+
+	"github.com/mistifyio/acomm"
+	"github.com/spf13/cobra"
+)
+
+const pingLong = `Ping asks whether a peer takes a message and acknowledges it, and how fast. It
+sends a request without a task, which nobody can do: a service refuses it, a
+tracker, whose socket takes responses, drops it. Either is an acknowledgement.
+
+URL is that of acomm call. Do not ping the socket of a stream: it serves one
+reader.
+
+EXIT STATUS
+  0  each message was acknowledged
+  2  usage
+  3  one was not: nobody is there, or what is there speaks something else
+  4  one was not acknowledged in time`
+
+const pingExample = `  acomm ping ./echo.sock
+  acomm ping --count 1 --timeout 1s http://127.0.0.1:8080/`
+
+// pinger sends messages that ask for no more than an acknowledgement.
+type pinger struct {
+	call    call // that none of them makes
+	count   int
+	verbose bool
+	answer  *answerWatcher // nil: they go over a unix socket
+}
+
+func newPingCommand() *cobra.Command {
+	p := &pinger{}
+	cmd := &cobra.Command{
+		Use:     "ping [flags] URL",
+		Short:   "Ask whether a peer acknowledges messages, and how fast",
+		Long:    pingLong,
+		Example: pingExample,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 1 {
+				return fmt.Errorf("%q is too much: ping takes a URL", args[1])
+			}
+			return missingArgs("URL")(cmd, args)
+		},
+		RunE: func(_ *cobra.Command, args []string) error {
+			var err error
+			if p.call.target, err = parseTarget(args[0]); err == nil {
+				err = p.check()
+			}
+			if err != nil {
+				return &exitError{exitUsage, err}
+			}
+			return p.run()
+		},
+
+		DisableFlagsInUseLine: true,
+	}
+	flags := cmd.Flags()
+	flags.IntVarP(&p.count, "count", "c", 3, "how many messages to send, one after another")
+	flags.DurationVar(&p.call.timeout, "timeout", 5*time.Second, "how long to wait for each acknowledgement")
+	flags.BoolVarP(&p.verbose, "verbose", "v", false, "say what the peer says of the messages")
+	return cmd
+}
+
+func (p *pinger) check() error {
+	switch {
+	case p.count < 1:
+		return fmt.Errorf("--count %d is not positive", p.count)
+	case p.call.timeout <= 0:
+		return fmt.Errorf("--timeout %v is not positive", p.call.timeout)
+	}
+	return nil
+}
+
+// run sends the messages, until one is not acknowledged.
+func (p *pinger) run() error {
+	ctx, stop := signalContext()
+	defer stop()
+	tracker, err := p.call.startTracker() // a peer that does not look may respond
+	if err != nil {
+		return &exitError{exitNotSent, err}
+	}
+	defer tracker.Stop()
+	p.call.hookListen = "127.0.0.1:0"
+	hook, closeHook, err := p.call.openHook(tracker)
+	if err != nil {
+		return err
+	}
+	defer closeHook()
+	if p.call.target.Scheme != "unix" {
+		p.answer = &answerWatcher{RoundTripper: http.DefaultTransport}
+		http.DefaultTransport = p.answer
+	}
+	var least, most, sum time.Duration
+	for n := range p.count {
+		took, err := p.ping(ctx, hook)
+		if err != nil {
+			return err
+		}
+		if n == 0 || took < least {
+			least = took
+		}
+		most, sum = max(most, took), sum+took
+	}
+	if p.count > 1 {
+		mean := sum / time.Duration(p.count)
+		_, err = fmt.Printf("%d acknowledged: least %v, mean %v, most %v\n", p.count,
+			least.Round(time.Microsecond), mean.Round(time.Microsecond), most.Round(time.Microsecond))
+	}
+	return wrapOutput(err)
+}
+
+// wrapOutput is an error of writing, or nil.
+func wrapOutput(err error) error {
+	if err == nil {
+		return nil
+	}
+	return outputError(err)
+}
+
+// ping sends a message and returns how long the acknowledgement took.
+func (p *pinger) ping(ctx context.Context, hook *url.URL) (took time.Duration, err error) {
+	req := &acomm.Request{ID: rand.Text(), ResponseHook: hook}
+	sent, start := make(chan error, 1), time.Now()
+	go func() { sent <- acomm.Send(p.call.target, req) }() // ends with the process, if not before
+	select {
+	case err = <-sent:
+		took = time.Since(start)
+	case <-ctx.Done():
+		return 0, context.Cause(ctx)
+	case <-time.After(p.call.timeout):
+		return 0, &exitError{exitTimeout, fmt.Errorf("%s has not acknowledged within %v", place(p.call.target), p.call.timeout)}
+	}
+	if err != nil && !isRefusal(err) && !p.answer.isResponse() {
+		code := exitNotSent
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			code = exitTimeout
+		}
+		return 0, &exitError{code, sendError(p.call.target, err)}
+	}
+	words := ""
+	if p.verbose && err != nil {
+		words = ": " + printable(withoutURL(err).Error())
+	}
+	_, err = fmt.Printf("%s: acknowledged in %v%s\n", place(p.call.target), took.Round(time.Microsecond), words)
+	return took, wrapOutput(err)
+}
+
+// answerWatcher is a transport that looks whether the last answer to a POST is a
+// response, whatever its status.
+type answerWatcher struct {
+	http.RoundTripper
+	response atomic.Bool
+}
+
+func (w *answerWatcher) RoundTrip(r *http.Request) (*http.Response, error) {
+	w.response.Store(false)
+	answer, err := w.RoundTripper.RoundTrip(r)
+	if err != nil {
+		return nil, err
+	}
+	const most = 1 << 20 // as much as the library reads
+	body, err := io.ReadAll(io.LimitReader(answer.Body, most))
+	_ = answer.Body.Close()
+	if err != nil {
+		return nil, err
+	}
+	answer.Body = io.NopCloser(bytes.NewReader(body))
+	var members struct {
+		Error *string `json:"error"`
+	}
+	w.response.Store(json.Unmarshal(body, &members) == nil && members.Error != nil)
+	return answer, nil
+}
+
+// isResponse reports whether the last answer was one. It may be called on nil.
+func (w *answerWatcher) isResponse() bool { return w != nil && w.response.Load() }
