@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -55,8 +56,9 @@ func TestServe_LogIsTextWithTimeOrJSON(t *testing.T) {
 		for _, want := range []string{"start\n", "failed after ", "exit status 3", "refuse request", "finishing what runs"} {
 			require.Contains(t, messages, want)
 		}
-		require.Equal(t, "work<", objects[1]["task"])
-		require.Len(t, objects[1]["id"], 36)
+		start := slices.IndexFunc(objects, func(object map[string]any) bool { return object["msg"] == "start" })
+		require.Equal(t, "work<", objects[start]["task"])
+		require.Len(t, objects[start]["id"], 36)
 	}
 	got := runAcomm(t, "serve", "--log-format", "xml", "./x.sock", "--", "cat")
 	require.Equal(t, exitUsage, got.code)

@@ -39,6 +39,7 @@ type pinger struct {
 	call    call // that none of them makes
 	count   int
 	verbose bool
+	name    string         // of the peer
 	answer  *answerWatcher // nil: they go over a unix socket
 }
 
@@ -94,6 +95,10 @@ func (p *pinger) run() error {
 		return &exitError{exitNotSent, err}
 	}
 	defer tracker.Stop()
+	p.name = place(p.call.target)
+	if u := p.call.target; u.Scheme == "nats" { // the path is the subject
+		p.name = (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
+	}
 	p.call.hookListen = "127.0.0.1:0"
 	hook, closeHook, err := p.call.openHook(tracker)
 	if err != nil {
@@ -142,7 +147,7 @@ func (p *pinger) ping(ctx context.Context, hook *url.URL) (took time.Duration, e
 	case <-ctx.Done():
 		return 0, context.Cause(ctx)
 	case <-time.After(p.call.timeout):
-		return 0, &exitError{exitTimeout, fmt.Errorf("%s has not acknowledged within %v", place(p.call.target), p.call.timeout)}
+		return 0, &exitError{exitTimeout, fmt.Errorf("%s has not acknowledged within %v", p.name, p.call.timeout)}
 	}
 	if err != nil && !isRefusal(err) && !p.answer.isResponse() {
 		code := exitNotSent
@@ -155,7 +160,7 @@ func (p *pinger) ping(ctx context.Context, hook *url.URL) (took time.Duration, e
 	if p.verbose && err != nil {
 		words = ": " + printable(withoutURL(err).Error())
 	}
-	_, err = fmt.Printf("%s: acknowledged in %v%s\n", place(p.call.target), took.Round(time.Microsecond), words)
+	_, err = fmt.Printf("%s: acknowledged in %v%s\n", p.name, took.Round(time.Microsecond), words)
 	return took, wrapOutput(err)
 }
 

@@ -124,13 +124,13 @@ func newServeCommand() *cobra.Command {
 		Args: func(cmd *cobra.Command, args []string) error {
 			switch dash := cmd.ArgsLenAtDash(); {
 			case len(args) == 0 || dash == 0:
-				return errors.New("PATH is missing: PATH -- COMMAND...")
+				return errors.New("PATH is missing: write PATH -- COMMAND")
 			case dash == 1 && len(args) > 1:
 				return nil
 			case len(args) == 1:
-				return errors.New("COMMAND is missing: PATH -- COMMAND...")
+				return errors.New("COMMAND is missing: write PATH -- COMMAND")
 			case dash < 0:
-				return errors.New("-- is missing before COMMAND: PATH -- COMMAND...")
+				return errors.New("-- is missing before COMMAND: write PATH -- COMMAND")
 			default:
 				return fmt.Errorf("%q between PATH and -- is too much", args[1])
 			}

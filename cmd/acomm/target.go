@@ -114,7 +114,7 @@ func socketPath(text string) (string, error) {
 	case scheme != "unix":
 		return "", errors.New("PATH is a URL: serve listens on a unix socket, and acomm gateway takes requests over HTTP and NATS for it")
 	case strings.ContainsAny(rest, "%?#"):
-		return "", errors.New("PATH: a URL with %, ? or # can be read in several ways: write the path, without unix:")
+		return "", errors.New("PATH: a URL with %, ? or # can be read in several ways: without unix: it is a path")
 	}
 	u, err := url.Parse(text)
 	if err == nil {
