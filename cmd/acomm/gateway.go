@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -33,7 +34,8 @@ WHAT IT SERVES
               provides the task, or all providers refuse it; the id is in use).
               Other statuses, with a response that says more:
                 400  no valid request: no JSON, a hook that is not allowed
-                403  sent by a web page of another site
+                403  sent by a web page of another site, or for a name that is not the
+                     gateway's, see --allow-host
                 405  not a POST
                 408  the body did not arrive within a minute
                 413  larger than --max-body, or than a provider takes (64 MiB)
@@ -51,6 +53,10 @@ WHAT IT SERVES
 
   Everything over HTTP is on one address: whoever reaches it may send requests, and
   read /metrics. Put a proxy with TLS and logins before it if that is not meant.
+  On a loopback address it serves only requests for that: for localhost, a loopback
+  address, the host of --listen, of --stream-url and of --allow-host. A web page could
+  otherwise have its own name lead there (DNS rebinding). On other addresses it serves
+  any name, but with --allow-host only these and the address itself.
 
 HOOKS
   A request over HTTP has an http, https or nats hook, the last with --nats. One over
@@ -140,6 +146,7 @@ type gatewayOptions struct {
 	maxHeader      byteSize
 	maxConnections int
 	maxOutstanding int
+	allowHost      []string
 	hookAllow      []string
 	hookDeny       []string
 	hookProxy      bool
@@ -176,6 +183,7 @@ func (o *gatewayOptions) addFlags(f *pflag.FlagSet) {
 	f.StringVar(&o.name, "name", "", "`NAME` of the gateway's own sockets (default the host's name)")
 	f.StringVar(&o.streamURL, "stream-url", "", "`URL` under which others reach /stream (default http://ADDR/stream)")
 	f.DurationVar(&o.timeout, "timeout", time.Minute, "for the response to a request")
+	f.StringSliceVar(&o.allowHost, "allow-host", nil, "`NAMES` under which HTTP is served too; * is any")
 	f.Var(&o.maxBody, "max-body", "largest request over HTTP, in bytes, KiB, MiB or GiB")
 	f.Var(&o.maxHeader, "max-header", "largest header over HTTP")
 	f.IntVar(&o.maxConnections, "max-connections", 1024, "connections over HTTP at a time, and exchanges over the unix socket; more wait")
@@ -269,6 +277,8 @@ func (o *gatewayOptions) check() error {
 		return usageError("--timeout is not positive")
 	case o.maxBody <= 0, o.maxHeader <= 0, o.maxConnections <= 0, o.maxOutstanding <= 0:
 		return usageError("a limit is not positive")
+	case slices.ContainsFunc(o.allowHost, func(host string) bool { return host != "*" && !isHost(host) }):
+		return usageError("--allow-host: %q has more or less than names or addresses", o.allowHost)
 	case o.nats != "" && !isSubject(o.natsSubject):
 		return usageError("--nats-subject: %q is no subject", o.natsSubject)
 	}

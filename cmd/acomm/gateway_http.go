@@ -45,7 +45,7 @@ func (g *gateway) newServer(front *limitedListener, errorLog io.Writer) *http.Se
 		answer(w, "", r)
 	}))
 	return &http.Server{
-		Handler:           sameOrigin.Handler(mux),
+		Handler:           g.onlyNamed(sameOrigin.Handler(mux)),
 		ReadHeaderTimeout: headerTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    int(g.opts.maxHeader),

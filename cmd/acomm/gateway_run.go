@@ -66,7 +66,7 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 	defer errorLog.Close()
 	s := &gatewayServer{
 		gateway: &gateway{
-			opts: opts, rules: rules, timeouts: defaultHTTPTimeouts, tracker: tracker,
+			opts: opts, rules: rules, hosts: newHostNames(opts, tcp.Addr()), timeouts: defaultHTTPTimeouts, tracker: tracker,
 			natsHook: overNATS != nil,
 			ending:   make(chan struct{}),
 			lines:    rate.NewLimiter(10, 10),
