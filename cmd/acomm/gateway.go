@@ -43,7 +43,10 @@ WHAT IT SERVES
                 502  a provider may have taken it, or may not; nothing will be sent
                      to the hook
                 503  the gateway is ending; not taken
-  /stream     the streams that responses name, see --stream-url
+  /stream     the streams that responses name, see --stream-url. One that can't be
+              passed on, since its response is late or its hook has not taken it,
+              is ended at once, and one that nobody begins to read after
+              --unread-duration: it holds its program at the provider.
   /healthz    200, or 503 once the gateway is ending
   /metrics    counts, for Prometheus
   DIR/coordinator/NAME.sock   requests from this machine, of 64 MiB at most. A
@@ -142,6 +145,7 @@ type gatewayOptions struct {
 	listen         string
 	streamURL      string
 	timeout        time.Duration
+	unread         time.Duration
 	maxBody        byteSize
 	maxHeader      byteSize
 	maxConnections int
@@ -183,6 +187,7 @@ func (o *gatewayOptions) addFlags(f *pflag.FlagSet) {
 	f.StringVar(&o.name, "name", "", "`NAME` of the gateway's own sockets (default the host's name)")
 	f.StringVar(&o.streamURL, "stream-url", "", "`URL` under which others reach /stream (default http://ADDR/stream)")
 	f.DurationVar(&o.timeout, "timeout", time.Minute, "for the response to a request")
+	f.DurationVar(&o.unread, "unread-duration", time.Minute, "for somebody to begin to read a stream")
 	f.StringSliceVar(&o.allowHost, "allow-host", nil, "`NAMES` under which HTTP is served too; * is any")
 	f.Var(&o.maxBody, "max-body", "largest request over HTTP, in bytes, KiB, MiB or GiB")
 	f.Var(&o.maxHeader, "max-header", "largest header over HTTP")
@@ -275,6 +280,8 @@ func (o *gatewayOptions) check() error {
 		return usageError("--name: %q is no file name", o.name)
 	case o.timeout <= 0:
 		return usageError("--timeout is not positive")
+	case o.unread <= 0:
+		return usageError("--unread-duration is not positive")
 	case o.maxBody <= 0, o.maxHeader <= 0, o.maxConnections <= 0, o.maxOutstanding <= 0:
 		return usageError("a limit is not positive")
 	case slices.ContainsFunc(o.allowHost, func(host string) bool { return host != "*" && !isHost(host) }):

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +15,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/mistifyio/acomm"
 )
 
 // errHookDenied is the error of a connection to an address that hooks may not
@@ -128,14 +131,20 @@ func newHookTransport(rules hookRules, throughProxy bool) (front, connecting *ht
 	return front, connecting
 }
 
-// laterError is the answer of a hook that has not taken a response, and may take
-// it later.
-type laterError struct {
+// answerError is the answer of a hook that has not taken a response.
+type answerError struct {
 	status string
-	after  time.Duration // zero if it did not say
+	words  string        // the hook's own, empty if it sent none
+	later  bool          // it may take it later
+	after  time.Duration // then; zero if it did not say
 }
 
-func (e *laterError) Error() string { return "answered " + e.status }
+func (e *answerError) Error() string {
+	if e.words == "" {
+		return "answered " + e.status
+	}
+	return "answered " + e.status + ": " + e.words
+}
 
 // unsentError is the error of a POST for which there was no connection.
 type unsentError struct{ error }
@@ -143,7 +152,7 @@ type unsentError struct{ error }
 func (e unsentError) Unwrap() error { return e.error }
 
 // laterTransport tells of a POST what the library tells nobody but its own forwarding:
-// that there was no connection, and that the answer was 429, or 503 with Retry-After.
+// that there was no connection, and which answers prove that the hook has not taken it.
 type laterTransport struct{ http.RoundTripper }
 
 func (t laterTransport) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -163,12 +172,23 @@ func (t laterTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	after, ok := retryAfter(answer.Header.Get("Retry-After"))
-	if answer.StatusCode != http.StatusTooManyRequests && (answer.StatusCode != http.StatusServiceUnavailable || !ok) {
+	later := answer.StatusCode == http.StatusTooManyRequests || answer.StatusCode == http.StatusServiceUnavailable && ok
+	if !later && !isRefusedWith(answer.StatusCode) {
 		return answer, nil
 	}
-	_, _ = io.Copy(io.Discard, io.LimitReader(answer.Body, 64<<10)) // so that the connection can be kept
+	body, _ := io.ReadAll(io.LimitReader(answer.Body, 64<<10)) // to its end, so that the connection can be kept
 	_ = answer.Body.Close()
-	return nil, &laterError{answer.Status, after}
+	refused := &answerError{status: answer.Status, later: later, after: after}
+	if resp := (acomm.Response{}); json.Unmarshal(body, &resp) == nil && resp.Error != nil {
+		refused.words = resp.Error.Error()
+	}
+	return nil, refused
+}
+
+// isRefusedWith reports whether who answers a POST with the status has not taken
+// what it carries. Other errors may come from a proxy that has passed it on.
+func isRefusedWith(status int) bool {
+	return status >= 400 && status < 500 || status == http.StatusNotImplemented || status == http.StatusHTTPVersionNotSupported
 }
 
 // retryAfter reads a Retry-After. It reports false if there is none.

@@ -136,7 +136,7 @@ func (g *gateway) handleStream(w http.ResponseWriter, r *http.Request) {
 		_ = control.SetReadDeadline(time.Now().Add(g.timeouts.body))
 	}
 	ctx, cancel := context.WithCancel(r.Context())
-	moving := &movingWriter{w, newMovement()}
+	moving := &movingWriter{w, newMovement(), func() { g.streams.claimed(r.URL) }}
 	done := make(chan struct{})
 	var watching sync.WaitGroup
 	watching.Go(func() {
@@ -165,6 +165,14 @@ func (g *gateway) handleStream(w http.ResponseWriter, r *http.Request) {
 type movingWriter struct {
 	http.ResponseWriter
 	moved *movement
+	begin func() // called when the stream has a reader
+}
+
+func (w *movingWriter) WriteHeader(status int) {
+	if status == http.StatusOK {
+		w.begin()
+	}
+	w.ResponseWriter.WriteHeader(status)
 }
 
 func (w *movingWriter) Write(p []byte) (int, error) {
@@ -221,6 +229,34 @@ func (l *limitedListener) connState(_ net.Conn, state http.ConnState) {
 	if state == http.StateClosed || state == http.StateHijacked {
 		<-l.slots
 	}
+}
+
+// exchangeTimeout is for receiving a response.
+const exchangeTimeout = time.Minute
+
+// serveResponses takes the responses of providers until the listener is stopped.
+func (g *gateway) serveResponses(listener *acomm.UnixListener) {
+	var exchanges sync.WaitGroup
+	defer exchanges.Wait()
+	for conn := listener.NextConn(); conn != nil; conn = listener.NextConn() {
+		exchanges.Go(func() { g.receiveResponse(listener, conn) })
+	}
+}
+
+// receiveResponse acknowledges a response, and only then handles it.
+func (g *gateway) receiveResponse(listener *acomm.UnixListener, conn net.Conn) {
+	defer listener.DoneConn(conn)
+	if err := conn.SetDeadline(time.Now().Add(exchangeTimeout)); err != nil {
+		return
+	}
+	resp := &acomm.Response{}
+	if err := acomm.UnmarshalConnData(conn, resp); err != nil {
+		return // closing tells its sender
+	}
+	// It is here, whether or not its sender stays to be told so.
+	_ = acomm.SendConnData(conn, &acomm.Response{})
+	listener.DoneConn(conn)
+	g.handleResponse(resp)
 }
 
 // serveUnix takes requests from the unix socket until the listener is stopped.

@@ -12,11 +12,15 @@ import (
 	"path/filepath"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/mistifyio/acomm"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/time/rate"
 )
+
+// responsesEnd is for responses that come while the gateway ends.
+const responsesEnd = 100 * time.Millisecond
 
 // runGateway runs a gateway until it is told to stop. It says on stdout when it is
 // ready.
@@ -54,25 +58,27 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 	if err != nil {
 		return err
 	}
-	requests := acomm.NewUnixListener(opts.socket(coordinatorDir), 0)
-	if err := tracker.Start(); err != nil {
+	responses := acomm.NewUnixListener(opts.socket(responseDir), 0)
+	if err := responses.Start(); err != nil {
 		return err
 	}
+	requests := acomm.NewUnixListener(opts.socket(coordinatorDir), 0)
 	if err := requests.Start(); err != nil {
-		tracker.Stop()
+		responses.Stop(responsesEnd)
 		return err
 	}
 	errorLog := logrus.StandardLogger().WriterLevel(logrus.WarnLevel)
 	defer errorLog.Close()
 	s := &gatewayServer{
 		gateway: &gateway{
-			opts: opts, rules: rules, hosts: newHostNames(opts, tcp.Addr()), timeouts: defaultHTTPTimeouts, tracker: tracker,
+			opts: opts, rules: rules, hosts: newHostNames(opts, tcp.Addr()), timeouts: defaultHTTPTimeouts,
+			tracker: tracker, hook: responses.URL(), streams: publishedStreams{unread: opts.unread},
 			natsHook: overNATS != nil,
 			ending:   make(chan struct{}),
 			lines:    rate.NewLimiter(10, 10),
 		},
-		requests: requests,
-		nats:     overNATS,
+		requests: requests, responses: responses,
+		nats: overNATS,
 	}
 	s.metrics = newGatewayMetrics(s.pending.Load)
 	s.http = s.newServer(front, errorLog)
@@ -87,9 +93,10 @@ func (o *gatewayOptions) socket(dir string) string {
 // gatewayServer is a gateway with what it takes requests from.
 type gatewayServer struct {
 	*gateway
-	requests *acomm.UnixListener
-	http     *http.Server
-	nats     *natsFront // nil without NATS
+	requests  *acomm.UnixListener
+	responses *acomm.UnixListener
+	http      *http.Server
+	nats      *natsFront // nil without NATS
 }
 
 // run serves until a signal, then drains until another one.
@@ -97,6 +104,7 @@ func (s *gatewayServer) run(ctx context.Context, signals <-chan os.Signal, front
 	served := make(chan error, 1)
 	var serving sync.WaitGroup
 	serving.Go(func() { s.serveUnix(s.requests) })
+	serving.Go(func() { s.serveResponses(s.responses) })
 	serving.Go(func() { served <- s.http.Serve(front) })
 
 	if s.nats != nil {
@@ -128,7 +136,7 @@ func (s *gatewayServer) run(ctx context.Context, signals <-chan os.Signal, front
 	case sig := <-signals:
 		// The sockets are removed as far as possible: whoever finds one connects.
 		_ = os.Remove(s.requests.Addr())
-		_ = os.Remove(s.tracker.Addr())
+		_ = os.Remove(s.responses.Addr())
 		return errors.Join(failed, fmt.Errorf("ended by a second signal, %v, with %d requests outstanding", sig, s.pending.Load()))
 	}
 }
@@ -142,7 +150,9 @@ func (s *gatewayServer) drain() {
 		s.nats.close()
 	}
 	s.requests.Stop(0) // its exchanges have deadlines
-	s.tracker.Stop()
+	s.waiting.stop()
+	s.responses.Stop(responsesEnd) // nobody waits for what may still come
 	close(s.ending)
 	_ = s.http.Shutdown(context.Background()) // can only fail to close the listener
+	s.streams.endAll()                        // nobody can read them any more
 }

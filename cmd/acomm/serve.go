@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -33,10 +34,12 @@ type service struct {
 	stream      bool
 	concurrency int
 	timeout     time.Duration // 0: none
+	unread      time.Duration
 	verbose     bool
 
 	tracker  *acomm.Tracker // for the streams
 	slots    chan struct{}  // holds a token for each program that runs
+	waiting  atomic.Int64   // requests that wait for a place
 	draining chan struct{}  // closed when the service is told to stop
 	programs programs
 }
@@ -74,8 +77,9 @@ ends with what has been written.
 CONCURRENCY
 --concurrency programs run at a time; further requests are acknowledged at once and
 wait for their turn, without a limit to their number. The time-out counts from the
-start of the program. With --stream, a stream that nobody reads holds its program, and
-so its place, for an hour, or the time-out.
+start of the program. With --stream, a stream that nobody begins to read is ended
+after --unread-duration, and so is one whose reader takes nothing for so long while
+another request waits: it holds a place.
 
 SIGNALS
 On SIGTERM, SIGINT and SIGHUP the service stops listening, does what it has
@@ -128,6 +132,7 @@ func newServeCommand() *cobra.Command {
 	flags.BoolVar(&s.stream, "stream", false, "the program's output is a stream")
 	flags.IntVar(&s.concurrency, "concurrency", runtime.NumCPU(), "how many programs run at a time")
 	flags.DurationVar(&s.timeout, "timeout", 0, "how long a program may run (default without limit)")
+	flags.DurationVar(&s.unread, "unread-duration", time.Minute, "how long a stream may stand unread")
 	flags.BoolVarP(&s.verbose, "verbose", "v", false, "say on standard error what is done")
 	return cmd
 }
@@ -139,6 +144,8 @@ func (s *service) check() error {
 		return errors.New("PATH is empty")
 	case s.concurrency < 1:
 		return fmt.Errorf("--concurrency %d is not positive", s.concurrency)
+	case s.unread <= 0:
+		return fmt.Errorf("--unread-duration %v is not positive", s.unread)
 	case s.timeout < 0:
 		return fmt.Errorf("--timeout %v is negative", s.timeout)
 	}
@@ -254,7 +261,9 @@ func (s *service) accept(req *acomm.Request) error {
 
 // answer does the task when it is its turn, and sends the response.
 func (s *service) answer(req *acomm.Request) error {
+	s.waiting.Add(1)
 	s.slots <- struct{}{}
+	s.waiting.Add(-1)
 	release := sync.OnceFunc(func() { <-s.slots })
 	defer release()
 	s.say("request %s for %s: start", req.ID, req.Task)
@@ -302,7 +311,8 @@ func (s *service) answerStream(req *acomm.Request, release func()) error {
 		dropStream(addr)
 		return err
 	}
-	go func() { // ends with the program
+	go s.endUnread(req.ID, src, addr) // ends with the stream
+	go func() {                       // ends with the program
 		<-src.program.ended
 		release()
 	}()
