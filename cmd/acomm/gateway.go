@@ -47,7 +47,8 @@ WHAT IT SERVES
               passed on, since its response is late or its hook has not taken it,
               is ended at once, and one that nobody begins to read after
               --unread-duration: it holds its program at the provider.
-  /healthz    200, or 503 once the gateway is ending
+  /healthz    200, or 503 once the gateway is ending, and while one of its own
+              sockets or the connection to NATS is gone, which the log says too
   /metrics    counts, for Prometheus
   DIR/coordinator/NAME.sock   requests from this machine, of 64 MiB at most. A
               sender that is not told whether a request was taken finds the

@@ -71,6 +71,7 @@ type gateway struct {
 	hook     *url.URL       // of the responses
 	waiting  outstanding
 	streams  publishedStreams
+	health   health
 	metrics  *gatewayMetrics
 	pending  atomic.Int64  // requests that are tracked, or whose response is being sent to the hook
 	draining atomic.Bool   // no more requests are taken

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"log"
 	"net"
@@ -183,14 +182,6 @@ func (w *movingWriter) Write(p []byte) (int, error) {
 
 // Unwrap is for http.ResponseController.
 func (w *movingWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
-
-func (g *gateway) handleHealth(w http.ResponseWriter, _ *http.Request) {
-	if g.draining.Load() {
-		http.Error(w, "draining", http.StatusServiceUnavailable)
-		return
-	}
-	fmt.Fprintln(w, "ok")
-}
 
 // limitedListener accepts a connection only while less than a number of them are
 // open. Unlike netutil's it returns them as they are: ProxyStreamHandler needs a

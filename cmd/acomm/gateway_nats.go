@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"strconv"
 	"strings"
@@ -53,15 +54,15 @@ func isSubject(subject string) bool {
 // to hooks with the scheme nats: the one that connects, and the one before it.
 func connectNATS(opts *gatewayOptions, front, connecting *http.Transport) (*natsFront, error) {
 	f := &natsFront{serving: make(map[string]io.Closer), scanned: make(chan struct{})}
-	url := opts.nats
-	if url == "embedded" {
+	address := opts.nats
+	if address == "embedded" {
 		var err error
 		if f.server, err = startNATSServer(opts.natsListen); err != nil {
 			return nil, fmt.Errorf("start a NATS server on %s: %w", opts.natsListen, err)
 		}
-		url = f.server.ClientURL()
+		address = f.server.ClientURL()
 	}
-	conn, err := nats.Connect(url, nats.Name("acomm gateway "+opts.name), nats.MaxReconnects(-1))
+	conn, err := nats.Connect(address, nats.Name("acomm gateway "+opts.name), nats.MaxReconnects(-1))
 	if err == nil {
 		f.conn = conn
 		// Registered behind the front, so that its answers are looked at as others are.
@@ -75,6 +76,17 @@ func connectNATS(opts *gatewayOptions, front, connecting *http.Transport) (*nats
 	}
 	front.RegisterProtocol("nats", laterTransport{connecting})
 	return f, nil
+}
+
+// hosts names the servers that the connection knows, without passwords.
+func (f *natsFront) hosts() string {
+	var hosts []string
+	for _, text := range f.conn.Servers() {
+		if u, err := url.Parse(text); err == nil {
+			hosts = append(hosts, u.Host)
+		}
+	}
+	return strings.Join(hosts, ",")
 }
 
 func startNATSServer(listen string) (*server.Server, error) {

@@ -74,11 +74,19 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 			opts: opts, rules: rules, hosts: newHostNames(opts, tcp.Addr()), timeouts: defaultHTTPTimeouts,
 			tracker: tracker, hook: responses.URL(), streams: publishedStreams{unread: opts.unread},
 			natsHook: overNATS != nil,
+			health:   health{dir: opts.socketDir, nats: overNATS},
 			ending:   make(chan struct{}),
 			lines:    rate.NewLimiter(10, 10),
 		},
 		requests: requests, responses: responses,
 		nats: overNATS,
+	}
+	for _, socket := range []*acomm.UnixListener{requests, responses} {
+		if err := s.health.own(socket.Addr()); err != nil {
+			requests.Stop(0)
+			responses.Stop(responsesEnd)
+			return err
+		}
 	}
 	s.metrics = newGatewayMetrics(s.pending.Load)
 	s.http = s.newServer(front, errorLog)
@@ -110,6 +118,8 @@ func (s *gatewayServer) run(ctx context.Context, signals <-chan os.Signal, front
 	if s.nats != nil {
 		s.nats.start(s.gateway)
 	}
+	watched := make(chan struct{})
+	serving.Go(func() { s.health.watch(watched) })
 	_, failed := fmt.Fprintf(stdout, "listening on %s\n", front.Addr())
 	if failed == nil {
 		logrus.WithFields(logrus.Fields{"addr": front.Addr().String(), "socket": s.requests.Addr()}).Info("gateway: ready")
@@ -121,6 +131,7 @@ func (s *gatewayServer) run(ctx context.Context, signals <-chan os.Signal, front
 		case failed = <-served:
 		}
 	}
+	close(watched)
 	drained := make(chan struct{})
 	go func() { // waited for, unless the process ends at once
 		defer close(drained)
