@@ -287,6 +287,8 @@ func (o *gatewayOptions) check() error {
 		return usageError("a limit is not positive")
 	case slices.ContainsFunc(o.allowHost, func(host string) bool { return host != "*" && !isHost(host) }):
 		return usageError("--allow-host: %q has more or less than names or addresses", o.allowHost)
+	case o.streamURL != "" && !isHTTPURL(o.streamURL):
+		return usageError("--stream-url is no http URL")
 	case o.nats != "" && !isSubject(o.natsSubject):
 		return usageError("--nats-subject: %q is no subject", o.natsSubject)
 	}
@@ -302,14 +304,15 @@ func isHostPort(text string) bool {
 	return err == nil
 }
 
+func isHTTPURL(text string) bool {
+	u, err := url.Parse(text)
+	return err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != ""
+}
+
 // streamURLAt is where others reach the streams of a gateway that listens there.
 func (o *gatewayOptions) streamURLAt(addr net.Addr) (*url.URL, error) {
 	if o.streamURL != "" {
-		u, err := url.Parse(o.streamURL)
-		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-			return nil, usageError("--stream-url is no http URL")
-		}
-		return u, nil
+		return url.Parse(o.streamURL)
 	}
 	host := addr.String()
 	if tcp, ok := addr.(*net.TCPAddr); ok && tcp.IP.IsUnspecified() {

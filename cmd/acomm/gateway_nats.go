@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -94,24 +93,56 @@ func startNATSServer(listen string) (*server.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	port, err := strconv.Atoi(portText)
+	port, err := net.LookupPort("tcp", portText)
 	if err != nil {
 		return nil, err
 	}
+	// The server itself would only log that it can't listen.
+	probe, err := net.Listen("tcp", listen)
+	if err != nil {
+		return nil, err
+	}
+	_ = probe.Close()
 	if port == 0 {
 		port = server.RANDOM_PORT
 	}
-	s, err := server.NewServer(&server.Options{Host: host, Port: port, NoSigs: true, NoLog: true})
+	s, err := server.NewServer(&server.Options{Host: host, Port: port, NoSigs: true})
 	if err != nil {
 		return nil, err
 	}
-	go s.Start() // ends with the server
-	if !s.ReadyForConnections(natsStartTimeout) {
-		s.Shutdown()
-		return nil, fmt.Errorf("not ready after %v: %w", natsStartTimeout, os.ErrDeadlineExceeded)
+	failed := make(natsFailure, 1)
+	s.SetLogger(failed, false, false)
+	ready := make(chan bool, 1)
+	go s.Start()                                                     // ends with the server
+	go func() { ready <- s.ReadyForConnections(natsStartTimeout) }() // within that time
+	select {
+	case is := <-ready:
+		if is {
+			return s, nil
+		}
+		err = fmt.Errorf("not ready after %v: %w", natsStartTimeout, os.ErrDeadlineExceeded)
+	case err = <-failed:
 	}
-	return s, nil
+	s.Shutdown()
+	return nil, err
 }
+
+// natsFailure is a server's log, of which it takes only what is fatal: where a
+// program is the server, it has nobody else to tell.
+type natsFailure chan error
+
+func (f natsFailure) Fatalf(format string, args ...any) {
+	select {
+	case f <- fmt.Errorf(format, args...):
+	default: // the first tells
+	}
+}
+
+func (natsFailure) Noticef(string, ...any) {}
+func (natsFailure) Warnf(string, ...any)   {}
+func (natsFailure) Errorf(string, ...any)  {}
+func (natsFailure) Debugf(string, ...any)  {}
+func (natsFailure) Tracef(string, ...any)  {}
 
 // start serves the tasks that have providers now, then looks for others now and
 // then.

@@ -37,6 +37,26 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 	transport, connecting := newHookTransport(rules, opts.hookProxy)
 	http.DefaultTransport = transport
 
+	// Before anything listens that clients find. A signal ends the waiting.
+	var overNATS *natsFront
+	if opts.nats != "" {
+		connected := make(chan error, 1)
+		go func() { // ends with the process, if not before
+			var err error
+			overNATS, err = connectNATS(opts, transport, connecting)
+			connected <- err
+		}()
+		select {
+		case err := <-connected:
+			if err != nil {
+				return err
+			}
+		case sig := <-signals:
+			logrus.WithField("signal", sig.String()).Info("gateway: ended before it was connected to NATS")
+			return nil
+		}
+		defer overNATS.disconnect()
+	}
 	tcp, err := net.Listen("tcp", opts.listen)
 	if err != nil {
 		return err
@@ -46,13 +66,6 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 	streamURL, err := opts.streamURLAt(tcp.Addr())
 	if err != nil {
 		return err
-	}
-	var overNATS *natsFront
-	if opts.nats != "" {
-		if overNATS, err = connectNATS(opts, transport, connecting); err != nil {
-			return err
-		}
-		defer overNATS.disconnect()
 	}
 	tracker, err := acomm.NewTracker(opts.socket(responseDir), streamURL, opts.timeout)
 	if err != nil {
