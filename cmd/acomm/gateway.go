@@ -192,7 +192,7 @@ func (o *gatewayOptions) addFlags(f *pflag.FlagSet) {
 	f.StringSliceVar(&o.allowHost, "allow-host", nil, "`NAMES` under which HTTP is served too; * is any")
 	f.Var(&o.maxBody, "max-body", "largest request over HTTP, in bytes, KiB, MiB or GiB")
 	f.Var(&o.maxHeader, "max-header", "largest header over HTTP")
-	f.IntVar(&o.maxConnections, "max-connections", 1024, "connections over HTTP at a time, and exchanges over the unix socket; more wait")
+	f.IntVar(&o.maxConnections, "max-connections", 1024, "connections over HTTP at a time, and exchanges over the unix socket; more have idle ones closed, or wait")
 	f.IntVar(&o.maxOutstanding, "max-outstanding", 65536, "requests that may wait for responses; more are refused")
 	f.StringSliceVar(&o.hookAllow, "hook-allow", nil, "addresses, or networks as `CIDR`, that hooks may lead to")
 	f.StringSliceVar(&o.hookDeny, "hook-deny", nil, "addresses, or networks as `CIDR`, that they may not lead to")

@@ -183,45 +183,6 @@ func (w *movingWriter) Write(p []byte) (int, error) {
 // Unwrap is for http.ResponseController.
 func (w *movingWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// limitedListener accepts a connection only while less than a number of them are
-// open. Unlike netutil's it returns them as they are: ProxyStreamHandler needs a
-// TCP connection to cut off a client of HTTP/1.0.
-type limitedListener struct {
-	net.Listener
-	slots     chan struct{} // holds a value for each open connection
-	closed    chan struct{}
-	closeOnce sync.Once
-}
-
-func newLimitedListener(l net.Listener, limit int) *limitedListener {
-	return &limitedListener{Listener: l, slots: make(chan struct{}, limit), closed: make(chan struct{})}
-}
-
-func (l *limitedListener) Accept() (net.Conn, error) {
-	select {
-	case l.slots <- struct{}{}:
-	case <-l.closed:
-		return nil, net.ErrClosed
-	}
-	conn, err := l.Listener.Accept()
-	if err != nil {
-		<-l.slots
-	}
-	return conn, err
-}
-
-func (l *limitedListener) Close() error {
-	l.closeOnce.Do(func() { close(l.closed) })
-	return l.Listener.Close()
-}
-
-// connState is to be the server's: each connection ends in one of these states.
-func (l *limitedListener) connState(_ net.Conn, state http.ConnState) {
-	if state == http.StateClosed || state == http.StateHijacked {
-		<-l.slots
-	}
-}
-
 // exchangeTimeout is for receiving a response.
 const exchangeTimeout = time.Minute
 
