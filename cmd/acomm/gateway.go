@@ -68,7 +68,8 @@ HOOKS
   and its response does not come through the gateway. The response of all others
   does, or after --timeout an error that says "response timeout". It is sent to the
   hook at most once: again, until the time-out, only if nobody could be connected to,
-  or the answer was 429, or 503 with Retry-After. In place of one that is too large for the hook (over
+  or the answer was 429, or 503 with Retry-After. A hook is given --hook-timeout to
+  answer. In place of one that is too large for the hook (over
   NATS 1 MiB, if the server has no other limit) an error is sent that says so.
 
   Hooks are chosen by strangers, so the addresses they lead to are checked: when
@@ -123,7 +124,7 @@ METRICS
 SIGNALS
   SIGTERM, SIGINT, SIGHUP
               takes no more requests, waits for the responses that are outstanding
-              (--timeout at most, and the sending), then for streams and other HTTP
+              (--timeout at most, and --hook-timeout), then for streams and other HTTP
               exchanges that are under way, and ends with status 0. Streams that then
               do not move for 10 seconds, or have not, are cut off. A second signal
               ends it at once, with status 1. SIGHUP does nothing where it was ignored
@@ -137,6 +138,11 @@ EXIT STATUS
 FILES
   DIR decides who may send requests from this machine and who may provide tasks:
   directories that are missing are made as the umask says. See SECURITY.md.`
+
+const (
+	minHookTimeout = 5 * time.Second // unless it is given: a short --timeout is about the provider
+	maxHookTimeout = time.Minute     // the library's, for sending a message
+)
 
 // gatewayOptions are the flags of the gateway.
 type gatewayOptions struct {
@@ -152,6 +158,7 @@ type gatewayOptions struct {
 	maxConnections int
 	maxOutstanding int
 	allowHost      []string
+	hookTimeout    time.Duration
 	hookAllow      []string
 	hookDeny       []string
 	hookProxy      bool
@@ -194,6 +201,7 @@ func (o *gatewayOptions) addFlags(f *pflag.FlagSet) {
 	f.Var(&o.maxHeader, "max-header", "largest header over HTTP")
 	f.IntVar(&o.maxConnections, "max-connections", 1024, "connections over HTTP at a time, and exchanges over the unix socket; more have idle ones closed, or wait")
 	f.IntVar(&o.maxOutstanding, "max-outstanding", 65536, "requests that may wait for responses; more are refused")
+	f.DurationVar(&o.hookTimeout, "hook-timeout", 0, "for a hook to answer (default --timeout, from 5s to 1m)")
 	f.StringSliceVar(&o.hookAllow, "hook-allow", nil, "addresses, or networks as `CIDR`, that hooks may lead to")
 	f.StringSliceVar(&o.hookDeny, "hook-deny", nil, "addresses, or networks as `CIDR`, that they may not lead to")
 	f.BoolVar(&o.hookProxy, "hook-proxy", false, "connect to hooks through the proxies that the environment names")
@@ -268,6 +276,9 @@ func (o *gatewayOptions) check() error {
 		}
 		o.name = name
 	}
+	if o.hookTimeout == 0 {
+		o.hookTimeout = min(max(o.timeout, minHookTimeout), maxHookTimeout)
+	}
 	switch {
 	case o.socketDir == "":
 		return usageError("--socket-dir is missing")
@@ -281,6 +292,8 @@ func (o *gatewayOptions) check() error {
 		return usageError("--name: %q is no file name", o.name)
 	case o.timeout <= 0:
 		return usageError("--timeout is not positive")
+	case o.hookTimeout <= 0, o.hookTimeout > maxHookTimeout:
+		return usageError("--hook-timeout: %v is not between 0 and %v", o.hookTimeout, maxHookTimeout)
 	case o.unread <= 0:
 		return usageError("--unread-duration is not positive")
 	case o.maxBody <= 0, o.maxHeader <= 0, o.maxConnections <= 0, o.maxOutstanding <= 0:

@@ -116,7 +116,7 @@ const hookConnections = 64
 // front takes the place of http.DefaultTransport, which the library uses and asks
 // for the number of connections it keeps; so it is an http.Transport, and the one
 // that connects is registered with it.
-func newHookTransport(rules hookRules, throughProxy bool) (front, connecting *http.Transport) {
+func newHookTransport(rules hookRules, throughProxy bool, timeout time.Duration) (front, connecting *http.Transport) {
 	connecting = http.DefaultTransport.(*http.Transport).Clone()
 	dialer := &net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second, ControlContext: rules.control}
 	connecting.DialContext = dialer.DialContext
@@ -126,8 +126,8 @@ func newHookTransport(rules hookRules, throughProxy bool) (front, connecting *ht
 	}
 	front = &http.Transport{MaxIdleConnsPerHost: hookConnections, Protocols: new(http.Protocols)}
 	front.Protocols.SetHTTP1(true)
-	front.RegisterProtocol("http", laterTransport{connecting})
-	front.RegisterProtocol("https", laterTransport{connecting})
+	front.RegisterProtocol("http", hookTransport{connecting, timeout})
+	front.RegisterProtocol("https", hookTransport{connecting, timeout})
 	return front, connecting
 }
 
@@ -151,11 +151,15 @@ type unsentError struct{ error }
 
 func (e unsentError) Unwrap() error { return e.error }
 
-// laterTransport tells of a POST what the library tells nobody but its own forwarding:
-// that there was no connection, and which answers prove that the hook has not taken it.
-type laterTransport struct{ http.RoundTripper }
+// hookTransport bounds a POST, and tells of it what the library tells nobody but its
+// own forwarding: that there was no connection, and which answers prove that the hook
+// has not taken it.
+type hookTransport struct {
+	http.RoundTripper
+	timeout time.Duration // to the end of the answer
+}
 
-func (t laterTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+func (t hookTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	if r.Method != http.MethodPost {
 		return t.RoundTripper.RoundTrip(r)
 	}
@@ -164,15 +168,18 @@ func (t laterTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 		GetConn: func(string) { asked.Store(true) },
 		GotConn: func(httptrace.GotConnInfo) { got.Store(true) },
 	}
-	answer, err := t.RoundTripper.RoundTrip(r.WithContext(httptrace.WithClientTrace(r.Context(), trace)))
-	if err != nil && asked.Load() && !got.Load() {
-		return nil, unsentError{err}
-	}
+	ctx, cancel := context.WithTimeout(r.Context(), t.timeout)
+	answer, err := t.RoundTripper.RoundTrip(r.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	if err != nil {
+		cancel()
+		if asked.Load() && !got.Load() {
+			return nil, unsentError{err}
+		}
 		return nil, err
 	}
 	after, ok := retryAfter(answer.Header.Get("Retry-After"))
 	later := answer.StatusCode == http.StatusTooManyRequests || answer.StatusCode == http.StatusServiceUnavailable && ok
+	answer.Body = cancelBody{answer.Body, cancel}
 	if !later && !isRefusedWith(answer.StatusCode) {
 		return answer, nil
 	}
@@ -183,6 +190,17 @@ func (t laterTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 		refused.words = resp.Error.Error()
 	}
 	return nil, refused
+}
+
+// cancelBody ends the time of an answer when it is closed.
+type cancelBody struct {
+	io.ReadCloser
+	cancel context.CancelFunc
+}
+
+func (b cancelBody) Close() error {
+	defer b.cancel()
+	return b.ReadCloser.Close()
 }
 
 // isRefusedWith reports whether who answers a POST with the status has not taken

@@ -73,7 +73,7 @@ func connectNATS(opts *gatewayOptions, front, connecting *http.Transport) (*nats
 		f.disconnect()
 		return nil, connectError(err)
 	}
-	front.RegisterProtocol("nats", laterTransport{connecting})
+	front.RegisterProtocol("nats", hookTransport{connecting, opts.hookTimeout})
 	return f, nil
 }
 

@@ -34,7 +34,7 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 	if err != nil {
 		return err
 	}
-	transport, connecting := newHookTransport(rules, opts.hookProxy)
+	transport, connecting := newHookTransport(rules, opts.hookProxy, opts.hookTimeout)
 	http.DefaultTransport = transport
 
 	// Before anything listens that clients find. A signal ends the waiting.
