@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -32,7 +33,8 @@ WHAT IT SERVES
               provides the task, or all providers refuse it; the id is in use).
               Other statuses, with a response that says more:
                 400  no valid request: no JSON, a hook that is not allowed
-                403  sent by a web page of another site
+                403  sent by a web page of another site, or for a name that is not the
+                     gateway's, see --allow-host
                 405  not a POST
                 408  the body did not arrive within a minute
                 413  larger than --max-body, or than a provider takes (64 MiB)
@@ -40,8 +42,12 @@ WHAT IT SERVES
                 502  a provider may have taken it, or may not; nothing will be sent
                      to the hook
                 503  the gateway is ending; not taken
-  /stream     the streams that responses name, see --stream-url
-  /healthz    200, or 503 once the gateway is ending
+  /stream     the streams that responses name, see --stream-url. One that can't be
+              passed on, since its response is late or its hook has not taken it,
+              is ended at once, and one that nobody begins to read after
+              --unread-duration: it holds its program at the provider.
+  /healthz    200, or 503 once the gateway is ending, and while one of its own
+              sockets or the connection to NATS is gone, which the log says too
   /metrics    counts, for Prometheus
   DIR/coordinator/NAME.sock   requests from this machine, of 64 MiB at most. A
               sender that is not told whether a request was taken finds the
@@ -50,6 +56,10 @@ WHAT IT SERVES
 
   Everything over HTTP is on one address: whoever reaches it may send requests, and
   read /metrics. Put a proxy with TLS and logins before it if that is not meant.
+  On a loopback address it serves only requests for that: for localhost, a loopback
+  address, the host of --listen, of --stream-url and of --allow-host. A web page could
+  otherwise have its own name lead there (DNS rebinding). On other addresses it serves
+  any name, but with --allow-host only these and the address itself.
 
 HOOKS
   A request over HTTP has an http, https or nats hook, the last with --nats. One over
@@ -57,7 +67,8 @@ HOOKS
   and its response does not come through the gateway. The response of all others
   does, or after --timeout an error that says "response timeout". It is sent to the
   hook at most once: again, until the time-out, only if nobody could be connected to,
-  or the answer was 429, or 503 with Retry-After. In place of one that is too large for the hook (over
+  or the answer was 429, or 503 with Retry-After. A hook is given --hook-timeout to
+  answer. In place of one that is too large for the hook (over
   NATS 1 MiB, if the server has no other limit) an error is sent that says so.
 
   Hooks are chosen by strangers, so the addresses they lead to are checked: when
@@ -112,7 +123,7 @@ METRICS
 SIGNALS
   SIGTERM, SIGINT, SIGHUP
               takes no more requests, waits for the responses that are outstanding
-              (--timeout at most, and the sending), then for streams and other HTTP
+              (--timeout at most, and --hook-timeout), then for streams and other HTTP
               exchanges that are under way, and ends with status 0. Streams that then
               do not move for 10 seconds, or have not, are cut off. A second signal
               ends it at once, with status 1; one within a second of the first is
@@ -128,6 +139,11 @@ FILES
   DIR decides who may send requests from this machine and who may provide tasks:
   directories that are missing are made as the umask says. See SECURITY.md.`
 
+const (
+	minHookTimeout = 5 * time.Second // unless it is given: a short --timeout is about the provider
+	maxHookTimeout = time.Minute     // the library's, for sending a message
+)
+
 // gatewayOptions are the flags of the gateway.
 type gatewayOptions struct {
 	config         string
@@ -136,10 +152,13 @@ type gatewayOptions struct {
 	listen         string
 	streamURL      string
 	timeout        time.Duration
+	unread         time.Duration
 	maxBody        byteSize
 	maxHeader      byteSize
 	maxConnections int
 	maxOutstanding int
+	allowHost      []string
+	hookTimeout    time.Duration
 	hookAllow      []string
 	hookDeny       []string
 	hookProxy      bool
@@ -183,10 +202,13 @@ func (o *gatewayOptions) addFlags(f *pflag.FlagSet) {
 	f.StringVar(&o.name, "name", "", "`NAME` of the gateway's own sockets (default the host's name)")
 	f.StringVar(&o.streamURL, "stream-url", "", "`URL` under which others reach /stream (default http://ADDR/stream)")
 	f.DurationVar(&o.timeout, "timeout", time.Minute, "for the response to a request")
+	f.DurationVar(&o.unread, "unread-duration", time.Minute, "for somebody to begin to read a stream")
+	f.StringSliceVar(&o.allowHost, "allow-host", nil, "`NAMES` under which HTTP is served too; * is any")
 	f.Var(&o.maxBody, "max-body", "largest request over HTTP, in bytes, KiB, MiB or GiB")
 	f.Var(&o.maxHeader, "max-header", "largest header over HTTP")
-	f.IntVar(&o.maxConnections, "max-connections", 1024, "connections over HTTP at a time, and exchanges over the unix socket; more wait")
+	f.IntVar(&o.maxConnections, "max-connections", 1024, "connections over HTTP at a time, and exchanges over the unix socket; more have idle ones closed, or wait")
 	f.IntVar(&o.maxOutstanding, "max-outstanding", 65536, "requests that may wait for responses; more are refused")
+	f.DurationVar(&o.hookTimeout, "hook-timeout", 0, "for a hook to answer (default --timeout, from 5s to 1m)")
 	f.StringSliceVar(&o.hookAllow, "hook-allow", nil, "addresses, or networks as `CIDR`, that hooks may lead to")
 	f.StringSliceVar(&o.hookDeny, "hook-deny", nil, "addresses, or networks as `CIDR`, that they may not lead to")
 	f.BoolVar(&o.hookProxy, "hook-proxy", false, "connect to hooks through the proxies that the environment names")
@@ -206,6 +228,9 @@ func (o *gatewayOptions) check() error {
 		}
 		o.name = name
 	}
+	if o.hookTimeout == 0 {
+		o.hookTimeout = min(max(o.timeout, minHookTimeout), maxHookTimeout)
+	}
 	switch {
 	case o.socketDir == "":
 		return usageError("--socket-dir is missing")
@@ -219,6 +244,10 @@ func (o *gatewayOptions) check() error {
 		return usageError("--name: %q is no file name", o.name)
 	case o.timeout <= 0:
 		return usageError("--timeout is not positive")
+	case o.hookTimeout <= 0, o.hookTimeout > maxHookTimeout:
+		return usageError("--hook-timeout: %v is not between 0 and %v", o.hookTimeout, maxHookTimeout)
+	case o.unread <= 0:
+		return usageError("--unread-duration is not positive")
 	case o.maxBody <= 0:
 		return usageError("--max-body is not positive")
 	case o.maxHeader <= 0:
@@ -227,6 +256,10 @@ func (o *gatewayOptions) check() error {
 		return usageError("--max-connections is not positive")
 	case o.maxOutstanding <= 0:
 		return usageError("--max-outstanding is not positive")
+	case slices.ContainsFunc(o.allowHost, func(host string) bool { return host != "*" && !isHost(host) }):
+		return usageError("--allow-host: %q has more or less than names or addresses", o.allowHost)
+	case o.streamURL != "" && !isHTTPURL(o.streamURL):
+		return usageError("--stream-url is no http URL")
 	case o.nats != "" && !isSubject(o.natsSubject):
 		return usageError("--nats-subject: %q is no subject", o.natsSubject)
 	}
@@ -242,14 +275,15 @@ func isHostPort(text string) bool {
 	return err == nil
 }
 
+func isHTTPURL(text string) bool {
+	u, err := url.Parse(text)
+	return err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != ""
+}
+
 // streamURLAt is where others reach the streams of a gateway that listens there.
 func (o *gatewayOptions) streamURLAt(addr net.Addr) (*url.URL, error) {
 	if o.streamURL != "" {
-		u, err := url.Parse(o.streamURL)
-		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-			return nil, usageError("--stream-url is no http URL")
-		}
-		return u, nil
+		return url.Parse(o.streamURL)
 	}
 	host := addr.String()
 	if tcp, ok := addr.(*net.TCPAddr); ok && tcp.IP.IsUnspecified() {

@@ -65,8 +65,13 @@ func refuse(status int, reason, format string, args ...any) *refusal {
 type gateway struct {
 	opts     *gatewayOptions
 	rules    hookRules
+	hosts    hostNames
 	timeouts httpTimeouts
-	tracker  *acomm.Tracker
+	tracker  *acomm.Tracker // never started: for the URLs of streams
+	hook     *url.URL       // of the responses
+	waiting  outstanding
+	streams  publishedStreams
+	health   health
 	metrics  *gatewayMetrics
 	pending  atomic.Int64  // requests that are tracked, or whose response is being sent to the hook
 	draining atomic.Bool   // no more requests are taken
@@ -171,29 +176,27 @@ func (g *gateway) proxy(providers []*url.URL, req *acomm.Request, task string) *
 		return refuse(http.StatusBadRequest, reasonInvalid, "the id has %d bytes and the hook %d; %d and %d are the most", len(req.ID), len(hook), maxID, maxHook)
 	}
 	taken := time.Now()
-	finish := func(tracked *acomm.Request, resp *acomm.Response) {
+	hook := req.ResponseHook // without the request: its arguments are not kept for so long
+	tracked, err := g.waiting.add(req.ID, g.opts.timeout, func(resp *acomm.Response) {
 		defer g.pending.Add(-1)
-		g.finish(tracked, resp, task, taken)
-	}
-	tracked := &acomm.Request{
-		ID: req.ID, Task: req.Task, ResponseHook: req.ResponseHook, // without Args: not kept for so long
-		SuccessHandler: finish, ErrorHandler: finish,
-	}
-	if err := g.tracker.TrackRequest(tracked, g.opts.timeout); err != nil {
+		g.finish(hook, resp, task, taken)
+	})
+	if err != nil {
 		g.pending.Add(-1)
 		if errors.Is(err, fs.ErrExist) {
 			return refuse(http.StatusOK, reasonDuplicate, "a request with the id %.256q is waiting for its response", req.ID)
 		}
-		return errDraining() // it is valid, so the tracker is stopping
+		return errDraining()
 	}
-	hooked := &acomm.Request{ID: req.ID, Task: req.Task, ResponseHook: g.tracker.URL(), Args: req.Args}
+	hooked := &acomm.Request{ID: req.ID, Task: req.Task, ResponseHook: g.hook, Args: req.Args}
 	r := g.offer(providers, hooked)
 	if r == nil {
 		return nil
 	}
-	if !g.tracker.RemoveRequest(tracked) {
+	if !g.waiting.remove(tracked) {
 		return nil // a response or the time-out came first, and is sent to the hook
 	}
+	g.waiting.drop()
 	g.pending.Add(-1)
 	return r
 }
@@ -244,9 +247,27 @@ func isNotConnected(err error) bool {
 		errors.Is(err, syscall.ENAMETOOLONG)
 }
 
-// finish counts the response of a tracked request, or its time-out, and sends it
-// to the hook.
-func (g *gateway) finish(req *acomm.Request, resp *acomm.Response, task string, taken time.Time) {
+// handleResponse takes a response of a provider. A stream that is not passed on is
+// ended: it holds its program, and that a place at its provider.
+func (g *gateway) handleResponse(resp *acomm.Response) {
+	if g.waiting.respond(resp) {
+		return
+	}
+	g.warn("dropped a response that nobody waits for", errNotWaiting, resp.ID, "")
+	if resp.StreamURL == nil {
+		return
+	}
+	// One that is published has come before, and was passed on.
+	if published, err := g.tracker.ProxyStreamHTTPURL(resp.StreamURL); err == nil && !g.streams.has(published) {
+		leaveStream(resp.StreamURL)
+	}
+}
+
+var errNotWaiting = errors.New("it is late, or no request has the id")
+
+// finish counts the response to a request, or its time-out, and sends it to the
+// hook.
+func (g *gateway) finish(hook *url.URL, resp *acomm.Response, task string, taken time.Time) {
 	switch {
 	case errors.Is(resp.Error, os.ErrDeadlineExceeded): // no error from outside does
 		g.metrics.timeouts.WithLabelValues(task).Inc()
@@ -261,22 +282,45 @@ func (g *gateway) finish(req *acomm.Request, resp *acomm.Response, task string, 
 	if resp.StreamURL != nil {
 		published, err := g.tracker.ProxyStreamHTTPURL(resp.StreamURL)
 		if err != nil {
-			g.warn("forwarding a response without its stream", withoutURL(err), req.ID, task)
+			g.warn("forwarding a response without its stream", withoutURL(err), resp.ID, task)
+		} else {
+			g.streams.add(published, resp.StreamURL)
 		}
 		out.StreamURL = published
 	}
-	deadline := taken.Add(g.opts.timeout)
-	err := sendResponse(req.ResponseHook, &out, deadline)
+	err := g.deliver(hook, &out, task, taken.Add(g.opts.timeout))
+	switch {
+	case out.StreamURL == nil:
+	case err != nil && (isNotTaken(err) || isTooLarge(hook, &out, err)):
+		g.streams.end(streamKey(out.StreamURL))
+	default:
+		g.streams.told(out.StreamURL)
+	}
+}
+
+// deliver sends the response to the hook, or that it is too large. The error is that
+// of the response.
+func (g *gateway) deliver(hook *url.URL, resp *acomm.Response, task string, deadline time.Time) error {
+	err := sendResponse(hook, resp, deadline)
 	if err == nil {
-		return
+		return nil
 	}
 	g.metrics.forwardFailures.WithLabelValues(task).Inc()
-	g.warn("failed to forward a response", sendError(req.ResponseHook, err), req.ID, task)
-	if isTooLarge(req.ResponseHook, &out, err) { // the requester must not wait in vain
-		if err := sendResponse(req.ResponseHook, tooLarge(&out), deadline); err != nil {
-			g.warn("failed to say that a response is too large", sendError(req.ResponseHook, err), req.ID, task)
+	g.warn("failed to forward a response", sendError(hook, err), resp.ID, task)
+	if isTooLarge(hook, resp, err) { // the requester must not wait in vain
+		if err := sendResponse(hook, tooLarge(resp), deadline); err != nil {
+			g.warn("failed to say that a response is too large", sendError(hook, err), resp.ID, task)
 		}
 	}
+	return err
+}
+
+// isNotTaken reports whether an error of sending a response proves that its hook
+// has not taken it.
+func isNotTaken(err error) bool {
+	answered := (*answerError)(nil)
+	return isRefusal(err) || isNotConnected(err) || errors.As(err, &answered) ||
+		errors.Is(err, errHookDenied)
 }
 
 // sendResponse sends the response, and again where it certainly did not arrive, the
@@ -285,14 +329,15 @@ func (g *gateway) finish(req *acomm.Request, resp *acomm.Response, task string, 
 func sendResponse(hook *url.URL, resp *acomm.Response, deadline time.Time) error {
 	for delay := minForwardDelay; ; delay = min(2*delay, maxForwardDelay) {
 		err := acomm.Send(hook, resp)
-		later := (*laterError)(nil)
+		answered := (*answerError)(nil)
+		later := errors.As(err, &answered) && answered.later
 		left := time.Until(deadline)
-		if err == nil || left <= 0 || !errors.As(err, &later) && !isNotConnected(err) {
+		if err == nil || left <= 0 || !later && !isNotConnected(err) {
 			return err
 		}
 		wait := delay
-		if later != nil {
-			wait = max(wait, later.after)
+		if later {
+			wait = max(wait, answered.after)
 		}
 		time.Sleep(min(wait, left))
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +15,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/mistifyio/acomm"
 )
 
 // errHookDenied is the error of a connection to an address that hooks may not
@@ -113,7 +116,7 @@ const hookConnections = 64
 // front takes the place of http.DefaultTransport, which the library uses and asks
 // for the number of connections it keeps; so it is an http.Transport, and the one
 // that connects is registered with it.
-func newHookTransport(rules hookRules, throughProxy bool) (front, connecting *http.Transport) {
+func newHookTransport(rules hookRules, throughProxy bool, timeout time.Duration) (front, connecting *http.Transport) {
 	connecting = http.DefaultTransport.(*http.Transport).Clone()
 	dialer := &net.Dialer{Timeout: 30 * time.Second, KeepAlive: 30 * time.Second, ControlContext: rules.control}
 	connecting.DialContext = dialer.DialContext
@@ -123,30 +126,40 @@ func newHookTransport(rules hookRules, throughProxy bool) (front, connecting *ht
 	}
 	front = &http.Transport{MaxIdleConnsPerHost: hookConnections, Protocols: new(http.Protocols)}
 	front.Protocols.SetHTTP1(true)
-	front.RegisterProtocol("http", laterTransport{connecting})
-	front.RegisterProtocol("https", laterTransport{connecting})
+	front.RegisterProtocol("http", hookTransport{connecting, timeout})
+	front.RegisterProtocol("https", hookTransport{connecting, timeout})
 	return front, connecting
 }
 
-// laterError is the answer of a hook that has not taken a response, and may take
-// it later.
-type laterError struct {
+// answerError is the answer of a hook that has not taken a response.
+type answerError struct {
 	status string
-	after  time.Duration // zero if it did not say
+	words  string        // the hook's own, empty if it sent none
+	later  bool          // it may take it later
+	after  time.Duration // then; zero if it did not say
 }
 
-func (e *laterError) Error() string { return "answered " + e.status }
+func (e *answerError) Error() string {
+	if e.words == "" {
+		return "answered " + e.status
+	}
+	return "answered " + e.status + ": " + e.words
+}
 
 // unsentError is the error of a POST for which there was no connection.
 type unsentError struct{ error }
 
 func (e unsentError) Unwrap() error { return e.error }
 
-// laterTransport tells of a POST what the library tells nobody but its own forwarding:
-// that there was no connection, and that the answer was 429, or 503 with Retry-After.
-type laterTransport struct{ http.RoundTripper }
+// hookTransport bounds a POST, and tells of it what the library tells nobody but its
+// own forwarding: that there was no connection, and which answers prove that the hook
+// has not taken it.
+type hookTransport struct {
+	http.RoundTripper
+	timeout time.Duration // to the end of the answer
+}
 
-func (t laterTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+func (t hookTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	if r.Method != http.MethodPost {
 		return t.RoundTripper.RoundTrip(r)
 	}
@@ -155,20 +168,45 @@ func (t laterTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 		GetConn: func(string) { asked.Store(true) },
 		GotConn: func(httptrace.GotConnInfo) { got.Store(true) },
 	}
-	answer, err := t.RoundTripper.RoundTrip(r.WithContext(httptrace.WithClientTrace(r.Context(), trace)))
-	if err != nil && asked.Load() && !got.Load() {
-		return nil, unsentError{err}
-	}
+	ctx, cancel := context.WithTimeout(r.Context(), t.timeout)
+	answer, err := t.RoundTripper.RoundTrip(r.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	if err != nil {
+		cancel()
+		if asked.Load() && !got.Load() {
+			return nil, unsentError{err}
+		}
 		return nil, err
 	}
 	after, ok := retryAfter(answer.Header.Get("Retry-After"))
-	if answer.StatusCode != http.StatusTooManyRequests && (answer.StatusCode != http.StatusServiceUnavailable || !ok) {
+	later := answer.StatusCode == http.StatusTooManyRequests || answer.StatusCode == http.StatusServiceUnavailable && ok
+	answer.Body = cancelBody{answer.Body, cancel}
+	if !later && !isRefusedWith(answer.StatusCode) {
 		return answer, nil
 	}
-	_, _ = io.Copy(io.Discard, io.LimitReader(answer.Body, 64<<10)) // so that the connection can be kept
+	body, _ := io.ReadAll(io.LimitReader(answer.Body, 64<<10)) // to its end, so that the connection can be kept
 	_ = answer.Body.Close()
-	return nil, &laterError{answer.Status, after}
+	refused := &answerError{status: answer.Status, later: later, after: after}
+	if resp := (acomm.Response{}); json.Unmarshal(body, &resp) == nil && resp.Error != nil {
+		refused.words = resp.Error.Error()
+	}
+	return nil, refused
+}
+
+// cancelBody ends the time of an answer when it is closed.
+type cancelBody struct {
+	io.ReadCloser
+	cancel context.CancelFunc
+}
+
+func (b cancelBody) Close() error {
+	defer b.cancel()
+	return b.ReadCloser.Close()
+}
+
+// isRefusedWith reports whether who answers a POST with the status has not taken
+// what it carries. Other errors may come from a proxy that has passed it on.
+func isRefusedWith(status int) bool {
+	return status >= 400 && status < 500 || status == http.StatusNotImplemented || status == http.StatusHTTPVersionNotSupported
 }
 
 // retryAfter reads a Retry-After. It reports false if there is none.

@@ -44,7 +44,7 @@ func TestSendResponse_IsTriedAgainAfterABrokenHandshake(t *testing.T) {
 	defer hook.Close()
 	before := http.DefaultTransport
 	defer func() { http.DefaultTransport = before }()
-	front, connecting := newHookTransport(hookRules{{netip.MustParsePrefix("127.0.0.0/8"), true}}, false)
+	front, connecting := newHookTransport(hookRules{{netip.MustParsePrefix("127.0.0.0/8"), true}}, false, time.Minute)
 	http.DefaultTransport = front
 	roots := x509.NewCertPool()
 	roots.AddCert(hook.Certificate())

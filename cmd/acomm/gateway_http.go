@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"log"
 	"net"
@@ -45,7 +44,7 @@ func (g *gateway) newServer(front *limitedListener, errorLog io.Writer) *http.Se
 		answer(w, "", r)
 	}))
 	return &http.Server{
-		Handler:           sameOrigin.Handler(mux),
+		Handler:           g.onlyNamed(sameOrigin.Handler(mux)),
 		ReadHeaderTimeout: headerTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    int(g.opts.maxHeader),
@@ -136,7 +135,7 @@ func (g *gateway) handleStream(w http.ResponseWriter, r *http.Request) {
 		_ = control.SetReadDeadline(time.Now().Add(g.timeouts.body))
 	}
 	ctx, cancel := context.WithCancel(r.Context())
-	moving := &movingWriter{w, newMovement()}
+	moving := &movingWriter{w, newMovement(), func() { g.streams.claimed(r.URL) }}
 	done := make(chan struct{})
 	var watching sync.WaitGroup
 	watching.Go(func() {
@@ -165,6 +164,14 @@ func (g *gateway) handleStream(w http.ResponseWriter, r *http.Request) {
 type movingWriter struct {
 	http.ResponseWriter
 	moved *movement
+	begin func() // called when the stream has a reader
+}
+
+func (w *movingWriter) WriteHeader(status int) {
+	if status == http.StatusOK {
+		w.begin()
+	}
+	w.ResponseWriter.WriteHeader(status)
 }
 
 func (w *movingWriter) Write(p []byte) (int, error) {
@@ -176,51 +183,32 @@ func (w *movingWriter) Write(p []byte) (int, error) {
 // Unwrap is for http.ResponseController.
 func (w *movingWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-func (g *gateway) handleHealth(w http.ResponseWriter, _ *http.Request) {
-	if g.draining.Load() {
-		http.Error(w, "draining", http.StatusServiceUnavailable)
+// exchangeTimeout is for receiving a response.
+const exchangeTimeout = time.Minute
+
+// serveResponses takes the responses of providers until the listener is stopped.
+func (g *gateway) serveResponses(listener *acomm.UnixListener) {
+	var exchanges sync.WaitGroup
+	defer exchanges.Wait()
+	for conn := listener.NextConn(); conn != nil; conn = listener.NextConn() {
+		exchanges.Go(func() { g.receiveResponse(listener, conn) })
+	}
+}
+
+// receiveResponse acknowledges a response, and only then handles it.
+func (g *gateway) receiveResponse(listener *acomm.UnixListener, conn net.Conn) {
+	defer listener.DoneConn(conn)
+	if err := conn.SetDeadline(time.Now().Add(exchangeTimeout)); err != nil {
 		return
 	}
-	fmt.Fprintln(w, "ok")
-}
-
-// limitedListener accepts a connection only while less than a number of them are
-// open. Unlike netutil's it returns them as they are: ProxyStreamHandler needs a
-// TCP connection to cut off a client of HTTP/1.0.
-type limitedListener struct {
-	net.Listener
-	slots     chan struct{} // holds a value for each open connection
-	closed    chan struct{}
-	closeOnce sync.Once
-}
-
-func newLimitedListener(l net.Listener, limit int) *limitedListener {
-	return &limitedListener{Listener: l, slots: make(chan struct{}, limit), closed: make(chan struct{})}
-}
-
-func (l *limitedListener) Accept() (net.Conn, error) {
-	select {
-	case l.slots <- struct{}{}:
-	case <-l.closed:
-		return nil, net.ErrClosed
+	resp := &acomm.Response{}
+	if err := acomm.UnmarshalConnData(conn, resp); err != nil {
+		return // closing tells its sender
 	}
-	conn, err := l.Listener.Accept()
-	if err != nil {
-		<-l.slots
-	}
-	return conn, err
-}
-
-func (l *limitedListener) Close() error {
-	l.closeOnce.Do(func() { close(l.closed) })
-	return l.Listener.Close()
-}
-
-// connState is to be the server's: each connection ends in one of these states.
-func (l *limitedListener) connState(_ net.Conn, state http.ConnState) {
-	if state == http.StateClosed || state == http.StateHijacked {
-		<-l.slots
-	}
+	// It is here, whether or not its sender stays to be told so.
+	_ = acomm.SendConnData(conn, &acomm.Response{})
+	listener.DoneConn(conn)
+	g.handleResponse(resp)
 }
 
 // serveUnix takes requests from the unix socket until the listener is stopped.

@@ -18,39 +18,58 @@ import (
 )
 
 // countingListener accepts at once, as often as it is asked.
-type countingListener struct {
-	net.Listener
-	accepted int
+type countingListener struct{ net.Listener }
+
+// closable is a connection that is open or closed.
+type closable struct {
+	net.Conn
+	closed bool
 }
 
-func (l *countingListener) Accept() (net.Conn, error) { l.accepted++; return nil, nil }
-func (l *countingListener) Close() error              { return nil }
+func (c *closable) Close() error { c.closed = true; return nil }
 
-func TestLimitedListener_AcceptsOnlyWhileFewerAreOpen(t *testing.T) {
+func (l countingListener) Accept() (net.Conn, error) { return &closable{}, nil }
+func (l countingListener) Close() error              { return nil }
+
+func TestLimitedListener_HandsOutOnlyWhileFewerAreOpen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		inner := &countingListener{}
-		l := newLimitedListener(inner, 2)
+		l := newLimitedListener(countingListener{}, 2)
 		ended := make(chan error)
+		var conns []*closable
 		go func() {
 			for {
-				if _, err := l.Accept(); err != nil {
+				conn, err := l.Accept()
+				if err != nil {
 					ended <- err
 					return
 				}
+				conns = append(conns, conn.(*closable))
 			}
 		}()
 		synctest.Wait()
-		require.Equal(t, 2, inner.accepted)
-		l.connState(nil, http.StateActive)
-		l.connState(nil, http.StateIdle)
+		require.Len(t, conns, 2)
+		l.connState(conns[0], http.StateActive)
+		l.connState(conns[1], http.StateActive)
 		synctest.Wait()
-		require.Equal(t, 2, inner.accepted)
-		l.connState(nil, http.StateClosed)
+		require.Len(t, conns, 2)
+		l.connState(conns[0], http.StateClosed)
 		synctest.Wait()
-		require.Equal(t, 3, inner.accepted)
-		l.connState(nil, http.StateHijacked)
+		require.Len(t, conns, 3)
+		l.connState(conns[1], http.StateHijacked)
 		synctest.Wait()
-		require.Equal(t, 4, inner.accepted)
+		require.Len(t, conns, 4)
+		require.False(t, conns[2].closed || conns[3].closed)
+
+		l.connState(conns[3], http.StateIdle)
+		l.connState(conns[2], http.StateIdle)
+		synctest.Wait()
+		require.True(t, conns[3].closed, "the longest idle one makes room")
+		require.False(t, conns[2].closed, "one is enough")
+		require.Len(t, conns, 4, "it may still be in use")
+		l.connState(conns[3], http.StateClosed)
+		synctest.Wait()
+		require.Len(t, conns, 5)
+
 		require.NoError(t, l.Close(), "ends an Accept that waits")
 		require.NoError(t, l.Close())
 		require.ErrorIs(t, <-ended, net.ErrClosed)
@@ -133,5 +152,48 @@ func TestGateway_HeadersOverTheLimitAreRefused(t *testing.T) {
 	require.NoError(t, err)
 	defer answer.Body.Close()
 	require.Equal(t, http.StatusRequestHeaderFieldsTooLarge, answer.StatusCode)
+	g.stop()
+}
+
+// Hazard: idle connections take all places, and a look at the health waits a minute.
+func TestGateway_LongestIdleConnectionGivesItsPlaceToANewOne(t *testing.T) {
+	g := startGateway(t, "--max-connections", "3")
+	source, w := io.Pipe()
+	stream := g.provideStream("read", source)
+	http.DefaultTransport.(*http.Transport).CloseIdleConnections()
+	ask := func(conn net.Conn, path string) *http.Response {
+		_, err := io.WriteString(conn, "GET "+path+" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+		require.NoError(t, err)
+		answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		require.NoError(t, err)
+		require.Equal(t, http.StatusOK, answer.StatusCode)
+		return answer
+	}
+	busy := dialHTTP(t, g.url.Host)
+	go func() { _, _ = io.WriteString(w, "a") }()
+	reading := ask(busy, stream.RequestURI())
+	var idle [4]*net.TCPConn
+	for i := range idle {
+		idle[i] = dialHTTP(t, g.url.Host)
+		answer := ask(idle[i], "/healthz")
+		_, _ = io.Copy(io.Discard, answer.Body)
+		_ = answer.Body.Close()
+	}
+	for i := range 2 { // in their order
+		_, err := idle[i].Read(make([]byte, 1))
+		require.ErrorIs(t, err, io.EOF)
+	}
+	for i := 2; i < 4; i++ {
+		answer := ask(idle[i], "/healthz")
+		_, _ = io.Copy(io.Discard, answer.Body)
+		_ = answer.Body.Close()
+	}
+	go func() { _, _ = io.WriteString(w, "b"); _ = w.Close() }()
+	got, err := io.ReadAll(reading.Body)
+	require.NoError(t, err, "one that is in use stays")
+	require.Equal(t, "ab", string(got))
+	for _, conn := range idle {
+		_ = conn.Close()
+	}
 	g.stop()
 }

@@ -7,8 +7,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -53,15 +53,15 @@ func isSubject(subject string) bool {
 // to hooks with the scheme nats: the one that connects, and the one before it.
 func connectNATS(opts *gatewayOptions, front, connecting *http.Transport) (*natsFront, error) {
 	f := &natsFront{serving: make(map[string]io.Closer), scanned: make(chan struct{})}
-	url := opts.nats
-	if url == "embedded" {
+	address := opts.nats
+	if address == "embedded" {
 		var err error
 		if f.server, err = startNATSServer(opts.natsListen); err != nil {
 			return nil, fmt.Errorf("start a NATS server on %s: %w", opts.natsListen, err)
 		}
-		url = f.server.ClientURL()
+		address = f.server.ClientURL()
 	}
-	conn, err := nats.Connect(url, nats.Name("acomm gateway "+opts.name), nats.MaxReconnects(-1))
+	conn, err := nats.Connect(address, nats.Name("acomm gateway "+opts.name), nats.MaxReconnects(-1))
 	if err == nil {
 		f.conn = conn
 		// Registered behind the front, so that its answers are looked at as others are.
@@ -73,8 +73,19 @@ func connectNATS(opts *gatewayOptions, front, connecting *http.Transport) (*nats
 		f.disconnect()
 		return nil, connectError(err)
 	}
-	front.RegisterProtocol("nats", laterTransport{connecting})
+	front.RegisterProtocol("nats", hookTransport{connecting, opts.hookTimeout})
 	return f, nil
+}
+
+// hosts names the servers that the connection knows, without passwords.
+func (f *natsFront) hosts() string {
+	var hosts []string
+	for _, text := range f.conn.Servers() {
+		if u, err := url.Parse(text); err == nil {
+			hosts = append(hosts, u.Host)
+		}
+	}
+	return strings.Join(hosts, ",")
 }
 
 func startNATSServer(listen string) (*server.Server, error) {
@@ -82,24 +93,56 @@ func startNATSServer(listen string) (*server.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	port, err := strconv.Atoi(portText)
+	port, err := net.LookupPort("tcp", portText)
 	if err != nil {
 		return nil, err
 	}
+	// The server itself would only log that it can't listen.
+	probe, err := net.Listen("tcp", listen)
+	if err != nil {
+		return nil, err
+	}
+	_ = probe.Close()
 	if port == 0 {
 		port = server.RANDOM_PORT
 	}
-	s, err := server.NewServer(&server.Options{Host: host, Port: port, NoSigs: true, NoLog: true})
+	s, err := server.NewServer(&server.Options{Host: host, Port: port, NoSigs: true})
 	if err != nil {
 		return nil, err
 	}
-	go s.Start() // ends with the server
-	if !s.ReadyForConnections(natsStartTimeout) {
-		s.Shutdown()
-		return nil, fmt.Errorf("not ready after %v: %w", natsStartTimeout, os.ErrDeadlineExceeded)
+	failed := make(natsFailure, 1)
+	s.SetLogger(failed, false, false)
+	ready := make(chan bool, 1)
+	go s.Start()                                                     // ends with the server
+	go func() { ready <- s.ReadyForConnections(natsStartTimeout) }() // within that time
+	select {
+	case is := <-ready:
+		if is {
+			return s, nil
+		}
+		err = fmt.Errorf("not ready after %v: %w", natsStartTimeout, os.ErrDeadlineExceeded)
+	case err = <-failed:
 	}
-	return s, nil
+	s.Shutdown()
+	return nil, err
 }
+
+// natsFailure is a server's log, of which it takes only what is fatal: where a
+// program is the server, it has nobody else to tell.
+type natsFailure chan error
+
+func (f natsFailure) Fatalf(format string, args ...any) {
+	select {
+	case f <- fmt.Errorf(format, args...):
+	default: // the first tells
+	}
+}
+
+func (natsFailure) Noticef(string, ...any) {}
+func (natsFailure) Warnf(string, ...any)   {}
+func (natsFailure) Errorf(string, ...any)  {}
+func (natsFailure) Debugf(string, ...any)  {}
+func (natsFailure) Tracef(string, ...any)  {}
 
 // start serves the tasks that have providers now, then looks for others now and
 // then.

@@ -10,11 +10,15 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/mistifyio/acomm"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/time/rate"
 )
+
+// responsesEnd is for responses that come while the gateway ends.
+const responsesEnd = 100 * time.Millisecond
 
 // runGateway runs a gateway until it is told to stop. It says on stdout when it is
 // ready.
@@ -26,9 +30,29 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 	if err != nil {
 		return err
 	}
-	transport, connecting := newHookTransport(rules, opts.hookProxy)
+	transport, connecting := newHookTransport(rules, opts.hookProxy, opts.hookTimeout)
 	http.DefaultTransport = transport
 
+	// Before anything listens that clients find. A signal ends the waiting.
+	var overNATS *natsFront
+	if opts.nats != "" {
+		connected := make(chan error, 1)
+		go func() { // ends with the process, if not before
+			var err error
+			overNATS, err = connectNATS(opts, transport, connecting)
+			connected <- err
+		}()
+		select {
+		case err := <-connected:
+			if err != nil {
+				return err
+			}
+		case sig := <-signals:
+			logrus.WithField("signal", sig.String()).Info("gateway: ended before it was connected to NATS")
+			return nil
+		}
+		defer overNATS.disconnect()
+	}
 	tcp, err := net.Listen("tcp", opts.listen)
 	if err != nil {
 		return err
@@ -39,36 +63,39 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 	if err != nil {
 		return err
 	}
-	var overNATS *natsFront
-	if opts.nats != "" {
-		if overNATS, err = connectNATS(opts, transport, connecting); err != nil {
-			return err
-		}
-		defer overNATS.disconnect()
-	}
 	tracker, err := acomm.NewTracker(opts.socket(responseDir), streamURL, opts.timeout)
 	if err != nil {
 		return err
 	}
-	requests := acomm.NewUnixListener(opts.socket(coordinatorDir), 0)
-	if err := tracker.Start(); err != nil {
+	responses := acomm.NewUnixListener(opts.socket(responseDir), 0)
+	if err := responses.Start(); err != nil {
 		return err
 	}
+	requests := acomm.NewUnixListener(opts.socket(coordinatorDir), 0)
 	if err := requests.Start(); err != nil {
-		tracker.Stop()
+		responses.Stop(responsesEnd)
 		return err
 	}
 	errorLog := logrus.StandardLogger().WriterLevel(logrus.WarnLevel)
 	defer errorLog.Close()
 	s := &gatewayServer{
 		gateway: &gateway{
-			opts: opts, rules: rules, timeouts: defaultHTTPTimeouts, tracker: tracker,
+			opts: opts, rules: rules, hosts: newHostNames(opts, tcp.Addr()), timeouts: defaultHTTPTimeouts,
+			tracker: tracker, hook: responses.URL(), streams: publishedStreams{unread: opts.unread},
 			natsHook: overNATS != nil,
+			health:   health{dir: opts.socketDir, nats: overNATS},
 			ending:   make(chan struct{}),
 			lines:    rate.NewLimiter(10, 10),
 		},
-		requests: requests,
-		nats:     overNATS,
+		requests: requests, responses: responses,
+		nats: overNATS,
+	}
+	for _, socket := range []*acomm.UnixListener{requests, responses} {
+		if err := s.health.own(socket.Addr()); err != nil {
+			requests.Stop(0)
+			responses.Stop(responsesEnd)
+			return err
+		}
 	}
 	s.metrics = newGatewayMetrics(s.pending.Load)
 	s.http = s.newServer(front, errorLog)
@@ -83,9 +110,10 @@ func (o *gatewayOptions) socket(dir string) string {
 // gatewayServer is a gateway with what it takes requests from.
 type gatewayServer struct {
 	*gateway
-	requests *acomm.UnixListener
-	http     *http.Server
-	nats     *natsFront // nil without NATS
+	requests  *acomm.UnixListener
+	responses *acomm.UnixListener
+	http      *http.Server
+	nats      *natsFront // nil without NATS
 }
 
 // run serves until a signal, then drains until another one.
@@ -93,11 +121,14 @@ func (s *gatewayServer) run(ctx context.Context, signals <-chan os.Signal, front
 	served := make(chan error, 1)
 	var serving sync.WaitGroup
 	serving.Go(func() { s.serveUnix(s.requests) })
+	serving.Go(func() { s.serveResponses(s.responses) })
 	serving.Go(func() { served <- s.http.Serve(front) })
 
 	if s.nats != nil {
 		s.nats.start(s.gateway)
 	}
+	watched := make(chan struct{})
+	serving.Go(func() { s.health.watch(watched) })
 	_, failed := fmt.Fprintf(stdout, "listening on %s\n", front.Addr())
 	if failed == nil {
 		logrus.WithFields(logrus.Fields{"addr": front.Addr().String(), "socket": s.requests.Addr()}).Info("gateway: ready")
@@ -110,6 +141,7 @@ func (s *gatewayServer) run(ctx context.Context, signals <-chan os.Signal, front
 		case failed = <-served:
 		}
 	}
+	close(watched)
 	drained := make(chan struct{})
 	go func() { // waited for, unless the process ends at once
 		defer close(drained)
@@ -125,7 +157,7 @@ func (s *gatewayServer) run(ctx context.Context, signals <-chan os.Signal, front
 	case sig := <-signals:
 		// The sockets are removed as far as possible: whoever finds one connects.
 		_ = os.Remove(s.requests.Addr())
-		_ = os.Remove(s.tracker.Addr())
+		_ = os.Remove(s.responses.Addr())
 		return errors.Join(failed, fmt.Errorf("ended by a second signal, %v, with %d requests outstanding", sig, s.pending.Load()))
 	}
 }
@@ -139,7 +171,9 @@ func (s *gatewayServer) drain() {
 		s.nats.close()
 	}
 	s.requests.Stop(0) // its exchanges have deadlines
-	s.tracker.Stop()
+	s.waiting.stop()
+	s.responses.Stop(responsesEnd) // nobody waits for what may still come
 	close(s.ending)
 	_ = s.http.Shutdown(context.Background()) // can only fail to close the listener
+	s.streams.endAll()                        // nobody can read them any more
 }

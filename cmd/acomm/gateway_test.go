@@ -724,7 +724,7 @@ func TestGateway_StalledStreamDoesNotHoldTheEndUp(t *testing.T) {
 		conn, err := net.Dial("tcp", stream.Host)
 		require.NoError(t, err)
 		defer conn.Close()
-		_, err = fmt.Fprintf(conn, "GET %s HTTP/%s\r\nHost: x\r\n\r\n", stream.RequestURI(), test.version)
+		_, err = fmt.Fprintf(conn, "GET %s HTTP/%s\r\nHost: %s\r\n\r\n", stream.RequestURI(), test.version, stream.Host)
 		require.NoError(t, err)
 		answer := bufio.NewReader(conn)
 		line, err := answer.ReadString('\n') // the stream is under way

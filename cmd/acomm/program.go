@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unicode/utf8"
@@ -281,18 +282,20 @@ type programStream struct {
 	program *program
 	pipe    *programPipe
 	r       *bufio.Reader
-	moved   *movement // touched before and after each Read: what one gave is taken by the next
+	moved   *movement   // touched before and after each Read: what one gave is taken by the next
+	reading atomic.Bool // there is a Read, or all has been read
 	claim   sync.Once
 	claimed chan struct{} // closed when it is read
 	end     sync.Once
 	closed  chan struct{} // closed when it is
 }
 
-func (s *programStream) Read(p []byte) (int, error) {
+func (s *programStream) Read(p []byte) (n int, err error) {
 	s.moved.touch()
-	defer s.moved.touch()
+	s.reading.Store(true)
+	defer func() { s.moved.touch(); s.reading.Store(err == io.EOF) }()
 	s.claim.Do(func() { close(s.claimed) })
-	n, err := s.r.Read(p)
+	n, err = s.r.Read(p)
 	if n == 0 && errors.Is(err, io.EOF) {
 		if failed := s.program.wait(); failed != nil {
 			return 0, failed

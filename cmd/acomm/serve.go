@@ -32,12 +32,14 @@ type service struct {
 	stream      bool
 	concurrency int
 	timeout     time.Duration // 0: none
+	unread      time.Duration
 	verbose     bool
 	log         logFormat
 
 	tracker  *acomm.Tracker // for the streams
 	room     chan struct{}  // holds a token for each request that descriptors are kept for
 	slots    chan struct{}  // holds a token for each program that runs
+	waiting  atomic.Int64   // requests that wait for a place
 	draining chan struct{}  // closed when the service is told to stop
 	programs programs
 
@@ -80,8 +82,9 @@ wait for their turn, without a limit to their number. Where descriptors are few
 (ulimit -n), fewer programs run, and what finds none is tried again for a minute: to
 start a program, to send its result. Over HTTP a hook that can't be connected to is
 tried for as long, until the service is told to end. The time-out counts from the start
-of the program. With --stream, a stream that nobody reads holds its program, and
-so its place, for an hour, or the time-out.
+of the program. With --stream, a stream that nobody begins to read is ended after
+--unread-duration, and so is one whose reader takes nothing for so long while another
+request waits: it holds a place.
 
 SIGNALS
 On SIGTERM, SIGINT and SIGHUP the service stops listening, does what it has
@@ -151,6 +154,7 @@ func newServeCommand() *cobra.Command {
 	flags.BoolVar(&s.stream, "stream", false, "the program's output is a stream")
 	flags.IntVar(&s.concurrency, "concurrency", runtime.NumCPU(), "how many programs run at a time")
 	flags.DurationVar(&s.timeout, "timeout", 0, "how long a program may run (default without limit)")
+	flags.DurationVar(&s.unread, "unread-duration", time.Minute, "how long a stream may stand unread")
 	flags.BoolVarP(&s.verbose, "verbose", "v", false, "log each task: when it starts, and how it ends")
 	s.log.addTo(flags)
 	return cmd
@@ -164,6 +168,8 @@ func (s *service) check(path string) (err error) {
 	switch {
 	case s.concurrency < 1:
 		return fmt.Errorf("--concurrency %d is not positive", s.concurrency)
+	case s.unread <= 0:
+		return fmt.Errorf("--unread-duration %v is not positive", s.unread)
 	case s.timeout < 0:
 		return fmt.Errorf("--timeout %v is negative", s.timeout)
 	}
@@ -291,7 +297,9 @@ func (s *service) accept(req *acomm.Request) error {
 func (s *service) answer(req *acomm.Request) error {
 	s.room <- struct{}{}
 	defer func() { <-s.room }()
+	s.waiting.Add(1)
 	s.slots <- struct{}{}
+	s.waiting.Add(-1)
 	release := sync.OnceFunc(func() { <-s.slots })
 	defer release()
 	s.say(req, "start")
@@ -358,7 +366,8 @@ func (s *service) answerStream(req *acomm.Request, release func()) (failed, err 
 		s.dropStream(req, addr)
 		return nil, err
 	}
-	go func() { // ends with the program
+	go s.endUnread(req, src, addr) // ends with the stream
+	go func() {                    // ends with the program
 		<-src.program.ended
 		release()
 	}()

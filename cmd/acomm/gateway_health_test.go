@@ -1,0 +1,81 @@
+package main
+
+import (
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// waitHealth asks until the status is the wanted one, and returns what it says.
+func (g *gatewayRun) waitHealth(want int) string {
+	g.t.Helper()
+	for began := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		status, body := g.get("healthz")
+		if status == want {
+			return body
+		}
+		require.Less(g.t, time.Since(began), patience, "%d %s", status, body)
+	}
+}
+
+// Hazard: a gateway that can take no request, or get no response, says it is well.
+func TestGateway_HealthSaysThatASocketIsGone(t *testing.T) {
+	for _, socket := range []string{"response/gw.sock", "coordinator/gw.sock"} {
+		g := startGateway(t)
+		path := filepath.Join(g.dir, socket)
+		require.Equal(t, "ok\n", g.waitHealth(http.StatusOK))
+		moved := path + ".moved"
+		require.NoError(t, os.Rename(path, moved))
+		status, body := g.get("healthz")
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		require.Contains(t, body, socket)
+		require.NotContains(t, body, g.dir, "of no concern to strangers")
+		require.Contains(t, g.waitLine("not healthy"), socket)
+
+		other, err := net.Listen("unix", path)
+		require.NoError(t, err)
+		status, body = g.get("healthz")
+		require.Equal(t, http.StatusServiceUnavailable, status, "another's socket")
+		require.Contains(t, body, socket)
+		require.NotContains(t, body, g.dir, "of no concern to strangers")
+		require.NoError(t, other.Close())
+
+		require.NoError(t, os.Rename(moved, path))
+		status, _ = g.get("healthz")
+		require.Equal(t, http.StatusOK, status)
+		g.waitLine("healthy again")
+		g.stop()
+	}
+}
+
+// The log tells also where nobody asks.
+func TestGateway_LogSaysUnaskedThatASocketIsGone(t *testing.T) {
+	g := startGateway(t)
+	require.NoError(t, os.Remove(filepath.Join(g.dir, "response", "gw.sock")))
+	g.waitLine("not healthy")
+	g.stop()
+}
+
+func TestGateway_HealthSaysThatNATSIsGone(t *testing.T) {
+	broker, err := startNATSServer("127.0.0.1:0")
+	require.NoError(t, err)
+	addr := broker.Addr().String()
+	g := startGateway(t, "--nats", broker.ClientURL())
+	g.waitHealth(http.StatusOK)
+	broker.Shutdown()
+	broker.WaitForShutdown()
+	require.Contains(t, g.waitHealth(http.StatusServiceUnavailable), "NATS")
+	require.Contains(t, g.waitLine("not healthy"), (&url.URL{Scheme: "nats", Host: addr}).Host)
+	broker, err = startNATSServer(addr)
+	require.NoError(t, err)
+	defer func() { broker.Shutdown(); broker.WaitForShutdown() }()
+	g.waitHealth(http.StatusOK)
+	g.waitLine("healthy again")
+	g.stop()
+}

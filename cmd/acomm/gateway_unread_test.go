@@ -1,0 +1,172 @@
+package main
+
+import (
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/mistifyio/acomm"
+	"github.com/stretchr/testify/require"
+)
+
+// serveEndless runs a program whose stream has no end, as the task's one provider
+// and with one place. Its first request, with the argument 1, takes a second.
+func serveEndless(t *testing.T, path string, args ...string) *running {
+	t.Helper()
+	args = append([]string{"serve", "--stream", "--concurrency", "1", "-v"}, args...)
+	serve := startAcomm(t, append(args, path, "--", "sh", "-c", `read n; test "$n" = 1 && sleep 1; exec cat /dev/zero`)...)
+	serve.waitLine("listening on")
+	t.Cleanup(func() { // its streams have ended
+		serve.signal(syscall.SIGTERM)
+		require.Equal(t, 0, serve.wait(), serve.said())
+	})
+	return serve
+}
+
+// requireStream sends requests until one has got the place, and reads of its stream.
+func (g *gatewayRun) requireStream(task string) {
+	t := g.t
+	t.Helper()
+	hook, responses := gwHook(t)
+	var resp *acomm.Response
+	for began := time.Now(); resp == nil || resp.Error != nil; {
+		require.Less(t, time.Since(began), patience, "the program never runs again")
+		require.NoError(t, acomm.Send(g.url, gwRequest(t, task, hook, 2)))
+		resp = gwWithin(t, responses)
+	}
+	answer, err := http.Get(resp.StreamURL.String())
+	require.NoError(t, err)
+	defer answer.Body.Close()
+	_, err = io.ReadFull(answer.Body, make([]byte, 1000))
+	require.NoError(t, err)
+}
+
+// Hazard: a program whose response comes after the time-out of the gateway keeps its
+// place for an hour.
+func TestGateway_StreamOfALateResponseIsEndedAtOnce(t *testing.T) {
+	g := startGateway(t, "--timeout", "300ms")
+	serveEndless(t, filepath.Join(g.dir, "zero", "1.sock"), "--unread-duration", "1h")
+	hook, responses := gwHook(t)
+	require.NoError(t, acomm.Send(g.url, gwRequest(t, "zero", hook, 1)))
+	require.EqualError(t, gwWithin(t, responses).Error, "response timeout")
+	g.requireStream("zero")
+	g.stop()
+}
+
+// Hazard: so does one whose requester has gone.
+func TestGateway_StreamThatTheHookDoesNotTakeIsEndedAtOnce(t *testing.T) {
+	g := startGateway(t, "--timeout", "2s")
+	serveEndless(t, filepath.Join(g.dir, "zero", "1.sock"), "--unread-duration", "1h")
+	no := httptest.NewServer(http.NotFoundHandler())
+	defer no.Close()
+	require.NoError(t, acomm.Send(g.url, gwRequest(t, "zero", no.URL, 2)))
+	g.requireStream("zero")
+	no.Close() // tried again until the time-out
+	require.NoError(t, acomm.Send(g.url, gwRequest(t, "zero", no.URL, 2)))
+	g.requireStream("zero")
+	g.stop()
+}
+
+func TestGateway_StreamThatNobodyReadsIsEnded(t *testing.T) {
+	g := startGateway(t, "--unread-duration", "300ms")
+	serveEndless(t, filepath.Join(g.dir, "zero", "1.sock"), "--unread-duration", "1h")
+	hook, responses := gwHook(t)
+	require.NoError(t, acomm.Send(g.url, gwRequest(t, "zero", hook, 2)))
+	resp := gwWithin(t, responses)
+	g.requireStream("zero")
+	answer, err := http.Get(resp.StreamURL.String())
+	require.NoError(t, err)
+	require.NoError(t, answer.Body.Close())
+	require.Equal(t, http.StatusNotFound, answer.StatusCode)
+	g.stop()
+}
+
+// Hazard: the bound for unread streams ends one that is being read.
+func TestGateway_StreamThatIsReadOutlivesTheBoundForUnreadOnes(t *testing.T) {
+	g := startGateway(t, "--unread-duration", "100ms")
+	source, w := io.Pipe()
+	stream := g.provideStream("read", source)
+	go func() { _, _ = w.Write([]byte{1}) }()
+	answer, err := http.Get(stream.String())
+	require.NoError(t, err)
+	defer answer.Body.Close()
+	buf := make([]byte, 1)
+	_, err = io.ReadFull(answer.Body, buf)
+	require.NoError(t, err)
+	time.Sleep(500 * time.Millisecond) // five times the bound
+	go func() { _, _ = w.Write([]byte{2}); _ = w.Close() }()
+	rest, err := io.ReadAll(answer.Body)
+	require.NoError(t, err)
+	require.Equal(t, []byte{2}, rest)
+	g.stop()
+}
+
+// requestStream sends a request to the service, and returns the stream of its
+// response.
+func requestStream(t *testing.T, path string) *acomm.Response {
+	t.Helper()
+	hook, responses := gwHook(t)
+	target := gwRequest(t, "x", "unix://"+path, nil).ResponseHook
+	require.NoError(t, acomm.Send(target, gwRequest(t, "zero", hook, 2)))
+	return gwWithin(t, responses)
+}
+
+// Hazard: a client that never reads its streams keeps all others waiting.
+func TestServe_StreamThatNobodyReadsIsEnded(t *testing.T) {
+	path := filepath.Join(shortDir(t), "s.sock")
+	serve := serveEndless(t, path, "--unread-duration", "200ms")
+	for range 2 {
+		require.NoError(t, requestStream(t, path).Error)
+	}
+	serve.waitLines("nobody has read", 2)
+}
+
+// A reader that pauses keeps its stream, until another request waits for the place.
+func TestServe_StreamWhoseReaderTakesNothingGivesItsPlaceToTheNext(t *testing.T) {
+	path := filepath.Join(shortDir(t), "s.sock")
+	serve := serveEndless(t, path, "--unread-duration", "200ms")
+	stream := requestStream(t, path).StreamURL
+	conn, err := net.Dial("unix", stream.Path)
+	require.NoError(t, err)
+	defer conn.Close()
+	_, err = conn.Write([]byte{0})
+	require.NoError(t, err)
+	buf := make([]byte, 1<<20)
+	_, err = io.ReadFull(conn, buf)
+	require.NoError(t, err)
+	time.Sleep(time.Second) // five times the bound
+	_, err = io.ReadFull(conn, buf)
+	require.NoError(t, err, "nobody needs the place")
+	require.NotContains(t, serve.said(), "nobody has read")
+	require.NoError(t, requestStream(t, path).Error)
+}
+
+// Hazard: a provider that sends its response again, unsure of the first, has its own
+// stream ended.
+func TestGateway_ASecondCopyOfAResponseLeavesTheStream(t *testing.T) {
+	g := startGateway(t)
+	tracker, err := acomm.NewTracker("", nil, 0)
+	require.NoError(t, err)
+	require.NoError(t, tracker.Start())
+	t.Cleanup(tracker.Stop)
+	g.provide("read", "a.sock", func(req *acomm.Request) (*acomm.Response, error) {
+		u, err := tracker.NewStreamUnix("", io.NopCloser(strings.NewReader("data")))
+		resp := &acomm.Response{ID: req.ID, StreamURL: u}
+		go func() { _ = req.Respond(resp); _ = req.Respond(resp) }()
+		return nil, err
+	})
+	hook, responses := gwHook(t)
+	require.NoError(t, acomm.Send(g.url, gwRequest(t, "read", hook, nil)))
+	resp := gwWithin(t, responses)
+	g.waitLine("nobody waits for")
+	var got strings.Builder
+	require.NoError(t, acomm.Stream(&got, resp.StreamURL))
+	require.Equal(t, "data", got.String())
+	g.stop()
+}

@@ -1,0 +1,65 @@
+package main
+
+import (
+	"net"
+	"net/url"
+	"time"
+
+	"github.com/mistifyio/acomm"
+	"github.com/sirupsen/logrus"
+)
+
+const (
+	unreadLook   = time.Second // between looks whether somebody waits for the place of a reader that pauses
+	leaveTimeout = time.Second // for connecting to a stream that is to be ended
+)
+
+// endUnread ends a stream that has stood unread for --unread-duration, and so gives
+// its place to the next request: nobody has come for it, or another request waits
+// while its reader takes nothing. A program that is silent is waited for.
+func (s *service) endUnread(req *acomm.Request, src *programStream, addr *url.URL) {
+	src.moved.touch() // from the response on
+	for {
+		left := s.unread - src.unreadFor()
+		if left <= 0 && (!src.isClaimed() || s.waiting.Load() > 0) {
+			break
+		}
+		if left <= 0 {
+			left = unreadLook
+		}
+		timer := time.NewTimer(left)
+		select {
+		case <-src.closed:
+			timer.Stop()
+			return
+		case <-timer.C:
+		}
+	}
+	logrus.Warnf("request %s: its stream is ended, nobody has read it for %v", printable(req.ID), s.unread)
+	_ = src.Close()
+	if !src.isClaimed() {
+		s.dropStream(req, addr)
+	}
+}
+
+// unreadFor is how long the stream has had something to read and nobody to read it.
+func (s *programStream) unreadFor() time.Duration {
+	if s.reading.Load() {
+		return 0
+	}
+	return time.Since(s.moved.born) - time.Duration(s.moved.last.Load())
+}
+
+// leaveStream ends a stream on a unix socket, as a consumer that leaves at once,
+// also while its source is silent. What was wrong with it is its provider's concern.
+func leaveStream(addr *url.URL) {
+	if addr == nil || addr.Scheme != "unix" {
+		return
+	}
+	for _, path := range []string{addr.Path, addr.RequestURI()} { // as the library looks for it
+		if conn, err := net.DialTimeout("unix", path, leaveTimeout); err == nil {
+			_ = conn.Close()
+			return
+		}
+	}
+}
