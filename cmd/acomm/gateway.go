@@ -42,6 +42,21 @@ WHAT IT SERVES
                 502  a provider may have taken it, or may not; nothing will be sent
                      to the hook
                 503  the gateway is ending; not taken
+  POST /tasks/TASK   the task, with the arguments as the body, in JSON, or nothing.
+              The gateway waits for the response, ?wait=30s at most (--timeout is the
+              default and the most), and answers with the result as JSON, or with the
+              bytes of its stream. Other answers are {"error": TEXT}:
+                404  nobody provides the task
+                422  the error of the task
+                502  a provider may have taken it, or may not
+                503  not taken: no provider listens, or all refuse it; or the gateway is
+                     ending
+                504  no response in time
+              and 400, 403, 405, 408, 413 and 429 as above. With the header "Prefer:
+              respond-async" it answers 202 at once. Its Location is where the
+              response is fetched with GET, once, as if it were the answer, or 202 again
+              while there is none (?wait=30s waits). It is there for the time that was
+              waited for and --unread-duration.
   /stream     the streams that responses name, see --stream-url. One that can't be
               passed on, since its response is late or its hook has not taken it,
               is ended at once, and one that nobody begins to read after

@@ -71,6 +71,7 @@ type gateway struct {
 	hook     *url.URL       // of the responses
 	waiting  outstanding
 	streams  publishedStreams
+	results  taskResults
 	health   health
 	metrics  *gatewayMetrics
 	pending  atomic.Int64  // requests that are tracked, or whose response is being sent to the hook
@@ -268,16 +269,7 @@ var errNotWaiting = errors.New("it is late, or no request has the id")
 // finish counts the response to a request, or its time-out, and sends it to the
 // hook.
 func (g *gateway) finish(hook *url.URL, resp *acomm.Response, task string, taken time.Time) {
-	switch {
-	case errors.Is(resp.Error, os.ErrDeadlineExceeded): // no error from outside does
-		g.metrics.timeouts.WithLabelValues(task).Inc()
-	case resp.Error != nil:
-		g.metrics.responses.WithLabelValues(task, "error").Inc()
-		g.metrics.seconds.WithLabelValues(task).Observe(time.Since(taken).Seconds())
-	default:
-		g.metrics.responses.WithLabelValues(task, "success").Inc()
-		g.metrics.seconds.WithLabelValues(task).Observe(time.Since(taken).Seconds())
-	}
+	g.count(resp, task, taken)
 	out := *resp
 	if resp.StreamURL != nil {
 		published, err := g.tracker.ProxyStreamHTTPURL(resp.StreamURL)
@@ -295,6 +287,20 @@ func (g *gateway) finish(hook *url.URL, resp *acomm.Response, task string, taken
 		g.streams.end(streamKey(out.StreamURL))
 	default:
 		g.streams.told(out.StreamURL)
+	}
+}
+
+// count counts the response to a request, or its time-out.
+func (g *gateway) count(resp *acomm.Response, task string, taken time.Time) {
+	switch {
+	case errors.Is(resp.Error, os.ErrDeadlineExceeded): // no error from outside does
+		g.metrics.timeouts.WithLabelValues(task).Inc()
+	case resp.Error != nil:
+		g.metrics.responses.WithLabelValues(task, "error").Inc()
+		g.metrics.seconds.WithLabelValues(task).Observe(time.Since(taken).Seconds())
+	default:
+		g.metrics.responses.WithLabelValues(task, "success").Inc()
+		g.metrics.seconds.WithLabelValues(task).Observe(time.Since(taken).Seconds())
 	}
 }
 

@@ -34,6 +34,8 @@ var defaultHTTPTimeouts = httpTimeouts{body: time.Minute, answer: 2 * time.Minut
 func (g *gateway) newServer(front *limitedListener, errorLog io.Writer) *http.Server {
 	mux := http.NewServeMux()
 	mux.Handle("/{$}", g.bounded(http.HandlerFunc(g.handleRequest)))
+	mux.Handle("/tasks/{task}", g.bounded(http.HandlerFunc(g.handleTask)))
+	mux.Handle(resultsPath+"{key}", g.bounded(http.HandlerFunc(g.handleResult)))
 	mux.HandleFunc("/stream", g.handleStream)
 	mux.Handle("/healthz", g.bounded(http.HandlerFunc(g.handleHealth)))
 	mux.Handle("/metrics", g.bounded(g.metrics.handler()))
@@ -89,6 +91,19 @@ func (g *gateway) readRequest(w http.ResponseWriter, r *http.Request) (*acomm.Re
 		w.Header().Set("Allow", http.MethodPost)
 		return nil, refuse(http.StatusMethodNotAllowed, reasonInvalid, "a request is sent with POST")
 	}
+	body, refused := g.readBody(w, r)
+	if refused != nil {
+		return nil, refused
+	}
+	req := &acomm.Request{}
+	if err := json.Unmarshal(body, req); err != nil {
+		return nil, refuse(http.StatusBadRequest, reasonInvalid, "parse the request: %w", err)
+	}
+	return req, nil
+}
+
+// readBody reads the whole body.
+func (g *gateway) readBody(w http.ResponseWriter, r *http.Request) ([]byte, *refusal) {
 	limit := int64(g.opts.maxBody)
 	// Within bounded's deadline, not the server's ReadTimeout: that would end streams
 	// as well.
@@ -105,11 +120,7 @@ func (g *gateway) readRequest(w http.ResponseWriter, r *http.Request) (*acomm.Re
 	case err != nil:
 		return nil, refuse(http.StatusBadRequest, reasonInvalid, "read the request: %w", err)
 	}
-	req := &acomm.Request{}
-	if err := json.Unmarshal(body, req); err != nil {
-		return nil, refuse(http.StatusBadRequest, reasonInvalid, "parse the request: %w", err)
-	}
-	return req, nil
+	return body, nil
 }
 
 // answer acknowledges a request, or tells why it is refused.

@@ -1,0 +1,321 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/mistifyio/acomm"
+)
+
+// The plain HTTP door: POST /tasks/TASK has the arguments as its body, and is answered
+// with the result. A requester needs neither a hook nor a library.
+
+// maxErrorText is how many bytes of an error go into an answer.
+const maxErrorText = 64 << 10
+
+// handleTask takes a request without a hook, and answers with its response, or with
+// where that can be fetched from.
+func (g *gateway) handleTask(w http.ResponseWriter, r *http.Request) {
+	if r.Method != http.MethodPost {
+		w.Header().Set("Allow", http.MethodPost)
+		g.refuseTask(w, "", refuse(http.StatusMethodNotAllowed, reasonInvalid, "a task is sent with POST"))
+		return
+	}
+	wait, err := g.waitOf(r)
+	if err != nil {
+		g.refuseTask(w, "", &refusal{http.StatusBadRequest, reasonInvalid, err})
+		return
+	}
+	if g.draining.Load() {
+		w.Header().Set("Connection", "close") // the body is not read
+		g.refuseTask(w, "", errDraining())
+		return
+	}
+	args, refused := g.readArgs(w, r)
+	if refused != nil {
+		g.refuseTask(w, "", refused)
+		return
+	}
+	req := &acomm.Request{ID: rand.Text(), Task: r.PathValue("task"), ResponseHook: g.hook, Args: args}
+	task := g.task(req.Task)
+	g.metrics.requests.WithLabelValues(task).Inc()
+	result := newTaskResult()
+	tracked, refused := g.begin(req, task, wait, result.set)
+	if refused != nil {
+		g.refuseTask(w, task, refused)
+		return
+	}
+	if prefersAsync(r) {
+		w.Header().Set("Location", g.results.add(result, wait+g.opts.unread))
+		w.Header().Set("Preference-Applied", "respond-async")
+		writeJSON(w, http.StatusAccepted, map[string]string{"id": req.ID})
+		return
+	}
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(wait + g.timeouts.answer))
+	select {
+	case <-result.done:
+		g.answerTask(w, r, result.resp)
+	case <-r.Context().Done(): // the response is dropped, and its stream ended
+		if g.waiting.remove(tracked) {
+			g.waiting.drop()
+			g.pending.Add(-1)
+			return
+		}
+		<-result.done
+		leaveResponse(result.resp)
+	}
+}
+
+// waitOf is how long the requester waits: ?wait, up to --timeout, which is the default.
+func (g *gateway) waitOf(r *http.Request) (time.Duration, error) {
+	text := r.URL.Query().Get("wait")
+	if text == "" {
+		return g.opts.timeout, nil
+	}
+	wait, err := time.ParseDuration(text)
+	if err != nil || wait <= 0 {
+		return 0, fmt.Errorf("wait=%.64q is no time, such as 30s", text)
+	}
+	return min(wait, g.opts.timeout), nil
+}
+
+// prefersAsync reports whether the requester asks for an answer at once (RFC 7240).
+func prefersAsync(r *http.Request) bool {
+	for _, prefer := range r.Header.Values("Prefer") {
+		for part := range strings.SplitSeq(prefer, ",") {
+			name, _, _ := strings.Cut(part, ";")
+			if strings.EqualFold(strings.TrimSpace(name), "respond-async") {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// readArgs reads the arguments, one JSON value or nothing.
+func (g *gateway) readArgs(w http.ResponseWriter, r *http.Request) (*json.RawMessage, *refusal) {
+	body, refused := g.readBody(w, r)
+	if refused != nil {
+		return nil, refused
+	}
+	if len(body) == 0 {
+		body = []byte("null")
+	}
+	if !json.Valid(body) {
+		return nil, refuse(http.StatusBadRequest, reasonInvalid, "the arguments are not JSON")
+	}
+	return (*json.RawMessage)(&body), nil
+}
+
+// begin has a provider take the request; done is called once with the response, or the
+// time-out. After a refusal it is not.
+func (g *gateway) begin(req *acomm.Request, task string, wait time.Duration, done func(*acomm.Response)) (*waiting, *refusal) {
+	if err := checkTaskName(req.Task); err != nil {
+		return nil, &refusal{http.StatusBadRequest, reasonInvalid, err}
+	}
+	providers, err := g.providers(req.Task)
+	if err != nil || len(providers) == 0 {
+		if err != nil {
+			g.warn("look for providers", err, req.ID, task)
+		}
+		return nil, refuse(http.StatusNotFound, reasonNoProvider, "nobody provides the task %q", req.Task)
+	}
+	if g.pending.Add(1) > int64(g.opts.maxOutstanding) {
+		g.pending.Add(-1)
+		return nil, refuse(http.StatusTooManyRequests, reasonBusy, "%d requests are outstanding", g.opts.maxOutstanding)
+	}
+	taken := time.Now()
+	tracked, err := g.waiting.add(req.ID, wait, func(resp *acomm.Response) {
+		defer g.pending.Add(-1)
+		g.count(resp, task, taken)
+		done(resp)
+	})
+	if err != nil {
+		g.pending.Add(-1)
+		return nil, errDraining()
+	}
+	refused := g.offer(providers, req)
+	if refused == nil || !g.waiting.remove(tracked) { // the response may have come first
+		return tracked, nil
+	}
+	g.waiting.drop()
+	g.pending.Add(-1)
+	switch refused.reason {
+	case reasonNoProvider, reasonRefused: // both are 200 where the answer is an acknowledgement
+		refused.status = http.StatusServiceUnavailable
+	}
+	return nil, refused
+}
+
+// refuseTask answers that a task was not taken, or may not have been.
+func (g *gateway) refuseTask(w http.ResponseWriter, task string, r *refusal) {
+	g.refused(task, "", r)
+	if r.status == http.StatusServiceUnavailable || r.status == http.StatusTooManyRequests {
+		w.Header().Set("Retry-After", "1")
+	}
+	writeError(w, r.status, r.err)
+}
+
+// answerTask answers with a response: its result, its error, or its stream.
+func (g *gateway) answerTask(w http.ResponseWriter, r *http.Request, resp *acomm.Response) {
+	switch {
+	case errors.Is(resp.Error, os.ErrDeadlineExceeded): // no error from outside does
+		writeError(w, http.StatusGatewayTimeout, resp.Error)
+	case resp.Error != nil:
+		leaveResponse(resp)
+		writeError(w, http.StatusUnprocessableEntity, resp.Error)
+	case resp.StreamURL != nil:
+		published, err := g.tracker.ProxyStreamHTTPURL(resp.StreamURL)
+		if err != nil {
+			g.warn("a response whose stream can't be passed on", withoutURL(err), resp.ID, "")
+			writeError(w, http.StatusBadGateway, errors.New("the stream of the response can't be passed on"))
+			return
+		}
+		streaming := r.Clone(r.Context())
+		streaming.Method, streaming.URL, streaming.Body, streaming.ContentLength = http.MethodGet, published, http.NoBody, 0
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Time{}) // it takes as long as it takes
+		g.handleStream(w, streaming)
+	default:
+		result := resp.Result
+		if result == nil {
+			result = &nullResult
+		}
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = w.Write(*result)
+	}
+}
+
+var nullResult = json.RawMessage("null")
+
+// leaveResponse ends the stream of a response that nobody gets.
+func leaveResponse(resp *acomm.Response) {
+	if resp.StreamURL != nil {
+		leaveStream(resp.StreamURL)
+	}
+}
+
+func writeError(w http.ResponseWriter, status int, err error) {
+	text := err.Error()
+	writeJSON(w, status, map[string]string{"error": text[:min(len(text), maxErrorText)]})
+}
+
+func writeJSON(w http.ResponseWriter, status int, value any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	encoder := json.NewEncoder(w)
+	encoder.SetEscapeHTML(false)
+	_ = encoder.Encode(value) // a requester that has left can't be told
+}
+
+// taskResult is the response to a task, once it is there.
+type taskResult struct {
+	done chan struct{} // closed when resp is set
+	resp *acomm.Response
+}
+
+func newTaskResult() *taskResult { return &taskResult{done: make(chan struct{})} }
+
+func (t *taskResult) set(resp *acomm.Response) {
+	t.resp = resp
+	close(t.done)
+}
+
+// taskResults are those that are fetched later, each once and for a bounded time.
+type taskResults struct {
+	mu    sync.Mutex
+	byKey map[string]*taskResult
+}
+
+const resultsPath = "/responses/"
+
+// add keeps a result for a time, and returns the path to fetch it from, which nobody can
+// guess.
+func (t *taskResults) add(result *taskResult, d time.Duration) string {
+	key := rand.Text()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.byKey == nil {
+		t.byKey = make(map[string]*taskResult)
+	}
+	t.byKey[key] = result
+	time.AfterFunc(d, func() {
+		if left := t.take(key, nil); left != nil {
+			go func() { // ends with the request's time-out, if not before
+				<-left.done
+				leaveResponse(left.resp)
+			}()
+		}
+	})
+	return resultsPath + url.PathEscape(key)
+}
+
+// take removes a result. With another one than nil it does so only if it is that one.
+func (t *taskResults) take(key string, only *taskResult) *taskResult {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	result := t.byKey[key]
+	if only != nil && result != only {
+		return nil
+	}
+	delete(t.byKey, key)
+	return result
+}
+
+func (t *taskResults) get(key string) *taskResult {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.byKey[key]
+}
+
+// handleResult answers with the response to a task that was taken before, once. As long as
+// there is none it says so, after the time that the requester waits.
+func (g *gateway) handleResult(w http.ResponseWriter, r *http.Request) {
+	if r.Method != http.MethodGet {
+		w.Header().Set("Allow", http.MethodGet)
+		writeError(w, http.StatusMethodNotAllowed, errors.New("a response is fetched with GET"))
+		return
+	}
+	wait := time.Duration(0)
+	if r.URL.Query().Has("wait") {
+		var err error
+		if wait, err = g.waitOf(r); err != nil {
+			writeError(w, http.StatusBadRequest, err)
+			return
+		}
+	}
+	key := r.PathValue("key")
+	result := g.results.get(key)
+	if result == nil {
+		writeError(w, http.StatusNotFound, errors.New("no such response: it was fetched before, or too long ago"))
+		return
+	}
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(wait + g.timeouts.answer))
+	ctx, cancel := context.WithTimeout(r.Context(), wait)
+	defer cancel()
+	select {
+	case <-result.done:
+	case <-ctx.Done():
+		select {
+		case <-result.done: // wait is 0
+		default:
+			w.Header().Set("Retry-After", "1")
+			w.Header().Set("Location", resultsPath+url.PathEscape(key))
+			writeJSON(w, http.StatusAccepted, map[string]string{})
+			return
+		}
+	}
+	if g.results.take(key, result) == nil { // another one was faster
+		writeError(w, http.StatusNotFound, errors.New("no such response: it was fetched before"))
+		return
+	}
+	g.answerTask(w, r, result.resp)
+}
