@@ -45,6 +45,7 @@ type call struct {
 	raw        bool
 	json       bool
 	verbose    bool
+	client     httpClient
 
 	report *callReport  // nil without --json
 	posts  *postWatcher // nil: it does not go over HTTP, nor NATS
@@ -111,6 +112,12 @@ proxy or because it is on another machine. Any path is taken. Who can reach that
 can't do more than try ids: they are random, 122 bits. For NATS it is a subject
 acomm.call.RANDOM, which the other side must be allowed to publish to.
 
+WHO CALLS
+Over https the service's certificate is checked, with --cacert against those in a file
+in place of the system's. --cert and --key show a certificate, --token-file a bearer token
+(Authorization), --header anything else. They go to the scheme, host and port of URL
+and nowhere else: not to a stream or a redirect that leads to another place.
+
 PROXIES
 Requests and streams over HTTP go through the proxies that HTTP_PROXY, HTTPS_PROXY and
 NO_PROXY name, but to localhost and loopback addresses directly.
@@ -168,6 +175,7 @@ func newCallCommand() *cobra.Command {
 	flags.StringVarP(&c.output, "output", "o", "", "`file` for the stream")
 	flags.BoolVar(&c.json, "json", false, "write one JSON object that says how the call went")
 	flags.BoolVar(&c.raw, "raw", false, "write the result as it came")
+	c.client.addTo(flags)
 	flags.BoolVarP(&c.verbose, "verbose", "v", false, "say on standard error what is sent and received, and when")
 	return cmd
 }
@@ -182,6 +190,9 @@ func (c *call) parse(words []string, stdin io.Reader) (err error) {
 	}
 	if c.timeout <= 0 {
 		return fmt.Errorf("--timeout %v is not positive", c.timeout)
+	}
+	if c.client.isUsed() && c.target.Scheme != "http" && c.target.Scheme != "https" {
+		return errors.New("--cacert, --cert, --key, --token-file and --header are for http and https")
 	}
 	if c.json && c.raw {
 		return errors.New("--json and --raw exclude each other")
@@ -232,6 +243,11 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 		return nil, err
 	}
 	defer closeHook()
+	if c.client.isUsed() {
+		if http.DefaultTransport, err = c.client.transport(c.target); err != nil {
+			return nil, usageError("%w", err)
+		}
+	}
 	if c.target.Scheme != "unix" {
 		c.posts = &postWatcher{RoundTripper: http.DefaultTransport}
 		http.DefaultTransport = c.posts // after that of NATS was registered

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"io/fs"
+	"net"
 	"net/http"
 	"net/http/httptrace"
 	"sync/atomic"
@@ -38,6 +39,9 @@ func (p *postWatcher) RoundTrip(r *http.Request) (*http.Response, error) {
 func (c *call) mayHaveArrived(err error) bool {
 	if isRefusal(err) {
 		return false
+	}
+	if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "remote error" { // an alert of TLS
+		return false // with TLS 1.3 a certificate is refused once the request was sent
 	}
 	if c.posts != nil {
 		switch status := c.posts.status.Load(); {

@@ -135,6 +135,16 @@ METRICS
   and time-outs of requests with unix hooks, which the gateway does not see, and
   responses that come after the time-out.
 
+WHO MAY
+  --tls-cert and --tls-key serve HTTPS. With --client-ca a client needs a certificate that
+  one of these has signed. With --token-file each request but those for /healthz and
+  /stream needs the header "Authorization: Bearer TOKEN" with one of the tokens in the
+  file, one on a line; 401 without. They are compared in a time that tells nothing. The
+  URL of a stream is a secret itself. With any of these files SIGHUP has them read
+  again, in place of ending the gateway; what can't be used leaves things as they were.
+  --listen unix:PATH serves HTTP on a socket with --listen-mode, for a proxy on this
+  machine.
+
 SIGNALS
   SIGTERM, SIGINT, SIGHUP
               takes no more requests, waits for the responses that are outstanding
@@ -165,6 +175,11 @@ type gatewayOptions struct {
 	socketDir      string
 	name           string
 	listen         string
+	listenMode     string
+	tlsCert        string
+	tlsKey         string
+	clientCA       string
+	tokenFile      string
 	streamURL      string
 	timeout        time.Duration
 	unread         time.Duration
@@ -213,7 +228,12 @@ func newGatewayCommand() *cobra.Command {
 func (o *gatewayOptions) addFlags(f *pflag.FlagSet) {
 	f.SortFlags = false
 	f.StringVar(&o.socketDir, "socket-dir", "", "directory `DIR` of the sockets; required")
-	f.StringVar(&o.listen, "listen", "", "address `ADDR` for HTTP, host:port; port 0 takes a free one; required")
+	f.StringVar(&o.listen, "listen", "", "address `ADDR` for HTTP, host:port, where port 0 takes a free one, or unix:PATH; required")
+	f.StringVar(&o.listenMode, "listen-mode", "0660", "`MODE` of the socket of --listen unix:PATH")
+	f.StringVar(&o.tlsCert, "tls-cert", "", "`FILE` of the certificate for TLS, and those above it, in PEM")
+	f.StringVar(&o.tlsKey, "tls-key", "", "`FILE` of its key")
+	f.StringVar(&o.clientCA, "client-ca", "", "`FILE` of certificates; clients need one that these have signed")
+	f.StringVar(&o.tokenFile, "token-file", "", "`FILE` of bearer tokens, one on a line; clients need one of them")
 	f.StringVar(&o.name, "name", "", "`NAME` of the gateway's own sockets (default the host's name)")
 	f.StringVar(&o.streamURL, "stream-url", "", "`URL` under which others reach /stream (default http://ADDR/stream)")
 	f.DurationVar(&o.timeout, "timeout", time.Minute, "for the response to a request")
@@ -251,8 +271,14 @@ func (o *gatewayOptions) check() error {
 		return usageError("--socket-dir is missing")
 	case o.listen == "":
 		return usageError("--listen is missing")
+	case strings.HasPrefix(o.listen, "unix:"):
+		if o.streamURL == "" {
+			return usageError("--listen %s: others can't know where the streams are: name that with --stream-url", o.listen)
+		}
 	case !isHostPort(o.listen):
-		return usageError("--listen: %q is no HOST:PORT", o.listen)
+		return usageError("--listen: %q is neither HOST:PORT nor unix:PATH", o.listen)
+	}
+	switch {
 	case o.nats == "embedded" && !isHostPort(o.natsListen):
 		return usageError("--nats-listen: %q is no HOST:PORT", o.natsListen)
 	case checkTaskName(o.name) != nil:
@@ -278,7 +304,7 @@ func (o *gatewayOptions) check() error {
 	case o.nats != "" && !isSubject(o.natsSubject):
 		return usageError("--nats-subject: %q is no subject", o.natsSubject)
 	}
-	return nil
+	return o.checkAccess()
 }
 
 func isHostPort(text string) bool {
@@ -306,7 +332,11 @@ func (o *gatewayOptions) streamURLAt(addr net.Addr) (*url.URL, error) {
 			host = net.JoinHostPort(name, strconv.Itoa(tcp.Port))
 		}
 	}
-	return &url.URL{Scheme: "http", Host: host, Path: "/stream"}, nil
+	scheme := "http"
+	if o.tlsCert != "" {
+		scheme = "https"
+	}
+	return &url.URL{Scheme: scheme, Host: host, Path: "/stream"}, nil
 }
 
 // byteSize is a flag for a number of bytes.

@@ -65,6 +65,7 @@ func refuse(status int, reason, format string, args ...any) *refusal {
 type gateway struct {
 	opts     *gatewayOptions
 	rules    hookRules
+	access   *access
 	hosts    hostNames
 	timeouts httpTimeouts
 	tracker  *acomm.Tracker // never started: for the URLs of streams

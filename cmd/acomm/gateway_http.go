@@ -46,7 +46,7 @@ func (g *gateway) newServer(front *limitedListener, errorLog io.Writer) *http.Se
 		answer(w, "", r)
 	}))
 	return &http.Server{
-		Handler:           g.onlyNamed(sameOrigin.Handler(mux)),
+		Handler:           g.onlyNamed(g.access.onlyWithToken(g, sameOrigin.Handler(mux))),
 		ReadHeaderTimeout: headerTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    int(g.opts.maxHeader),

@@ -96,7 +96,7 @@ func startHTTP(t *testing.T, timeouts httpTimeouts) (addr string) {
 	t.Helper()
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
-	g := &gateway{opts: &gatewayOptions{maxBody: 1 << 20, maxHeader: 64 << 10}, timeouts: timeouts, lines: rate.NewLimiter(10, 10)}
+	g := &gateway{opts: &gatewayOptions{maxBody: 1 << 20, maxHeader: 64 << 10}, access: &access{opts: &gatewayOptions{}}, timeouts: timeouts, lines: rate.NewLimiter(10, 10)}
 	g.metrics = newGatewayMetrics(g.pending.Load)
 	front := newLimitedListener(tcp, 10)
 	server := g.newServer(front, io.Discard)

@@ -53,11 +53,15 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 		}
 		defer overNATS.disconnect()
 	}
-	tcp, err := net.Listen("tcp", opts.listen)
+	access, err := newAccess(opts)
 	if err != nil {
 		return err
 	}
-	front := newLimitedListener(tcp, opts.maxConnections)
+	tcp, err := opts.listenHTTP()
+	if err != nil {
+		return err
+	}
+	front := newLimitedListener(access.secure(tcp), opts.maxConnections)
 	defer front.Close()
 	streamURL, err := opts.streamURLAt(tcp.Addr())
 	if err != nil {
@@ -80,7 +84,7 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 	defer errorLog.Close()
 	s := &gatewayServer{
 		gateway: &gateway{
-			opts: opts, rules: rules, hosts: newHostNames(opts, tcp.Addr()), timeouts: defaultHTTPTimeouts,
+			opts: opts, rules: rules, access: access, hosts: newHostNames(opts, tcp.Addr()), timeouts: defaultHTTPTimeouts,
 			tracker: tracker, hook: responses.URL(), streams: publishedStreams{unread: opts.unread},
 			natsHook: overNATS != nil,
 			health:   health{dir: opts.socketDir, nats: overNATS},
@@ -96,6 +100,9 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 			responses.Stop(responsesEnd)
 			return err
 		}
+	}
+	if access.isUsed() {
+		signals = withoutHangups(signals, access.readAgain)
 	}
 	s.metrics = newGatewayMetrics(s.pending.Load)
 	s.http = s.newServer(front, errorLog)
@@ -129,7 +136,11 @@ func (s *gatewayServer) run(ctx context.Context, signals <-chan os.Signal, front
 	}
 	watched := make(chan struct{})
 	serving.Go(func() { s.health.watch(watched) })
-	_, failed := fmt.Fprintf(stdout, "listening on %s\n", front.Addr())
+	addr := front.Addr().String()
+	if front.Addr().Network() == "unix" {
+		addr = "unix:" + addr
+	}
+	_, failed := fmt.Fprintf(stdout, "listening on %s\n", addr)
 	if failed == nil {
 		logrus.WithFields(logrus.Fields{"addr": front.Addr().String(), "socket": s.requests.Addr()}).Info("gateway: ready")
 		select {

@@ -54,3 +54,18 @@ func signalContext() (context.Context, func()) {
 	}()
 	return ctx, func() { cancel(nil) }
 }
+
+// withoutHangups relays all signals but SIGHUP, which it calls a function for.
+func withoutHangups(signals <-chan os.Signal, hangup func()) chan os.Signal {
+	others := make(chan os.Signal, cap(signals))
+	go func() { // ends with the process
+		for sig := range signals {
+			if sig == syscall.SIGHUP {
+				hangup()
+				continue
+			}
+			others <- sig
+		}
+	}()
+	return others
+}

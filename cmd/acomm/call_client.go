@@ -1,0 +1,122 @@
+package main
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strings"
+
+	"github.com/spf13/pflag"
+)
+
+// httpClient is how a call shows who it is to a service over HTTP, and whom it trusts.
+type httpClient struct {
+	cacert    string
+	cert      string
+	key       string
+	tokenFile string
+	headers   []string
+}
+
+func (c *httpClient) addTo(flags *pflag.FlagSet) {
+	flags.StringVar(&c.cacert, "cacert", "", "`file` of the certificates, in PEM, that an https service may be signed by")
+	flags.StringVar(&c.cert, "cert", "", "`file` of a certificate for the service, in PEM")
+	flags.StringVar(&c.key, "key", "", "`file` of its key")
+	flags.StringVar(&c.tokenFile, "token-file", "", "`file` whose first line is the bearer token for the service")
+	flags.StringArrayVar(&c.headers, "header", nil, "`header` for the service, such as 'X-Name: value'; may be repeated")
+}
+
+func (c *httpClient) isUsed() bool {
+	return c.cacert != "" || c.cert != "" || c.key != "" || c.tokenFile != "" || len(c.headers) > 0
+}
+
+// transport returns a transport that does so, for requests to the host of the URL and no
+// other: a stream may be elsewhere, and a redirect may lead there.
+func (c *httpClient) transport(target *url.URL) (http.RoundTripper, error) {
+	base, ok := http.DefaultTransport.(*http.Transport)
+	if !ok {
+		return nil, errors.New("the transport is not net/http's")
+	}
+	base = base.Clone()
+	config, err := c.tlsConfig()
+	if err != nil {
+		return nil, err
+	}
+	if config != nil {
+		base.TLSClientConfig = config
+	}
+	header, err := c.header()
+	if err != nil {
+		return nil, err
+	}
+	return &headerTransport{base, target.Scheme, target.Host, header}, nil
+}
+
+func (c *httpClient) tlsConfig() (*tls.Config, error) {
+	if c.cacert == "" && c.cert == "" && c.key == "" {
+		return nil, nil
+	}
+	if (c.cert == "") != (c.key == "") {
+		return nil, errors.New("--cert and --key go together")
+	}
+	config := &tls.Config{MinVersion: tls.VersionTLS12}
+	if c.cacert != "" {
+		pool, err := readCertificates(c.cacert)
+		if err != nil {
+			return nil, fmt.Errorf("--cacert: %w", err)
+		}
+		config.RootCAs = pool
+	}
+	if c.cert != "" {
+		pair, err := tls.LoadX509KeyPair(c.cert, c.key)
+		if err != nil {
+			return nil, fmt.Errorf("--cert %s, --key %s: %w", c.cert, c.key, err)
+		}
+		config.Certificates = []tls.Certificate{pair}
+	}
+	return config, nil
+}
+
+// header is what each request to the service has in addition.
+func (c *httpClient) header() (http.Header, error) {
+	header := make(http.Header)
+	if c.tokenFile != "" {
+		tokens, err := readTokens(c.tokenFile)
+		if err != nil {
+			return nil, fmt.Errorf("--token-file: %w", err)
+		}
+		header.Set("Authorization", "Bearer "+tokens[0])
+	}
+	for _, text := range c.headers {
+		name, value, ok := strings.Cut(text, ":")
+		name, value = strings.TrimSpace(name), strings.TrimSpace(value)
+		if !ok || name == "" || strings.ContainsAny(name+value, "\r\n") || strings.ContainsAny(name, " \t") {
+			return nil, fmt.Errorf("--header: %q is not NAME: VALUE", printable(text))
+		}
+		header.Add(name, value)
+	}
+	return header, nil
+}
+
+// headerTransport adds headers to the requests to one host.
+type headerTransport struct {
+	http.RoundTripper
+	scheme, host string
+	header       http.Header
+}
+
+func (t *headerTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.URL.Scheme == t.scheme && r.URL.Host == t.host {
+		r = r.Clone(r.Context())
+		for name, values := range t.header {
+			if name == "Host" {
+				r.Host = values[0]
+				continue
+			}
+			r.Header[name] = values
+		}
+	}
+	return t.RoundTripper.RoundTrip(r)
+}
