@@ -37,6 +37,7 @@ const shortTempDir = "/tmp"
 // call is a request from the command line.
 type call struct {
 	target *url.URL
+	shown  string // it, in errors
 	task   string
 	args   json.RawMessage
 
@@ -151,6 +152,7 @@ func (c *call) parse(words []string, stdin io.Reader) (err error) {
 	if c.target, err = parseTarget(words[0]); err != nil {
 		return err
 	}
+	c.shown = typed(c.target)
 	if c.task = words[1]; c.task == "" {
 		return errors.New("TASK is empty")
 	}
@@ -244,7 +246,7 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 		return nil, &exitError{exitNotSent, err}
 	}
 	defer tracker.RemoveRequest(req) // Stop waits for what is tracked
-	c.say("sending %s %s to %s, %d bytes of arguments, hook %s", c.task, req.ID, place(c.target), len(c.args), place(hook))
+	c.say("sending %s %s to %s, %d bytes of arguments, hook %s", c.task, req.ID, c.shown, len(c.args), place(hook))
 	sent := make(chan error, 1)
 	go func() { sent <- acomm.Send(c.target, req) }() // ends with the process, if not before
 	for ack := sent; ; {
@@ -259,12 +261,12 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 					return resp, nil
 				}
 				fmt.Fprintln(os.Stderr, errorLabel("acomm call:"), "acknowledgement lost, waiting for the response, as the request may have arrived:",
-					printable(sendError(c.target, err).Error()))
+					printable(sendErrorTo(c.shown, err).Error()))
 			default:
 				if !tracker.RemoveRequest(req) { // a response or the time-out came first
 					return <-responses, nil
 				}
-				return nil, &exitError{exitNotSent, errors.New(printable(sendError(c.target, err).Error()))}
+				return nil, &exitError{exitNotSent, errors.New(printable(sendErrorTo(c.shown, err).Error()))}
 			}
 		case resp := <-responses:
 			if ack != nil && resp.Error == nil {
