@@ -211,6 +211,9 @@ func (c *call) run() error {
 		if errors.Is(resp.Error, os.ErrDeadlineExceeded) { // the tracker's; none comes over the wire
 			return &exitError{exitTimeout, fmt.Errorf("no response to %s within %v", c.task, c.timeout)}
 		}
+		if isResponseTimeout(resp.Error) {
+			return &exitError{exitTimeout, fmt.Errorf("no response to %s in the time that the gateway allows", c.task)}
+		}
 		return &exitError{exitTask, errors.New(printable(resp.Error.Error()))}
 	}
 	return c.deliver(ctx, resp, file)

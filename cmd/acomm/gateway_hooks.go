@@ -206,7 +206,11 @@ func (b cancelBody) Close() error {
 // isRefusedWith reports whether who answers a POST with the status has not taken
 // what it carries. Other errors may come from a proxy that has passed it on.
 func isRefusedWith(status int) bool {
-	return status >= 400 && status < 500 || status == http.StatusNotImplemented || status == http.StatusHTTPVersionNotSupported
+	switch status {
+	case http.StatusNotImplemented, http.StatusHTTPVersionNotSupported, http.StatusNetworkAuthenticationRequired:
+		return true
+	}
+	return status >= 400 && status < 500
 }
 
 // retryAfter reads a Retry-After. It reports false if there is none.
