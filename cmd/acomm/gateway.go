@@ -75,7 +75,8 @@ HOOKS
   Hooks are chosen by strangers, so the addresses they lead to are checked: when
   connecting, after the name was looked up, also after redirects. Refused are
     169.254.0.0/16, fe80::/10        link-local, and metadata services of clouds
-    fd00:ec2::254, fd20:ce::254, 100.100.100.200, 192.0.0.192
+    168.63.129.16, 100.100.100.200, 192.0.0.192, fd00:ec2::/32, fd20:ce::254,
+    fd00:c1::a9fe:a9fe, fd00:a9fe:a9fe::1, fd00:42::42
                                      other metadata services
     0.0.0.0/8, ::                    unspecified
     64:ff9b:1::/48, 2002::/16, 2001::/32
