@@ -210,7 +210,7 @@ func (o *gatewayOptions) addFlags(f *pflag.FlagSet) {
 	f.StringVar(&o.natsSubject, "nats-subject", "tasks", "`SUBJECT` before the task's name")
 	f.StringVar(&o.natsListen, "nats-listen", "127.0.0.1:4222", "`ADDR` of the embedded NATS server")
 	f.StringVar(&o.config, "config", "", "`FILE` with flags")
-	f.BoolVar(&o.verbose, "verbose", false, "log each request that is refused, and why")
+	f.BoolVarP(&o.verbose, "verbose", "v", false, "log each request that is refused, and why")
 }
 
 // load sets the flags that were not given from the environment and the file, and

@@ -22,9 +22,13 @@ import (
 // responsesEnd is for responses that come while the gateway ends.
 const responsesEnd = 100 * time.Millisecond
 
+// logTime is the form of the time in the log.
+const logTime = "2006-01-02T15:04:05.000Z07:00"
+
 // runGateway runs a gateway until it is told to stop. It says on stdout when it is
 // ready.
 func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) error {
+	logrus.SetFormatter(&logrus.TextFormatter{DisableColors: true, FullTimestamp: true, TimestampFormat: logTime})
 	signals := make(chan os.Signal, 2)
 	notifyEnd(signals)
 	defer signal.Stop(signals)
