@@ -35,6 +35,7 @@ const shortTempDir = "/tmp"
 // call is a request from the command line.
 type call struct {
 	target *url.URL
+	shown  string // it, in errors
 	task   string
 	args   json.RawMessage
 
@@ -185,6 +186,7 @@ func (c *call) parse(words []string, stdin io.Reader) (err error) {
 	if c.target, err = parseTarget(words[0]); err != nil {
 		return err
 	}
+	c.shown = typed(c.target)
 	if c.task = words[1]; c.task == "" {
 		return errors.New("TASK is empty")
 	}
@@ -222,6 +224,10 @@ func (c *call) run() error {
 		if errors.Is(resp.Error, os.ErrDeadlineExceeded) { // the tracker's; none comes over the wire
 			c.report.timedOut()
 			return &exitError{exitTimeout, fmt.Errorf("no response to %s within %v", c.task, c.timeout)}
+		}
+		if isResponseTimeout(resp.Error) {
+			c.report.timedOut()
+			return &exitError{exitTimeout, fmt.Errorf("no response to %s in the time that the gateway allows", c.task)}
 		}
 		c.report.answered()
 		return &exitError{exitTask, errors.New(printable(resp.Error.Error()))}
@@ -265,7 +271,7 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 		return nil, &exitError{exitNotSent, err}
 	}
 	defer tracker.RemoveRequest(req) // Stop waits for what is tracked
-	c.say("sending %s %s to %s, %d bytes of arguments, hook %s", c.task, req.ID, place(c.target), len(c.args), place(hook))
+	c.say("sending %s %s to %s, %d bytes of arguments, hook %s", c.task, req.ID, c.shown, len(c.args), place(hook))
 	c.report.sending(req.ID)
 	sent := make(chan error, 1)
 	go func() { sent <- acomm.Send(c.target, req) }() // ends with the process, if not before
@@ -285,13 +291,13 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 					continue
 				}
 				fmt.Fprintln(os.Stderr, errorLabel("acomm call:"), "acknowledgement lost, waiting for the response, as the request may have arrived:",
-					printable(sendError(c.target, err).Error()))
+					printable(sendErrorTo(c.shown, err).Error()))
 			default:
 				if !tracker.RemoveRequest(req) { // a response or the time-out came first
 					return <-responses, nil
 				}
 				c.report.notTaken()
-				return nil, &exitError{exitNotSent, errors.New(printable(sendError(c.target, err).Error()))}
+				return nil, &exitError{exitNotSent, errors.New(printable(sendErrorTo(c.shown, err).Error()))}
 			}
 		case resp := <-responses:
 			if ack != nil && resp.Error == nil {

@@ -15,18 +15,25 @@ import (
 
 // parseNATSTarget looks for what makes no sense in a URL of a subject.
 func parseNATSTarget(u *url.URL) error {
-	if subject := strings.TrimPrefix(u.Path, "/"); subject == "" || u.RawQuery != "" || u.Fragment != "" {
+	subject := strings.TrimPrefix(u.Path, "/")
+	if subject == "" || u.RawQuery != "" || u.Fragment != "" {
 		return errors.New("URL: one of NATS is nats://[HOST[:PORT]]/SUBJECT")
+	}
+	if !isSubject(subject) {
+		return fmt.Errorf("URL: %q is no subject that one may send to", subject)
 	}
 	return nil
 }
 
-// connectError is an error of connecting to a NATS server, without the URL, which
-// may hold a password.
-func connectError(err error) error {
+// connectError is an error of connecting to the NATS servers, without their URLs,
+// which may hold a password.
+func connectError(servers string, err error) error {
 	var parse *url.Error
 	if errors.As(err, &parse) {
 		err = parse.Err
+	}
+	if hosts := natsHosts(servers); hosts != "" {
+		return fmt.Errorf("connect to NATS at %s: %w", hosts, err)
 	}
 	return fmt.Errorf("connect to NATS: %w", err)
 }
@@ -44,7 +51,7 @@ func (c *call) openNATSHook(tracker *acomm.Tracker) (*url.URL, func(), error) {
 	}
 	nc, err := nats.Connect(server, nats.Name("acomm call"), nats.Timeout(min(c.timeout, nats.DefaultTimeout)))
 	if err != nil {
-		return nil, nil, &exitError{exitNotSent, connectError(err)}
+		return nil, nil, &exitError{exitNotSent, connectError(server, err)}
 	}
 	hook := natshook.URL("acomm.call." + rand.Text())
 	serving, err := natshook.Serve(nc, strings.TrimPrefix(hook.Path, "/"), "", responseHandler(tracker))
@@ -52,6 +59,7 @@ func (c *call) openNATSHook(tracker *acomm.Tracker) (*url.URL, func(), error) {
 		nc.Close()
 		return nil, nil, &exitError{exitNotSent, err}
 	}
+	c.shown = typed(&url.URL{Scheme: c.target.Scheme, Host: nc.ConnectedAddr(), Path: c.target.Path})
 	// The host and the user are those of the connection.
 	c.target = natshook.URL(strings.TrimPrefix(c.target.Path, "/"))
 	return hook, func() {

@@ -44,7 +44,9 @@ func (c *call) mayHaveArrived(err error) bool {
 		return false // with TLS 1.3 a certificate is refused once the request was sent
 	}
 	if c.posts != nil {
-		switch status := c.posts.status.Load(); {
+		switch status := int(c.posts.status.Load()); {
+		case isRefusedWith(status):
+			return false
 		case status >= 500 && (status != http.StatusServiceUnavailable || !c.posts.comeBack.Load()):
 			return true // a gateway's 502, or that of a proxy
 		case status >= 300:

@@ -19,8 +19,8 @@ unix socket, gives each to a provider of its task on this machine, and sends the
 response to the hook that the request names.
 
 PROVIDERS
-  The providers of the task TASK have their sockets at DIR/TASK/*.sock. They are
-  asked in the order of their names. The next one is asked only if a request was
+  The providers of the task TASK have their sockets, or links to them, at
+  DIR/TASK/*.sock. They are asked in the order of their names. The next one is asked only if a request was
   certainly not taken: nobody listens, or the provider has refused it. After
   anything that leaves this open, such as a connection that ends before the
   acknowledgement, no other is asked: a request is done at most once.
@@ -89,7 +89,8 @@ HOOKS
   Hooks are chosen by strangers, so the addresses they lead to are checked: when
   connecting, after the name was looked up, also after redirects. Refused are
     169.254.0.0/16, fe80::/10        link-local, and metadata services of clouds
-    fd00:ec2::254, fd20:ce::254, 100.100.100.200, 192.0.0.192
+    168.63.129.16, 100.100.100.200, 192.0.0.192, fd00:ec2::/32, fd20:ce::254,
+    fd00:c1::a9fe:a9fe, fd00:a9fe:a9fe::1, fd00:42::42
                                      other metadata services
     0.0.0.0/8, ::                    unspecified
     64:ff9b:1::/48, 2002::/16, 2001::/32
@@ -241,7 +242,7 @@ func (o *gatewayOptions) addFlags(f *pflag.FlagSet) {
 	f.StringSliceVar(&o.allowHost, "allow-host", nil, "`NAMES` under which HTTP is served too; * is any")
 	f.Var(&o.maxBody, "max-body", "largest request over HTTP, in bytes, KiB, MiB or GiB")
 	f.Var(&o.maxHeader, "max-header", "largest header over HTTP")
-	f.IntVar(&o.maxConnections, "max-connections", 1024, "connections over HTTP at a time, and exchanges over the unix socket; more have idle ones closed, or wait")
+	f.IntVar(&o.maxConnections, "max-connections", 1024, "HTTP connections, and unix exchanges, at a time")
 	f.IntVar(&o.maxOutstanding, "max-outstanding", 65536, "requests that may wait for responses; more are refused")
 	f.DurationVar(&o.hookTimeout, "hook-timeout", 0, "for a hook to answer (default --timeout, from 5s to 1m)")
 	f.StringSliceVar(&o.hookAllow, "hook-allow", nil, "addresses, or networks as `CIDR`, that hooks may lead to")
@@ -252,7 +253,7 @@ func (o *gatewayOptions) addFlags(f *pflag.FlagSet) {
 	f.StringVar(&o.natsListen, "nats-listen", "127.0.0.1:4222", "`ADDR` of the embedded NATS server")
 	f.StringVar(&o.config, "config", "", "`FILE` with flags")
 	o.log.addTo(f)
-	f.BoolVar(&o.verbose, "verbose", false, "log each request that is refused, and why")
+	f.BoolVarP(&o.verbose, "verbose", "v", false, "log each request that is refused, and why")
 }
 
 func (o *gatewayOptions) check() error {
@@ -301,6 +302,8 @@ func (o *gatewayOptions) check() error {
 		return usageError("--allow-host: %q has more or less than names or addresses", o.allowHost)
 	case o.streamURL != "" && !isHTTPURL(o.streamURL):
 		return usageError("--stream-url is no http URL")
+	case o.nats != "" && !areURLs(o.nats):
+		return usageError("--nats is not URLs, separated by commas, or embedded") // it may hold a password
 	case o.nats != "" && !isSubject(o.natsSubject):
 		return usageError("--nats-subject: %q is no subject", o.natsSubject)
 	}
@@ -314,6 +317,16 @@ func isHostPort(text string) bool {
 	}
 	_, err = net.LookupPort("tcp", port)
 	return err == nil
+}
+
+// areURLs reports whether the text is a list of URLs, or of hosts.
+func areURLs(list string) bool {
+	for text := range strings.SplitSeq(list, ",") {
+		if _, err := url.Parse(strings.TrimSpace(text)); err != nil && strings.Contains(text, "://") {
+			return false
+		}
+	}
+	return true
 }
 
 func isHTTPURL(text string) bool {

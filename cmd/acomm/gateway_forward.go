@@ -369,11 +369,24 @@ func (g *gateway) providers(task string) ([]*url.URL, error) {
 	}
 	var sockets []*url.URL
 	for _, entry := range entries {
-		if entry.Type() == fs.ModeSocket && strings.HasSuffix(entry.Name(), ".sock") {
-			sockets = append(sockets, &url.URL{Scheme: "unix", Path: filepath.Join(dir, entry.Name())})
+		path := filepath.Join(dir, entry.Name())
+		if strings.HasSuffix(entry.Name(), ".sock") && isSocket(path, entry.Type()) {
+			sockets = append(sockets, &url.URL{Scheme: "unix", Path: path})
 		}
 	}
 	return sockets, nil
+}
+
+// isSocket reports whether a file is a socket, or a link to one.
+func isSocket(path string, mode fs.FileMode) bool {
+	if mode&fs.ModeSymlink != 0 {
+		target, err := os.Stat(path)
+		if err != nil {
+			return false // a provider that does not run
+		}
+		mode = target.Mode()
+	}
+	return mode&fs.ModeSocket != 0
 }
 
 // checkHook refuses hooks that no response can be sent to, or must not be. Those

@@ -28,8 +28,14 @@ var errHookDenied = errors.New("hooks may not lead to this address")
 // another name.
 var deniedHooks = []string{
 	"169.254.0.0/16", "fe80::/10", // link-local; the metadata services of most clouds
-	"fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "192.0.0.192", // other metadata services
-	"0.0.0.0/8", "::", // unspecified
+	"168.63.129.16",                     // Azure
+	"fd00:ec2::/32",                     // Amazon: metadata, EKS, time, DNS
+	"fd20:ce::254",                      // Google
+	"fd00:c1::a9fe:a9fe", "192.0.0.192", // Oracle
+	"100.100.100.200",   // Alibaba
+	"fd00:a9fe:a9fe::1", // Akamai (Linode)
+	"fd00:42::42",       // Scaleway
+	"0.0.0.0/8", "::",   // unspecified
 	"64:ff9b:1::/48", "2002::/16", "2001::/32", // IPv4 addresses inside of IPv6 ones
 }
 
@@ -206,7 +212,11 @@ func (b cancelBody) Close() error {
 // isRefusedWith reports whether who answers a POST with the status has not taken
 // what it carries. Other errors may come from a proxy that has passed it on.
 func isRefusedWith(status int) bool {
-	return status >= 400 && status < 500 || status == http.StatusNotImplemented || status == http.StatusHTTPVersionNotSupported
+	switch status {
+	case http.StatusNotImplemented, http.StatusHTTPVersionNotSupported, http.StatusNetworkAuthenticationRequired:
+		return true
+	}
+	return status >= 400 && status < 500
 }
 
 // retryAfter reads a Retry-After. It reports false if there is none.

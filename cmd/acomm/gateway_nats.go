@@ -7,11 +7,12 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/url"
 	"os"
 	"strings"
 	"sync"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/mistifyio/acomm/natshook"
 	"github.com/nats-io/nats-server/v2/server"
@@ -36,10 +37,16 @@ type natsFront struct {
 	serving map[string]io.Closer // by task; the scanning's, until it has ended
 }
 
-// isSubject reports whether NATS messages can be sent to the subject.
+const maxSubject = 1024 // bytes, as natshook has it
+
+// isSubject reports whether natshook sends messages to the subject.
 func isSubject(subject string) bool {
-	if strings.ContainsAny(subject, " \t\r\n*>") {
+	bad := func(r rune) bool { return r == '*' || r == '>' || unicode.IsSpace(r) || unicode.IsControl(r) }
+	if len(subject) > maxSubject || !utf8.ValidString(subject) || strings.ContainsFunc(subject, bad) {
 		return false
+	}
+	if first, _, _ := strings.Cut(subject, "."); first == "_INBOX" || strings.HasPrefix(first, "$") {
+		return false // the servers' own
 	}
 	for token := range strings.SplitSeq(subject, ".") {
 		if token == "" {
@@ -71,22 +78,14 @@ func connectNATS(opts *gatewayOptions, front, connecting *http.Transport) (*nats
 	}
 	if err != nil {
 		f.disconnect()
-		return nil, connectError(err)
+		return nil, connectError(address, err)
 	}
 	front.RegisterProtocol("nats", hookTransport{connecting, opts.hookTimeout})
 	return f, nil
 }
 
-// hosts names the servers that the connection knows, without passwords.
-func (f *natsFront) hosts() string {
-	var hosts []string
-	for _, text := range f.conn.Servers() {
-		if u, err := url.Parse(text); err == nil {
-			hosts = append(hosts, u.Host)
-		}
-	}
-	return strings.Join(hosts, ",")
-}
+// hosts names the servers that the connection knows.
+func (f *natsFront) hosts() string { return natsHosts(strings.Join(f.conn.Servers(), ",")) }
 
 func startNATSServer(listen string) (*server.Server, error) {
 	host, portText, err := net.SplitHostPort(listen)

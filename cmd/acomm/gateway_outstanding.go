@@ -18,6 +18,10 @@ type responseTimeout struct{}
 func (responseTimeout) Error() string { return "response timeout" }
 func (responseTimeout) Unwrap() error { return os.ErrDeadlineExceeded }
 
+// isResponseTimeout reports whether the error of a response is the time-out of who
+// forwards it. The protocol has nothing but this text for it.
+func isResponseTimeout(err error) bool { return err.Error() == responseTimeout{}.Error() }
+
 // outstanding holds the requests that wait for their response. A Tracker does not
 // tell which responses come too late, and what becomes of their streams.
 type outstanding struct {

@@ -46,7 +46,7 @@ func TestSecrets_CallPrintsNone(t *testing.T) {
 		args []string
 	}{
 		{exitNotSent, "send to http://" + closed, []string{"-v", "--hook-url", "http://hidden@127.0.0.1:1/hidden?hidden", "http://hidden:hidden@" + closed + "/?token=hidden#hidden", "echo"}},
-		{exitTimeout, "send to " + server.URL, []string{"--timeout", "500ms", server.URL + "/hidden?token=hidden", "echo"}},
+		{exitTimeout, "send to " + server.URL, []string{"--timeout", "500ms", server.URL + "/x?token=hidden", "echo"}},
 		{exitTask, "stream from " + server.URL + ", after 10 bytes", []string{"-v", withStream.path, "read"}},
 		{exitNotSent, "connect to NATS", []string{"nats://hidden:hidden@" + closed + "/tasks", "echo"}},
 		{exitUsage, "nats://[HOST", []string{"nats://hidden:hidden@" + closed + "/tasks?hidden", "echo"}},
@@ -91,8 +91,8 @@ func TestPlace(t *testing.T) {
 	for text, want := range map[string]string{
 		"unix:///run/x.sock?a#b":        "unix:///run/x.sock",
 		"https://u:p@host:1/path?q#f":   "https://host:1",
-		"nats:///acomm.call.RANDOM":     "nats:",
-		"nats://u:p@host/acomm.call.X":  "nats://host",
+		"nats:///acomm.call.RANDOM":     "nats:///acomm.call.RANDOM",
+		"nats://u:p@host/acomm.call.X":  "nats://host/acomm.call.X",
 		"http://[::1]:80/?addr=x&sig=y": "http://[::1]:80",
 	} {
 		u, err := url.Parse(text)
