@@ -42,6 +42,7 @@ WHAT IT SERVES
                 502  a provider may have taken it, or may not; nothing will be sent
                      to the hook
                 503  the gateway is ending; not taken
+  GET /tasks  the tasks with providers, and how many, as acomm list shows them
   POST /tasks/TASK   the task, with the arguments as the body, in JSON, or nothing.
               The gateway waits for the response, ?wait=30s at most (--timeout is the
               default and the most), and answers with the result as JSON, or with the

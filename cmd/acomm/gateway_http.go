@@ -34,6 +34,7 @@ var defaultHTTPTimeouts = httpTimeouts{body: time.Minute, answer: 2 * time.Minut
 func (g *gateway) newServer(front *limitedListener, errorLog io.Writer) *http.Server {
 	mux := http.NewServeMux()
 	mux.Handle("/{$}", g.bounded(http.HandlerFunc(g.handleRequest)))
+	mux.Handle("/tasks", g.bounded(http.HandlerFunc(g.handleTasks)))
 	mux.Handle("/tasks/{task}", g.bounded(http.HandlerFunc(g.handleTask)))
 	mux.Handle(resultsPath+"{key}", g.bounded(http.HandlerFunc(g.handleResult)))
 	mux.HandleFunc("/stream", g.handleStream)

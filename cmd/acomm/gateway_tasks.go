@@ -75,6 +75,31 @@ func (g *gateway) handleTask(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// handleTasks tells which tasks there are providers for.
+func (g *gateway) handleTasks(w http.ResponseWriter, r *http.Request) {
+	if r.Method != http.MethodGet {
+		w.Header().Set("Allow", http.MethodGet)
+		writeError(w, http.StatusMethodNotAllowed, errors.New("the tasks are asked for with GET"))
+		return
+	}
+	entries, err := os.ReadDir(g.opts.socketDir) // sorted by name
+	if err != nil {
+		g.warn("look for tasks", err, "", "")
+		writeError(w, http.StatusInternalServerError, errors.New("the directory of the tasks can't be read"))
+		return
+	}
+	list := taskList{Tasks: []taskEntry{}}
+	for _, entry := range entries {
+		if g.task(entry.Name()) == "" {
+			continue
+		}
+		if providers, err := g.providers(entry.Name()); err == nil && len(providers) > 0 {
+			list.Tasks = append(list.Tasks, taskEntry{entry.Name(), len(providers)})
+		}
+	}
+	writeJSON(w, http.StatusOK, list)
+}
+
 // waitOf is how long the requester waits: ?wait, up to --timeout, which is the default.
 func (g *gateway) waitOf(r *http.Request) (time.Duration, error) {
 	text := r.URL.Query().Get("wait")

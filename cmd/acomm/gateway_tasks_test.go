@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -178,4 +179,23 @@ func TestGatewayTasks_CurlOfTheREADME(t *testing.T) {
 	require.Len(t, outputs, 2)
 	require.JSONEq(t, `{"text": "hello"}`, outputs[0])
 	require.Regexp(t, `(?s)^HTTP/1.1 202 .*\r\nLocation: /responses/`, outputs[1])
+}
+
+func TestList_ShowsTheTasksOfAGateway(t *testing.T) {
+	g := startGateway(t)
+	g.provide("wc", "a.sock", gwEcho)
+	g.provide("echo", "a.sock", gwEcho)
+	g.provide("echo", "b.sock", gwEcho)
+	require.NoError(t, os.Mkdir(filepath.Join(g.dir, "empty"), 0o700))
+	got := runAcomm(t, "list", g.url.String())
+	require.Equal(t, 0, got.code, got.stderr)
+	require.Equal(t, "TASK  PROVIDERS\necho  2\nwc    1\n", got.stdout)
+	got = runAcomm(t, "list", "--json", g.url.String())
+	require.JSONEq(t, `{"tasks":[{"task":"echo","providers":2},{"task":"wc","providers":1}]}`, got.stdout)
+	g.stop()
+	for code, target := range map[int]string{3: g.url.String(), 2: filepath.Join(g.dir, "x.sock")} {
+		got = runAcomm(t, "list", target)
+		require.Equal(t, code, got.code, got.stderr)
+		require.Empty(t, got.stdout)
+	}
 }

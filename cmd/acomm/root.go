@@ -96,7 +96,7 @@ func newRootCommand() *cobra.Command {
 		SilenceUsage:  true,
 		RunE:          onlySubcommands,
 	}
-	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand(), newPingCommand())
+	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand(), newPingCommand(), newListCommand())
 	setUsage(root)
 	root.Flags().Bool("version", false, "say version, commit and Go")
 	root.SetVersionTemplate("{{.Version}}\n")
