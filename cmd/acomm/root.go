@@ -55,6 +55,7 @@ messages, as a stream.
   acomm call     sends a request and waits for its response
   acomm serve    serves a task with a program, on a unix socket
   acomm gateway  takes requests over HTTP and forwards them to such sockets
+  acomm check    holds a peer in any language to the protocol
 
 EXIT STATUS
   0  done
@@ -99,7 +100,7 @@ func newRootCommand() *cobra.Command {
 			return &exitError{code: exitUsage}
 		},
 	}
-	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand())
+	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand(), newCheckCommand())
 	return root
 }
 
