@@ -58,7 +58,7 @@ func newCheckCommand() *cobra.Command {
 	flags := cmd.Flags()
 	flags.DurationVar(&c.timeout, "timeout", 10*time.Second, "how long to wait for each thing")
 	flags.BoolVar(&c.of2016, "of-2016", false, "ask no more than a peer of 2016 can do")
-	flags.StringVar(&c.hookListen, "hook-listen", "127.0.0.1:0", "`address` for responses over HTTP")
+	flags.StringVar(&c.hookListen, "hook-listen", "127.0.0.1:0", "`ADDR` for responses over HTTP")
 	flags.StringVar(&c.hookURL, "hook-url", "", "`URL` of that address as the peer sees it")
 	return cmd
 }
@@ -118,6 +118,9 @@ func (c *checker) run() error {
 			c.print(failLabel("FAIL"), check, err.Error())
 			if isNotConnected(err) {
 				return &exitError{exitTask, errors.New("the peer has gone; nothing more was looked at")}
+			}
+			if i == 0 {
+				return &exitError{exitTask, errors.New("not even this holds; nothing more was looked at")}
 			}
 		}
 	}

@@ -27,15 +27,16 @@ type checkHook struct {
 	mu       sync.Mutex // guards the fields below
 	expected map[string]*expected
 	tally    frameTally // of all responses
+	stayed   bool       // a sender did not close
 	strays   []string
 }
 
 // expected is a request whose response may come.
 type expected struct {
-	acknowledge chan struct{} // to be closed when the response may be acknowledged
-	answer      func(w http.ResponseWriter, attempt int) (over bool)
-	responses   chan *message // with room for the one
-	done        chan struct{} // closed when the exchange of the response is over
+	acknowledge chan struct{}                                                    // to be closed when the response may be acknowledged
+	answer      func(w http.ResponseWriter, m *message, attempt int) (over bool) // nil: as usual
+	responses   chan *message                                                    // with room for the one
+	done        chan struct{}                                                    // closed when the exchange of the response is over
 
 	mu       sync.Mutex // guards the fields below
 	refused  bool
@@ -223,15 +224,28 @@ func (h *checkHook) receiveOne(conn net.Conn, over *func()) (faults []string) {
 	if _, err := conn.Write(frameOf([]byte(`{"error":"","id":"","result":null,"stream_url":null}`))); err != nil {
 		return append(faults, "the sender of a response did not wait for the acknowledgement")
 	}
+	h.limitStay(conn)
 	switch n, err := conn.Read(make([]byte, 1)); {
 	case n > 0:
 		faults = append(faults, "more bytes after a response")
 	case errors.Is(err, syscall.ECONNRESET):
 		faults = append(faults, "the sender of a response closed before it had read the acknowledgement")
 	case errors.Is(err, os.ErrDeadlineExceeded):
+		h.mu.Lock()
+		h.stayed = true
+		h.mu.Unlock()
 		faults = append(faults, "the sender of a response did not close after the acknowledgement")
 	}
 	return faults
+}
+
+// limitStay gives a sender less time to close if one did not before.
+func (h *checkHook) limitStay(conn net.Conn) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.stayed {
+		_ = conn.SetDeadline(time.Now().Add(pieceGap))
+	}
 }
 
 // ServeHTTP takes a response over HTTP. An empty answer with the status 200
@@ -262,7 +276,7 @@ func (h *checkHook) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		e.attempts++
 		attempt := e.attempts
 		e.mu.Unlock()
-		if e.answer(w, attempt) {
+		if e.answer(w, m, attempt) {
 			return
 		}
 	}

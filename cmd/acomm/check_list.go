@@ -474,7 +474,7 @@ func lookRedirected(c *checker) (string, error) {
 	r := c.newRequest()
 	e := c.expect(r)
 	close(e.acknowledge)
-	e.answer = func(w http.ResponseWriter, attempt int) bool {
+	e.answer = func(w http.ResponseWriter, _ *message, attempt int) bool {
 		if attempt > 1 {
 			return false
 		}
@@ -494,9 +494,12 @@ func lookUnavailable(c *checker) (string, error) {
 	e := c.expect(r)
 	close(e.acknowledge)
 	first := make(chan struct{})
-	e.answer = func(w http.ResponseWriter, attempt int) bool {
+	e.answer = func(w http.ResponseWriter, m *message, attempt int) bool {
 		if attempt == 1 {
 			w.WriteHeader(http.StatusServiceUnavailable)
+			if m.stream != nil {
+				dropStream(m.stream)
+			}
 			close(first)
 			return true
 		}

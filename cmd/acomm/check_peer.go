@@ -183,6 +183,7 @@ func (c *checker) exchange(frame []byte, how delivery) (*message, error) {
 	}
 	if how.beforeAck != nil {
 		how.beforeAck()
+		_ = conn.SetDeadline(time.Now().Add(c.timeout))
 	}
 	data, pieces, err := readCheckFrame(conn)
 	switch {
