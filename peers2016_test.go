@@ -340,8 +340,14 @@ func provider2016() {
 			fmt.Fprintln(os.Stderr, "misread a request:", err)
 			return
 		}
+		if req.ID == "" || req.Task == "" || req.ResponseHook == nil {
+			_ = write2016(conn, response2016{Error: "invalid request"})
+			return
+		}
 		var text string
-		_ = json.Unmarshal(*req.Args, &text)
+		if req.Args != nil {
+			_ = json.Unmarshal(*req.Args, &text)
+		}
 		if req.Task == taskRefuse {
 			_ = write2016(conn, response2016{Error: text})
 			return

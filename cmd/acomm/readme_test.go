@@ -132,7 +132,7 @@ func runTerminals(t *testing.T, lines []terminalLine) {
 }
 
 func TestREADME_HelpIsThere(t *testing.T) {
-	for _, command := range []string{"call", "serve", "gateway"} {
+	for _, command := range []string{"call", "serve", "gateway", "check"} {
 		got := runAcomm(t, command, "--help")
 		require.Zero(t, got.code)
 		for _, part := range []string{"EXIT STATUS", "Usage:\n  acomm " + command, "Examples:", "Flags:", "--timeout"} {

@@ -54,6 +54,8 @@ messages, as a stream.
   acomm serve    serves a task with a program, on a unix socket
   acomm gateway  takes requests over HTTP and forwards them to such sockets
   acomm ping     asks whether one of these acknowledges messages, and how fast
+  acomm list     lists the tasks of a gateway
+  acomm check    holds a peer in any language to the protocol
 
 EXIT STATUS
   0  done
@@ -96,7 +98,7 @@ func newRootCommand() *cobra.Command {
 		SilenceUsage:  true,
 		RunE:          onlySubcommands,
 	}
-	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand(), newPingCommand(), newListCommand())
+	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand(), newPingCommand(), newListCommand(), newCheckCommand())
 	setUsage(root)
 	root.Flags().Bool("version", false, "say version, commit and Go")
 	root.SetVersionTemplate("{{.Version}}\n")
