@@ -121,7 +121,7 @@ func TestCheck_PeerOf2016ReadsNoPieces(t *testing.T) {
 type wrongPeer struct {
 	readsOnce, readsToEnd, ignoresLimit, keepsBroken, takesBroken, strict, dies bool
 	writesTwice, acksLate, takesInvalid, answersRefused                         bool
-	answersTwice, answersFirst, leavesEarly, staysOpen, otherID, mixed, parses  bool
+	answersTwice, leavesEarly, staysOpen, otherID, mixed, parses                bool
 	stream                                                                      string
 
 	t        *testing.T
