@@ -158,6 +158,8 @@ func (s *service) run() (err error) {
 	defer signal.Stop(signals)
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // a log that nobody reads does not end it
 
+	supervisor := newNotifier()
+	defer supervisor.close()
 	s.slots = make(chan struct{}, s.concurrency)
 	s.draining = make(chan struct{})
 	s.programs.killed = make(chan struct{})
@@ -173,6 +175,7 @@ func (s *service) run() (err error) {
 		return err
 	}
 	fmt.Printf("listening on %s\n", listener.URL())
+	supervisor.ready()
 
 	done := make(chan struct{})
 	go func() { // run waits for it, but after a second signal not for long
@@ -181,6 +184,7 @@ func (s *service) run() (err error) {
 		s.tracker.Stop()
 	}()
 	sig := <-signals
+	supervisor.stopping()
 	fmt.Fprintf(os.Stderr, "%s %v: finishing what runs; once more ends it\n", sayLabel("acomm serve:"), sig)
 	close(s.draining)
 	go listener.Stop(receiveTimeout) // serve ends with it
