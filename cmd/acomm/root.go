@@ -100,7 +100,7 @@ func newRootCommand() *cobra.Command {
 			return &exitError{code: exitUsage}
 		},
 	}
-	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand(), newCheckCommand())
+	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand(), newCheckCommand(), newManCommand())
 	return root
 }
 
