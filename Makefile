@@ -29,13 +29,16 @@ abreast = $(GO) build $(filter -race,$(1)) . && printf '%s\n' $(MODULES) | xargs
 	'out=$$(cd {} && $(1) 2>&1); code=$$?; printf "== {}: $(1)\n%s\n" "$$out"; exit $$code'
 
 .DEFAULT_GOAL := help
-.PHONY: help build test releases race lint fuzz soak model long cover demo hosts bench quick
+.PHONY: help build install test releases race lint fuzz soak model long cover demo hosts bench quick
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
 
 build: ## compile everything
 	@$(call each,$(GO) build -o /dev/null ./...)
+
+install: ## build acomm and install it with its manual, completions and systemd units; PREFIX (/usr/local), DESTDIR
+	@GO="$(GO)" PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" cmd/acomm/install/install.sh
 
 test: ## run the tests; those of messages with both JSON engines of the standard library
 	@$(call abreast,$(GO) test ./...)

@@ -125,6 +125,8 @@ type gatewayServer struct {
 
 // run serves until a signal, then drains until another one.
 func (s *gatewayServer) run(ctx context.Context, signals <-chan os.Signal, front net.Listener, stdout io.Writer) error {
+	supervisor := newNotifier()
+	defer supervisor.close()
 	served := make(chan error, 1)
 	var serving sync.WaitGroup
 	serving.Go(func() { s.serveUnix(s.requests) })
@@ -143,9 +145,11 @@ func (s *gatewayServer) run(ctx context.Context, signals <-chan os.Signal, front
 	_, failed := fmt.Fprintf(stdout, "listening on %s\n", addr)
 	if failed == nil {
 		logrus.WithFields(logrus.Fields{"addr": front.Addr().String(), "socket": s.requests.Addr()}).Info("gateway: ready")
+		supervisor.ready()
 		select {
 		case sig := <-signals:
 			signals = secondSignal(signals)
+			supervisor.stopping()
 			s.draining.Store(true)
 			logrus.WithFields(logrus.Fields{"signal": sig.String(), "outstanding": s.pending.Load()}).Info("gateway: draining")
 		case <-ctx.Done():

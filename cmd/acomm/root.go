@@ -98,7 +98,7 @@ func newRootCommand() *cobra.Command {
 		SilenceUsage:  true,
 		RunE:          onlySubcommands,
 	}
-	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand(), newPingCommand(), newListCommand(), newCheckCommand())
+	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand(), newPingCommand(), newListCommand(), newCheckCommand(), newManCommand())
 	setUsage(root)
 	root.Flags().Bool("version", false, "say version, commit and Go")
 	root.SetVersionTemplate("{{.Version}}\n")

@@ -188,6 +188,8 @@ func (s *service) run() (err error) {
 	notifyEnd(signals)
 
 	s.room = make(chan struct{}, s.requestsWithDescriptors())
+	supervisor := newNotifier()
+	defer supervisor.close()
 	s.slots = make(chan struct{}, s.concurrency)
 	s.draining = make(chan struct{})
 	s.programs.killed = make(chan struct{})
@@ -203,6 +205,7 @@ func (s *service) run() (err error) {
 		return err
 	}
 	fmt.Printf("listening on %s\n", listener.URL())
+	supervisor.ready()
 
 	done := make(chan struct{})
 	go func() { // run waits for it, but after a second signal not for long
@@ -211,6 +214,7 @@ func (s *service) run() (err error) {
 		s.tracker.Stop()
 	}()
 	sig := <-signals
+	supervisor.stopping()
 	again := secondSignal(signals)
 	logrus.Infof("%v: finishing what runs; another signal, after %v, ends it", sig, sameSignal)
 	close(s.draining)
