@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"github.com/stretchr/testify/require"
 )
@@ -198,6 +199,48 @@ func TestInstall_ManualHasWhatTheHelpSays(t *testing.T) {
 		}
 		formatManual(t, path)
 	}
+}
+
+// Tables stay as they are, paragraphs flow, and nothing in a help text is a macro.
+func TestInstall_ManualKeepsTheFormOfTheHelp(t *testing.T) {
+	c := &cobra.Command{Use: "x FILE", Short: "Do x", Run: func(*cobra.Command, []string) {}, Long: `X reads FILE
+and .profile.
+.TH is no macro.
+
+EXIT STATUS
+  0  done
+  1  'a\n' is wrong
+     for ever`}
+	c.Flags().StringP("mode", "m", "a.b", "the `name` of a mode")
+	want := `.TH X 1 "" acomm "acomm manual"
+.SH NAME
+x \- Do x
+.SH SYNOPSIS
+.B x FILE [flags]
+.SH DESCRIPTION
+X reads FILE
+and .profile.
+\&.TH is no macro.
+.PP
+.SH EXIT STATUS
+.PP
+.nf
+0  done
+1  \(aqa\en\(aq is wrong
+   for ever
+.fi
+.SH OPTIONS
+.TP
+\fB\-m\fR, \fB\-\-mode\fR \fIname\fR
+the name of a mode (default a.b)
+.SH SEE ALSO
+
+`
+	page := manPage(c)
+	require.Equal(t, want, string(page))
+	path := filepath.Join(t.TempDir(), "x.1")
+	require.NoError(t, os.WriteFile(path, page, 0o600))
+	formatManual(t, path)
 }
 
 // formatManual has the page formatted, where that can be done, without a warning.
