@@ -56,6 +56,69 @@ func TestFrameWriter_LargeFramesAreNotCopied(t *testing.T) {
 	require.Equal(t, before, large, "nor is its memory used again")
 }
 
+func TestFrameWriter_CopiesOfAnySizeAreTheCallers(t *testing.T) {
+	for _, size := range []int{0, 1, maxCopied - sessionHeaderSize, maxCopied - sessionHeaderSize + 1, maxMessage} {
+		var w frameWriter
+		data := bytes.Repeat([]byte{'d'}, size)
+		w.addBytes([]byte("greeting"))
+		w.addCopy(frameAnswer, 3, data)
+		want := append([]byte("greeting"), sessionFrameOf(frameAnswer, 3, data)...)
+		require.EqualValues(t, len(want), w.unwritten())
+		require.EqualValues(t, len(want)-len("greeting"), w.answers)
+		clear(data)
+		require.Equal(t, want, bytes.Join(written(&w), nil), "%d bytes", size)
+		require.Zero(t, w.answers)
+		require.EqualValues(t, len(want), w.written)
+	}
+}
+
+// A failed write may be told of while others are queued: those count as not written, and
+// frames that come later are left as they are.
+func TestFrameWriter_TakesNothingAfterAFailure(t *testing.T) {
+	var w frameWriter
+	w.add(frameMessage, 1, roomy(10, 'a'))
+	c, _ := w.next()
+	w.add(frameMessage, 2, roomy(maxCopied, 'b'))
+	first := errors.New("first")
+	w.wrote(c, 3, first)
+	w.wrote(chunk{}, 0, errors.New("second"))
+	require.Equal(t, first, w.err)
+	queued := w.queued
+	for _, size := range []int{0, 10, maxCopied} {
+		frame := roomy(size, 'c')
+		w.add(frameMessage, 3, frame)
+		require.Equal(t, roomy(size, 'c'), frame, "not even the header is written into it")
+		w.addCopy(frameAnswer, 1, frame)
+	}
+	require.Empty(t, written(&w))
+	require.Empty(t, w.queue, "the memory of frames is let go")
+	require.Equal(t, queued, w.queued)
+	require.EqualValues(t, 3, w.written)
+	require.Zero(t, w.answers)
+	require.Zero(t, w.unwritten())
+}
+
+func TestFrameWriter_KeepsTheMemoryOfTwoChunks(t *testing.T) {
+	var w frameWriter
+	var chunks []chunk
+	for range 4 {
+		w.addCopy(frameStop, 1, nil)
+		c, _ := w.next()
+		chunks = append(chunks, c)
+	}
+	for _, c := range chunks {
+		w.wrote(c, len(c.data), nil)
+	}
+	require.Len(t, w.spare, 2)
+	w.add(frameMessage, 1, roomy(maxCopied, 'l'))
+	c, _ := w.next()
+	w.wrote(c, len(c.data), nil)
+	require.Len(t, w.spare, 2, "none of it is a caller's")
+	w.addCopy(frameStop, 2, nil)
+	require.Len(t, w.spare, 1)
+	require.Equal(t, [][]byte{{0xb0, 0, 0, 0, 0, 0, 0, 2}}, written(&w))
+}
+
 func TestFrameWriter_AChunkOfSmallFramesHasALimit(t *testing.T) {
 	var w frameWriter
 	for range 100 {

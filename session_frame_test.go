@@ -3,6 +3,7 @@ package acomm
 import (
 	"bytes"
 	"fmt"
+	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -90,5 +91,62 @@ func TestFrameReader_MemoryFollowsWhatArrives(t *testing.T) {
 		_, ok, err := r.next()
 		require.NoError(t, err)
 		require.False(t, ok)
+	}
+}
+
+// A long answer is the caller's own memory. What comes after it in the same read is not
+// taken for a part of it, nor the other way round.
+func TestFrameReader_LongAnswersAreOwned(t *testing.T) {
+	long := bytes.Repeat([]byte{'l'}, 2*readBufferSize+1)
+	data := slices.Concat(
+		sessionFrameOf(frameMessage, 1, []byte("before")), sessionFrameOf(frameAnswer, 2, long),
+		sessionFrameOf(frameAnswer, 3, []byte("after")), sessionFrameOf(frameAnswer, 4, bytes.Repeat([]byte{'x'}, len(long))),
+	)
+	for _, piece := range []int{1, sessionHeaderSize, sessionHeaderSize + 6 + sessionHeaderSize, 4 << 10, len(data)} {
+		var r frameReader
+		var numbers []uint32
+		var owned []byte
+		require.NoError(t, feedReader(&r, data, piece, func(f sessionFrame) {
+			numbers = append(numbers, f.number)
+			require.Equal(t, len(f.data) > maxMessage, f.owned, "frame %d", f.number)
+			if f.number == 2 {
+				owned = f.data
+			}
+		}))
+		require.Equal(t, []uint32{1, 2, 3, 4}, numbers)
+		require.Equal(t, long, owned, "in pieces of %d", piece)
+		require.LessOrEqual(t, cap(owned), 2*len(owned))
+	}
+}
+
+// An answer that fits in the buffer is good until the next read, whatever its length.
+func TestFrameReader_AnswersAtTheEndOfTheBuffer(t *testing.T) {
+	for size := maxMessage - 2; size <= readBufferSize+2; size++ {
+		data := append(sessionFrameOf(frameAnswer, 1, bytes.Repeat([]byte{'a'}, size)), sessionFrameOf(frameStop, 2, nil)...)
+		for _, piece := range []int{readBufferSize - 1, readBufferSize, len(data) - sessionHeaderSize - 1} {
+			var r frameReader
+			var got []string
+			require.NoError(t, feedReader(&r, data, piece, func(f sessionFrame) {
+				require.Equal(t, len(f.data), bytes.Count(f.data, []byte{'a'}))
+				got = append(got, fmt.Sprint(f.kind, f.number, len(f.data)))
+			}))
+			require.Equal(t, []string{fmt.Sprint(frameAnswer, 1, size), fmt.Sprint(frameStop, 2, 0)}, got)
+		}
+	}
+}
+
+// What is there before a header that no frame has is read, and nothing after it.
+func TestFrameReader_StopsAtWhatIsNoFrame(t *testing.T) {
+	for _, bad := range []string{"\x00\x00\x00\x00\x00\x00\x00\x00", "\x90\x00\x00\x01\x00\x00\x00\x01", "\x80\x01\x00\x01\x00\x00\x00\x01", greeting} {
+		data := slices.Concat(sessionFrameOf(frameMessage, 1, []byte("{}")), []byte(bad), sessionFrameOf(frameMessage, 2, nil))
+		for _, piece := range []int{1, 7, 8, 11, len(data)} {
+			var r frameReader
+			read := 0
+			require.ErrorIs(t, feedReader(&r, data, piece, func(sessionFrame) { read++ }), errBadFrame)
+			require.Equal(t, 1, read, "%q in pieces of %d", bad, piece)
+			_, ok, err := r.next()
+			require.False(t, ok)
+			require.ErrorIs(t, err, errBadFrame)
+		}
 	}
 }

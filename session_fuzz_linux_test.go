@@ -1,13 +1,15 @@
 package acomm_test
 
 import (
+	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"path/filepath"
+	"runtime"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -17,309 +19,355 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Both ends of a session, behind the greeting, against a model that follows
-// PROTOCOL.md, section 11.
+// Both ends of a session, behind the greeting, against models that follow PROTOCOL.md,
+// section 11, and know nothing of the library. The sender's is in
+// session_fuzz_sender_linux_test.go.
 
-// fuzzFrames makes frames of fuzz input: each byte is one, or a few bytes of garbage.
-func fuzzFrames(input []byte) (frames [][]byte, kinds []fuzzFrame) {
-	number := uint32(0)
-	for i := 0; i < len(input) && len(frames) < 64; i++ {
-		f := fuzzFrame{kind: uint32(input[i] >> 4), how: input[i] & 3}
-		switch {
-		case input[i]&0x0c == 0x0c: // any number
-			i++
-			if i < len(input) {
-				f.number = uint32(int8(input[i]))
-			}
-		case f.kind == frameMessage:
-			number++
-			f.number = number
-		default: // one of before
-			f.number = number - uint32(input[i]>>2&3)
-		}
-		switch f.kind {
-		case frameMessage:
-			f.payload = fmt.Sprintf(`{"id":%d,"how":%q}`, f.number, fuzzHow[f.how])
-		case frameAnswer:
-			f.payload = []string{accepted, string(plainFrame(`{"error":"no"}`)), "", "\x00\x00\x00\x09{}"}[f.how]
-		case frameTarget:
-			f.payload = strings.Repeat("x", 16)
-		default:
-			f.payload = strings.Repeat("x", int(f.how)/3) // a length that is wrong, now and then
-		}
-		frames = append(frames, rawFrame(f.kind, uint32(len(f.payload)), f.number, f.payload))
-		kinds = append(kinds, f)
-	}
-	return frames, kinds
+// What the fuzz input is made of: pairs of bytes, an operation and its argument.
+const (
+	opMessage = iota // with the next number, handled as the argument says
+	opNumber         // a message whose number is off by so much
+	opText           // a message of as many bytes of the input
+	opLong           // a message of the greatest length, or a byte more if odd
+	opMany           // 8 times as many messages that are not answered
+	opCancel         // of that number
+	opAnswer         // to the number in the upper bits, of the kind in the lower ones
+	opStop           // at that number, as a signed one
+	opTarget         // of so many bytes, but 16 for most
+	opFrame          // kind in the upper bits, length in the lower ones; bytes of the input follow
+	opBytes          // as many bytes of the input
+	numOps
+)
+
+// fuzzHows is what handlers do with a message, and fuzzAnswers what comes of it.
+var (
+	fuzzHows    = []string{"accept", "refuse", "close", "half", "twice", "wait"}
+	fuzzAccept  = string(plainFrame(`{"error":"","id":"","result":null,"stream_url":null}`))
+	fuzzRefusal = string(plainFrame(`{"error":"no","id":"","result":null,"stream_url":null}`))
+	fuzzAnswers = map[string]string{"refuse": fuzzRefusal, "close": "", "half": fuzzAccept[:9], "wait": ""}
+)
+
+// fuzzReplies is what a listener may answer.
+var fuzzReplies = []string{
+	fuzzAccept, accepted, fuzzRefusal, string(plainFrame(`{"error":"` + strings.Repeat("long", 1<<15) + `"}`)),
+	"", "\x00\x00\x00", accepted[:len(accepted)-1], "\xff\x00\x00\x00", accepted + "more", string(plainFrame("no JSON")), string(plainFrame("")),
 }
 
+// fuzzStream makes bytes of the input, up to 3 MiB and 1,200 messages.
+func fuzzStream(input []byte) (stream []byte) {
+	next := uint32(0)
+	frame := func(kind, number uint32, payload string) {
+		stream = append(stream, rawFrame(kind, uint32(len(payload)), number, payload)...)
+	}
+	message := func(how string, size int) {
+		next++
+		text := fmt.Sprintf(`{"id":%d,"how":%q}`, next, how)
+		frame(frameMessage, next, text+strings.Repeat(" ", max(size-len(text), 0)))
+	}
+	for len(input) > 1 && len(stream) < 3<<20 {
+		op, arg := input[0]%numOps, input[1]
+		input = input[2:]
+		take := func(n byte) string {
+			data := input[:min(int(n), len(input))]
+			input = input[len(data):]
+			return string(data)
+		}
+		switch op {
+		case opMessage:
+			message(fuzzHows[int(arg)%len(fuzzHows)], 0)
+		case opNumber:
+			frame(frameMessage, next+1+uint32(int8(arg)), `{}`)
+		case opText:
+			next++
+			frame(frameMessage, next, take(arg))
+		case opLong:
+			message("wait", 65536+int(arg&1))
+		case opMany:
+			for range min(8*int(arg), 1200-int(next)) {
+				message("wait", 0)
+			}
+		case opCancel:
+			frame(frameCancel, uint32(arg), "")
+		case opAnswer:
+			frame(frameAnswer, uint32(arg>>4), fuzzReplies[int(arg&15)%len(fuzzReplies)])
+		case opStop:
+			frame(frameStop, uint32(int8(arg)), "")
+		case opTarget:
+			size := 16
+			if arg >= 240 {
+				size = int(arg) - 240
+			}
+			frame(frameTarget, 0, strings.Repeat("t", size))
+		case opFrame:
+			stream = append(stream, rawFrame(uint32(arg>>4), uint32(arg&15), 1, "")...)
+		case opBytes:
+			stream = append(stream, take(arg)...)
+		}
+	}
+	return stream
+}
+
+// fuzzFrame is a frame in a stream.
 type fuzzFrame struct {
 	kind, number uint32
-	how          byte
-	payload      string
+	data         []byte
+	start        int // in the stream
 }
 
-// fuzzHow is what handlers do with a message.
-var fuzzHow = []string{"accept", "refuse", "close", "wait"}
+// fuzzFrames cuts a stream into frames. It reports whether a header follows that no
+// frame has, and whether a part of a frame does.
+func fuzzFrames(stream []byte) (frames []fuzzFrame, bad, part bool) {
+	for at := 0; at < len(stream); {
+		rest := stream[at:]
+		if len(rest) < 8 {
+			return frames, false, true
+		}
+		word := binary.BigEndian.Uint32(rest)
+		f := fuzzFrame{kind: word >> 28, number: binary.BigEndian.Uint32(rest[4:]), start: at}
+		size := int(word & (1<<28 - 1))
+		least, most := 0, 0
+		switch f.kind {
+		case frameMessage:
+			most = 65536
+		case frameAnswer:
+			most = 67108868
+		case frameTarget:
+			least, most = 16, 16
+		case frameCancel, frameStop:
+		default:
+			return frames, true, false
+		}
+		if size < least || size > most {
+			return frames, true, false
+		}
+		if len(rest) < 8+size {
+			return frames, false, true
+		}
+		f.data = rest[8 : 8+size]
+		frames, at = append(frames, f), at+8+size
+	}
+	return frames, false, false
+}
 
-// writePieces writes frames cut into pieces of some length.
-func writePieces(conn net.Conn, frames [][]byte, piece byte) error {
-	var all []byte
-	for _, f := range frames {
-		all = append(all, f...)
-	}
-	size := len(all)
-	if piece > 0 {
-		size = int(piece)
-	}
-	for len(all) > 0 {
-		n := min(size, len(all))
-		if _, err := conn.Write(all[:n]); err != nil {
+// writePieces writes data in pieces of the sizes, again and again; a size of zero is all,
+// and so is what is left after 100 pieces.
+func writePieces(conn net.Conn, data, sizes []byte) error {
+	for i := 0; len(data) > 0; i++ {
+		n := len(data)
+		if i < 100 && len(sizes) > 0 && sizes[i%len(sizes)] > 0 {
+			n = min(n, int(sizes[i%len(sizes)]))
+		}
+		if _, err := conn.Write(data[:n]); err != nil {
 			return err
 		}
-		all = all[n:]
+		data = data[n:]
 	}
 	return nil
 }
 
-// FuzzSessionListener writes what it likes to a listener's session. The model says which
-// messages are served and how they are answered, and whether the session breaks.
+// fuzzServed is a message that NextConn has returned.
+type fuzzServed struct {
+	id    int
+	how   string
+	bad   bool // no JSON of a note
+	plain bool // by a connection of its own
+}
+
+func newFuzzServed(err error, n note) fuzzServed {
+	if err != nil {
+		return fuzzServed{bad: true}
+	}
+	return fuzzServed{id: n.ID, how: n.How}
+}
+
+func (s fuzzServed) answer() string {
+	if answer, ok := fuzzAnswers[s.how]; ok || s.bad {
+		return answer
+	}
+	return fuzzAccept
+}
+
+// listenerModel is what comes of the bytes that a sender writes.
+type listenerModel struct {
+	served     []fuzzServed
+	open       map[uint32]int  // bytes of messages that are not cancelled
+	due        map[uint32]bool // answers that have to come
+	held       int             // messages that are open and will not be answered
+	size, hold int             // bytes of JSON: of open messages, of those that are held
+	over       bool            // the sender has said so: what is open is answered, then the listener closes
+	overAt     uint32          // the last message before that
+	broken     bool            // the listener closes
+}
+
+// take follows the stream. Where the limit depends on how fast handlers are, it returns a
+// lesser length of the stream, up to which it does not.
+func (m *listenerModel) take(stream []byte) int {
+	m.open, m.due = make(map[uint32]int), make(map[uint32]bool)
+	frames, bad, _ := fuzzFrames(stream)
+	for _, f := range frames {
+		size, last := len(f.data), uint32(len(m.served))
+		switch {
+		case f.kind == frameMessage && m.over: // is skipped
+		case f.kind == frameMessage && (f.number != last+1 || m.held >= 1024 || m.hold+size > 2097152):
+			m.broken = true
+		case f.kind == frameMessage && (len(m.open) >= 1024 || m.size+size > 2097152):
+			return f.start
+		case f.kind == frameMessage:
+			var n note
+			s := newFuzzServed(json.Unmarshal(f.data, &n), n)
+			m.served = append(m.served, s)
+			m.open[f.number] = size
+			m.size += size
+			m.due[f.number] = s.how != "wait"
+			if s.how == "wait" {
+				m.held++
+				m.hold += size
+			}
+		case f.kind == frameCancel:
+			size, ok := m.open[f.number]
+			if ok && !m.due[f.number] {
+				m.held--
+				m.hold -= size
+			}
+			m.size -= size
+			delete(m.open, f.number)
+		case f.kind == frameStop && f.number == 0:
+			if !m.over {
+				m.over, m.overAt = true, last
+			}
+		default:
+			m.broken = true
+		}
+		if m.broken {
+			return len(stream)
+		}
+	}
+	m.broken = bad
+	return len(stream)
+}
+
+// FuzzSessionListener writes what it likes to a listener's session.
 func FuzzSessionListener(f *testing.F) {
-	served := make(chan uint32, 1000)
+	served := make(chan fuzzServed, 2000)
+	var handlers atomic.Int64
 	ul := acomm.NewUnixListener(filepath.Join(shortDir(f), "s.sock"), 0)
 	require.NoError(f, ul.Start())
-	f.Cleanup(func() { ul.Stop(time.Nanosecond) })
-	go func() { // ends with the listener
+	stopped := async(func() {
 		for conn := ul.NextConn(); conn != nil; conn = ul.NextConn() {
+			handlers.Add(1)
+			var n note
+			s := newFuzzServed(acomm.UnmarshalConnData(conn, &n), n) // which has arrived
+			_, s.plain = conn.(*net.UnixConn)
+			served <- s
 			go func() {
+				defer handlers.Add(-1)
 				defer ul.DoneConn(conn)
-				var n note
-				if acomm.UnmarshalConnData(conn, &n) != nil {
-					return
-				}
-				served <- uint32(n.ID)
-				switch n.How {
-				case "accept":
-					_ = acomm.SendConnData(conn, &acomm.Response{})
-				case "refuse":
-					_ = acomm.SendConnData(conn, &acomm.Response{Error: errors.New("no")})
-				case "wait": // until it is cancelled, or the session ends
+				answer := s.answer()
+				switch {
+				case s.how == "wait": // until it is cancelled, or the session ends
 					_, _ = conn.Read(make([]byte, 1))
+				case s.how == "twice":
+					_, _ = io.WriteString(conn, answer+answer)
+					_, _ = io.WriteString(conn, answer)
+				case answer == fuzzAccept:
+					_ = acomm.SendConnData(conn, &acomm.Response{})
+				case answer == fuzzRefusal:
+					_ = acomm.SendConnData(conn, &acomm.Response{Error: errors.New("no")})
+				case answer != "":
+					_, _ = io.WriteString(conn, answer)
 				}
 			}()
 		}
-	}()
-	f.Add([]byte{0x80, 0x81, 0x82}, byte(0))
-	f.Add([]byte{0x83, 0x90, 0x80}, byte(1))
-	f.Add([]byte{0x80, 0x8c, 0x05, 0x80}, byte(7))
-	f.Add([]byte{0x80, 0xa0}, byte(0))
-	f.Add([]byte{0x80, 0xb0}, byte(3))
-	f.Add([]byte{0x80, 0xc0}, byte(0))
-	f.Add([]byte{0x93, 0x80, 0x9c, 0x7f, 0x83, 0x83, 0x94, 0x90}, byte(0))
-	f.Add([]byte{0x00, 0x80}, byte(9))
-	f.Fuzz(func(t *testing.T, input []byte, piece byte) {
-		frames, kinds := fuzzFrames(input)
-		want, due := make(map[uint32]string), make(map[uint32]bool) // due: an answer comes for certain
-		last, broken := uint32(0), false
-		for _, k := range kinds {
-			switch {
-			case k.kind == frameMessage && k.number == last+1:
-				last++
-				want[last], due[last] = fuzzHow[k.how], fuzzHow[k.how] != "wait"
-			case k.kind == frameCancel && k.payload == "":
-				delete(due, k.number)
-			default:
-				broken = true
-			}
-			if broken {
-				break
-			}
+	})
+	f.Cleanup(func() {
+		ul.Stop(time.Nanosecond)
+		<-stopped
+	})
+	for _, input := range [][]byte{
+		{opMessage, 0, opMessage, 1, opMessage, 2, opMessage, 3, opMessage, 4, opText, 2, '{', '}', opText, 1, '{', opText, 0},
+		{opMessage, 5, opCancel, 1, opMessage, 0, opCancel, 2, opCancel, 9, opMessage, 1},
+		{opMessage, 0, opNumber, 0, opNumber, 1}, {opMessage, 0, opNumber, 0xff}, {opNumber, 0xff},
+		{opMessage, 0, opAnswer, 0x10}, {opMessage, 0, opStop, 1, opMessage, 0}, {opMessage, 0, opTarget, 0},
+		{opMessage, 0, opMessage, 5, opStop, 0, opMessage, 0, opCancel, 2, opStop, 0}, {opStop, 0}, {opMessage, 5, opStop, 0, opFrame, 0x80},
+		{opMany, 128, opCancel, 7, opText, 2, '{', '}', opMany, 1}, {opMany, 129}, {opLong, 0, opLong, 1, opMessage, 0},
+		append([]byte(strings.Repeat("\x03\x00", 32)), opCancel, 7, opMessage, 0, opLong, 0), []byte(strings.Repeat("\x03\x00", 33)),
+		{opMessage, 1, opFrame, 0x91}, {opMessage, 1, opFrame, 0x70}, {opMessage, 1, opFrame, 0xd0}, {opMessage, 1, opFrame, 0x82, opBytes, 1, '{'}, {opBytes, 7, 0x80},
+	} {
+		for _, sizes := range []string{"", "\x01", "\x07\x02\x00"} {
+			f.Add(input, []byte(sizes))
+		}
+	}
+	f.Fuzz(func(t *testing.T, input, sizes []byte) {
+		stream := fuzzStream(input)
+		var m listenerModel
+		if end := m.take(stream); end < len(stream) {
+			stream, m = stream[:end], listenerModel{}
+			m.take(stream)
 		}
 		conn := openRaw(t, ul.Addr())
-		writeErr := writePieces(conn, frames, piece)
-		require.True(t, writeErr == nil || broken, "%v", writeErr)
-		for range last { // in any order
-			number := within(t, served, "a message to be served")
-			require.NotEmpty(t, want[number], "served twice, or not sent: %d", number)
-			if want[number] == "wait" {
-				delete(due, number)
-				delete(want, number)
+		writeErr := writePieces(conn, stream, sizes)
+		require.True(t, writeErr == nil || m.broken || m.over, "%v", writeErr)
+		due := 0 // of answers, and of the stop
+		for number := range m.open {
+			if m.due[number] {
+				due++
 			}
 		}
+		if m.over {
+			due++
+		}
+		closes, got, stops := m.broken || m.over && m.held == 0, make(map[uint32]bool), 0
 		for {
-			if !broken && len(due) == 0 {
+			if !closes && due == 0 {
 				require.NoError(t, conn.CloseWrite())
-				broken = true
+				due = -1
 			}
 			kind, number, payload, err := readFrame(conn)
 			if err != nil {
-				require.True(t, broken, "it was closed, with answers due: %v", due)
-				require.True(t, errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET), "%v", err)
+				require.True(t, m.broken || due <= 0, "%d frames are missing: %v", due, err)
+				require.True(t, err == io.EOF || (m.broken || m.over) && errors.Is(err, syscall.ECONNRESET), "%v", err)
 				break
 			}
+			if kind == frameStop {
+				stops++
+				require.True(t, m.over && stops == 1 && number == m.overAt, "stop %d", number)
+				due--
+				continue
+			}
 			require.EqualValues(t, frameAnswer, kind)
-			how := map[bool]string{strings.Contains(payload, `"error":""`): "accept", strings.Contains(payload, `"error":"no"`): "refuse", payload == "": "close"}[true]
-			require.Equal(t, want[number], how, "%d", number)
-			delete(want, number)
-			delete(due, number)
+			require.False(t, got[number], "a second answer to %d", number)
+			require.True(t, m.due[number], "an answer to %d", number)
+			require.Equal(t, m.served[number-1].answer(), payload, "to %d", number)
+			got[number] = true
+			if _, ok := m.open[number]; ok {
+				due--
+			}
 		}
 		require.NoError(t, conn.Close())
+
+		plain := dial(t, ul)
+		require.NoError(t, plain.SetDeadline(time.Now().Add(patience)))
+		_, err := plain.Write(plainFrame(`{}`))
+		require.NoError(t, err)
+		answer, err := io.ReadAll(plain)
+		require.NoError(t, err)
+		require.Equal(t, fuzzAccept, string(answer))
+		for i, want := range append(m.served, fuzzServed{plain: true}) {
+			require.Equal(t, want, within(t, served, "a message"), "message %d", i+1)
+		}
+		soon(t, "the end of the session", func() bool { return acomm.SessionTo(ul.Addr()).Accepted+int(handlers.Load()) == 0 })
 		require.Empty(t, served)
 	})
 }
 
-// FuzzSessionSender has a listener of its own that answers as it likes, while three
-// messages are in flight. The model says what becomes of each.
-func FuzzSessionSender(f *testing.F) {
-	processWithSessions(f)
-	f.Add([]byte{0xa0, 0xa4, 0xa8}, byte(0))
-	f.Add([]byte{0xa9, 0xb4, 0xa0}, byte(1))
-	f.Add([]byte{0xb8}, byte(0))
-	f.Add([]byte{0xbc, 0x00}, byte(5))
-	f.Add([]byte{0xa0, 0x80}, byte(0))
-	f.Add([]byte{0xac, 0x7f, 0xa1, 0xa6, 0xab}, byte(0))
-	f.Add([]byte{0xb3}, byte(0))
-	f.Fuzz(func(t *testing.T, input []byte, piece byte) {
-		l := newFuzzListener(t)
-		conn := l.open()
-		const number = 3
-		var sent [number]<-chan error
-		for i := range sent { // so that message i+1 has the id i+1
-			sent[i] = sendAsync(l.addr, note{ID: i + 1})
-			l.message(conn)
+// soon is await for what takes microseconds.
+func soon(t testing.TB, what string, reached func() bool) {
+	t.Helper()
+	for range 1000 {
+		if reached() {
+			return
 		}
-		frames, kinds := fuzzFrames(append([]byte{}, fuzzAnswersOnly(input)...))
-		outcome := make(map[uint32]string) // of those that have one before the end
-		draining, targets := false, 0
-		for _, k := range kinds {
-			k.number += number // the generator counts messages
-			broken := true
-			switch {
-			case k.kind == frameTarget: // is refused
-				targets++
-				broken = targets > 16
-			case k.kind == frameMessage, k.kind == frameCancel && k.payload == "":
-				broken = targets == 0 // else it is skipped
-			case k.kind == frameAnswer:
-				broken = false
-				if k.number >= 1 && k.number <= number && outcome[k.number] == "" {
-					outcome[k.number] = []string{"accept", "refuse", "eof", "eof"}[k.how]
-				}
-			case k.kind == frameStop && k.payload == "":
-				draining, broken = true, false
-				for n := uint32(1); n <= number; n++ {
-					if int32(n-k.number) > 0 && outcome[n] == "" {
-						outcome[n] = "again"
-					}
-				}
-			}
-			if broken || draining && len(outcome) == number {
-				break // it is closed
-			}
-		}
-		for i, k := range kinds {
-			frames[i] = rawFrame(k.kind, uint32(len(k.payload)), k.number+number, k.payload)
-		}
-		_ = writePieces(conn, frames, piece) // the end may come before the last
-		require.NoError(t, conn.Close())
-		for i := range sent {
-			err := within(t, sent[i], "an outcome")
-			again := l.servedAlone(i + 1)
-			switch outcome[uint32(i+1)] {
-			case "accept":
-				require.NoError(t, err)
-				require.Zero(t, again)
-			case "again":
-				require.NoError(t, err)
-				require.Equal(t, 1, again, "message %d goes elsewhere, once", i+1)
-			case "refuse":
-				require.EqualError(t, err, "no")
-				require.Zero(t, again)
-			default:
-				require.ErrorIs(t, err, io.ErrUnexpectedEOF, "message %d", i+1)
-				require.Zero(t, again)
-			}
-		}
-		require.NoError(t, acomm.Send(l.addr, note{ID: 9}))
-		require.Equal(t, 1, l.servedAlone(9))
-	})
-}
-
-// fuzzAnswersOnly makes most of the frames those that a listener sends.
-func fuzzAnswersOnly(input []byte) []byte {
-	out := make([]byte, 0, len(input))
-	for _, b := range input {
-		if b>>4 != frameAnswer && b>>4 != frameStop && b&1 == 0 {
-			b = b&0x0f | frameAnswer<<4
-		}
-		out = append(out, b)
+		runtime.Gosched()
 	}
-	return out
-}
-
-// fuzzListener is a raw listener that serves plain exchanges by itself.
-type fuzzListener struct {
-	*rawListener
-	sessions chan net.Conn
-	offering atomic.Bool
-
-	mu     sync.Mutex
-	served map[int]int // by id
-}
-
-func newFuzzListener(t testing.TB) *fuzzListener {
-	path := filepath.Join(shortDir(t), "s.sock")
-	l, err := net.Listen("unix", path)
-	require.NoError(t, err)
-	o := &fuzzListener{rawListener: &rawListener{t, l, unixURL(path)}, sessions: make(chan net.Conn, 1), served: make(map[int]int)}
-	accepting := async(func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			if strings.HasPrefix(conn.RemoteAddr().String(), acomm.SessionName) {
-				o.sessions <- conn
-				continue
-			}
-			var n note
-			if acomm.UnmarshalConnData(conn, &n) == nil {
-				o.mu.Lock()
-				o.served[n.ID]++
-				o.mu.Unlock()
-				answer := `{"error":""}`
-				if o.offering.Load() {
-					answer = `{"error":"","sessions":1}`
-				}
-				_, _ = conn.Write(plainFrame(answer))
-			}
-			_ = conn.Close()
-		}
-	})
-	t.Cleanup(func() {
-		_ = l.Close()
-		<-accepting
-	})
-	return o
-}
-
-// open has the library open a session.
-func (l *fuzzListener) open() net.Conn {
-	l.offering.Store(true)
-	require.NoError(l.t, acomm.Send(l.addr, note{ID: -1}))
-	l.offering.Store(false)
-	conn := within(l.t, l.sessions, "the session")
-	require.NoError(l.t, conn.SetDeadline(time.Now().Add(patience)))
-	l.write(conn, []byte(acomm.Greeting+lesserToken))
-	_, err := io.ReadFull(conn, make([]byte, len(acomm.Greeting)+len(lesserToken)))
-	require.NoError(l.t, err)
-	await(l.t, "the session", func() bool { return acomm.SessionTo(l.addr.Path).Open })
-	return conn
-}
-
-// servedAlone returns how often a message came on a plain connection.
-func (l *fuzzListener) servedAlone(id int) int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.served[id]
+	await(t, what, reached)
 }
