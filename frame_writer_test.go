@@ -77,6 +77,7 @@ func TestFrameWriter_CopiesOfAnySizeAreTheCallers(t *testing.T) {
 func TestFrameWriter_TakesNothingAfterAFailure(t *testing.T) {
 	var w frameWriter
 	w.add(frameMessage, 1, roomy(10, 'a'))
+	w.addCopy(frameAnswer, 1, []byte("answer"))
 	c, _ := w.next()
 	w.add(frameMessage, 2, roomy(maxCopied, 'b'))
 	first := errors.New("first")
