@@ -289,7 +289,7 @@ func FuzzSessionListener(f *testing.F) {
 	for _, input := range [][]byte{
 		{opMessage, 0, opMessage, 1, opMessage, 2, opMessage, 3, opMessage, 4, opText, 2, '{', '}', opText, 1, '{', opText, 0},
 		{opMessage, 5, opCancel, 1, opMessage, 0, opCancel, 2, opCancel, 9, opMessage, 1},
-		{opMessage, 0, opNumber, 0, opNumber, 1}, {opMessage, 0, opNumber, 0xff}, {opNumber, 0xff},
+		{opMessage, 0, opMessage, 2}, {opMessage, 0, opMessage, 3}, {opMessage, 0, opNumber, 0, opNumber, 1}, {opMessage, 0, opNumber, 0xff}, {opNumber, 0xff},
 		{opMessage, 0, opAnswer, 0x10}, {opMessage, 0, opStop, 1, opMessage, 0}, {opMessage, 0, opTarget, 0},
 		{opMessage, 0, opMessage, 5, opStop, 0, opMessage, 0, opCancel, 2, opStop, 0}, {opStop, 0}, {opMessage, 5, opStop, 0, opFrame, 0x80},
 		{opMany, 128, opCancel, 7, opText, 2, '{', '}', opMany, 1}, {opMany, 129}, {opLong, 0, opLong, 1, opMessage, 0},
