@@ -166,7 +166,7 @@ func (b *bed) connections() error {
 			return err
 		}
 		conns = append(conns, conn)
-		if _, err := io.WriteString(conn, "GET /healthz HTTP/1.1\r\nHost: gateway\r\n\r\n"); err != nil {
+		if _, err := io.WriteString(conn, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"); err != nil {
 			return err
 		}
 		answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
