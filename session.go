@@ -303,7 +303,7 @@ func (s *session) unlock() bool {
 		s.limitGraceLocked(sessionWriteTimeout)
 	}
 	done := c.state == halfClosed && x.state == halfClosed && !s.ending && !s.closed
-	if done && s.opened && !s.closing && s.out.err == nil {
+	if done && s.opened && !s.closing && s.out.err == nil && s.out.unwritten() == 0 {
 		s.closing = true
 		s.out.addCopy(frameStop, firstMessage-1, nil) // of a target that is on its way, too
 		time.AfterFunc(sessionCloseTimeout, s.end)

@@ -682,6 +682,9 @@ func TestSessionBoth_RefusedTargetsAreNamedAFewTimes(t *testing.T) {
 		require.NoError(t, within(t, sent, "the acknowledgement"))
 	}
 	for again := range 4 {
+		for again > 0 && !acomm.SessionTo(a.l.addr.Path).Carried {
+			answerOnY(sendAsync(a.l.addr, note{ID: 1}))
+		}
 		if again > 0 {
 			a.requireTarget(t)
 		}

@@ -745,6 +745,7 @@ func (l *rawListener) accept() (net.Conn, note) {
 // offer has a plain exchange, and acknowledges that there may be a session.
 func (l *rawListener) offer() {
 	l.t.Helper()
+	await(l.t, "the end of the session before", func() bool { return !acomm.SessionTo(l.addr.Path).Known })
 	sent := sendAsync(l.addr, note{ID: -1})
 	conn, _ := l.accept()
 	l.write(conn, plainFrame(`{"error":"","sessions":1}`))
@@ -1202,7 +1203,7 @@ func TestSession_NothingIsLeftAfterTheLastStop(t *testing.T) {
 		openTo(t, s.URL())
 		sendMany(t, s.URL(), 0, 4)
 		s.Stop(0)
-		require.Equal(t, before, openFiles(t), "after %d", i)
+		await(t, fmt.Sprintf("all descriptors to be closed, after %d", i), func() bool { return openFiles(t) <= before })
 		require.Zero(t, acomm.SessionTo("").Opened)
 		within(t, s.served, "the end of serving")
 	}
@@ -1220,7 +1221,7 @@ func TestSession_NothingIsLeftAfterTheLastTracker(t *testing.T) {
 		stopped := async(tracker.Stop)
 		requireClosing(t, conn)
 		within(t, stopped, "Stop")
-		require.Equal(t, before, openFiles(t), "round %d", i)
+		await(t, fmt.Sprintf("all descriptors to be closed, round %d", i), func() bool { return openFiles(t) <= before })
 		require.Zero(t, acomm.SessionTo("").Opened)
 	}
 }
