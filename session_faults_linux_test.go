@@ -435,7 +435,7 @@ func TestSession_EndThatComesWithTheLastAnswerIsSeen(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // nobody reads between the two calls
 	l := newRawListener(t)
 	for range 10 {
-		conn := l.open()
+		conn := l.openNext()
 		first := sendAsync(l.addr, note{ID: 1})
 		l.message(conn)
 		second := sendAsync(l.addr, note{ID: 2})

@@ -745,7 +745,6 @@ func (l *rawListener) accept() (net.Conn, note) {
 // offer has a plain exchange, and acknowledges that there may be a session.
 func (l *rawListener) offer() {
 	l.t.Helper()
-	await(l.t, "the end of the session before", func() bool { return !acomm.SessionTo(l.addr.Path).Known })
 	sent := sendAsync(l.addr, note{ID: -1})
 	conn, _ := l.accept()
 	l.write(conn, plainFrame(`{"error":"","sessions":1}`))
@@ -770,6 +769,13 @@ func (l *rawListener) acceptSession() net.Conn {
 func (l *rawListener) open() net.Conn {
 	l.t.Helper()
 	return l.openWith(lesserToken)
+}
+
+// openNext is open after another session has ended.
+func (l *rawListener) openNext() net.Conn {
+	l.t.Helper()
+	await(l.t, "the end of the session before", func() bool { return !acomm.SessionTo(l.addr.Path).Known })
+	return l.open()
 }
 
 // openWith is open with another token.
@@ -823,7 +829,7 @@ func (l *rawListener) serveAlone() note {
 func TestSession_ConnectionLostBeforeAMessageIsReplaced(t *testing.T) {
 	l := newRawListener(t)
 	for i := range 20 {
-		conn := l.open()
+		conn := l.openNext()
 		conn.Close()
 		sent := sendAsync(l.addr, note{ID: i})
 		require.Equal(t, i, l.serveAlone().ID)
@@ -834,7 +840,7 @@ func TestSession_ConnectionLostBeforeAMessageIsReplaced(t *testing.T) {
 func TestSession_MessageIsNotSentAgainOnceItMayHaveBeenRead(t *testing.T) {
 	l := newRawListener(t)
 	for read := range 2 { // with and without having read it
-		conn := l.open()
+		conn := l.openNext()
 		sent := sendAsync(l.addr, note{ID: 1})
 		if read == 1 {
 			l.message(conn)

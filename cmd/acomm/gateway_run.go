@@ -8,8 +8,10 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/mistifyio/acomm"
@@ -102,6 +104,7 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 		}
 	}
 	if access.isUsed() {
+		signal.Notify(signals, syscall.SIGHUP) // under nohup, too
 		signals = withoutHangups(signals, access.readAgain)
 	}
 	s.metrics = newGatewayMetrics(s.pending.Load)
