@@ -432,7 +432,7 @@ func (s *session) nextChunk() (chunk, bool) {
 func (s *session) wrote(c chunk, n int, err error) {
 	s.mu.Lock()
 	s.out.wrote(c, n, err)
-	if err != nil {
+	if x := &s.exchanges; err != nil || x.state == halfClosed && x.feed != nil { // the queue waits for that
 		s.unlock()
 		return
 	}
