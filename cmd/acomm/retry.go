@@ -72,10 +72,14 @@ func isStartShortage(err error) bool {
 		errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.ENOMEM)
 }
 
-// respond sends the response. It tries again where the response certainly did not
-// arrive and may arrive later: there was no descriptor for it, or, over HTTP, no
-// connection. An end of the service waits for descriptors only.
+// respond sends the response, when there is a descriptor for it.
 func (s *service) respond(req *acomm.Request, resp *acomm.Response) error {
+	return s.retry("send the response", req, isShortage, func() error { return req.Respond(resp) })
+}
+
+// respondLater is respond for a request that holds nothing any more. It also tries again
+// where, over HTTP, there is no connection to the hook, unless the service is to end.
+func (s *service) respondLater(req *acomm.Request, resp *acomm.Response) error {
 	overHTTP := req.ResponseHook.Scheme != "unix"
 	passes := func(err error) bool {
 		if isShortage(err) {
@@ -88,5 +92,9 @@ func (s *service) respond(req *acomm.Request, resp *acomm.Response) error {
 			return overHTTP && isNotConnected(err)
 		}
 	}
-	return s.retry("send the response", req, passes, func() error { return req.Respond(resp) })
+	return s.retry("send the response", req, passes, func() error {
+		s.room <- struct{}{} // not while it waits: a hook that is away would keep all room
+		defer func() { <-s.room }()
+		return req.Respond(resp)
+	})
 }

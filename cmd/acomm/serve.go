@@ -81,10 +81,10 @@ CONCURRENCY
 wait for their turn, without a limit to their number. Where descriptors are few
 (ulimit -n), fewer programs run, and what finds none is tried again for a minute: to
 start a program, to send its result. Over HTTP a hook that can't be connected to is
-tried for as long, until the service is told to end. The time-out counts from the start
-of the program. With --stream, a stream that nobody begins to read is ended after
---unread-duration, and so is one whose reader takes nothing for so long while another
-request waits: it holds a place.
+tried for as long, until the service is told to end; not for a stream. The time-out
+counts from the start of the program. With --stream, a stream that nobody begins to read
+is ended after --unread-duration, and so is one whose reader takes nothing for so long
+while another request waits: it holds a place.
 
 SIGNALS
 On SIGTERM, SIGINT and SIGHUP the service stops listening, does what it has
@@ -300,7 +300,8 @@ func (s *service) accept(req *acomm.Request) error {
 // answer does the task when it is its turn, and sends the response.
 func (s *service) answer(req *acomm.Request) error {
 	s.room <- struct{}{}
-	defer func() { <-s.room }()
+	leave := sync.OnceFunc(func() { <-s.room })
+	defer leave()
 	s.waiting.Add(1)
 	s.slots <- struct{}{}
 	s.waiting.Add(-1)
@@ -312,7 +313,7 @@ func (s *service) answer(req *acomm.Request) error {
 	if s.stream {
 		failed, err = s.answerStream(req, release)
 	} else {
-		failed, err = s.answerResult(req, release)
+		failed, err = s.answerResult(req, func() { release(); leave() })
 	}
 	if err != nil {
 		return fmt.Errorf("respond to request: %w", sendError(req.ResponseHook, err))
@@ -396,9 +397,9 @@ func (s *service) answerStream(req *acomm.Request, release func()) (failed, err 
 
 // deliver sends the response, or that it is too large.
 func (s *service) deliver(req *acomm.Request, resp *acomm.Response) error {
-	err := s.respond(req, resp)
+	err := s.respondLater(req, resp)
 	if isTooLarge(req.ResponseHook, resp, err) {
-		err = s.respond(req, tooLarge(resp))
+		err = s.respondLater(req, tooLarge(resp))
 	}
 	return err
 }

@@ -80,3 +80,20 @@ func TestServe_ResponseWaitsForItsHook(t *testing.T) {
 	require.Contains(t, body, `"result":5`)
 	r.stop()
 }
+
+// Hazard: while a hook is away, its responses keep the room or the places of others.
+func TestServe_HookThatIsAwayKeepsNothing(t *testing.T) {
+	for _, option := range []string{"--stream", "-v"} {
+		hook := closedPort(t)
+		r, path := startServeWith(t, "ulimit -n 24", []string{"--concurrency", "1", option}, "cat") // room for one or two
+		for range 5 {
+			conn, err := acommDial(path)
+			require.NoError(t, err)
+			require.NoError(t, acomm.SendConnData(conn, raw(`{"id":"1","task":"work","responsehook":{"Scheme":"http","Host":"`+hook+`","Path":"/"},"args":5}`)))
+			require.NoError(t, acomm.UnmarshalConnData(conn, &acomm.Response{}))
+			require.NoError(t, conn.Close())
+		}
+		require.Equal(t, result{stdout: "5\n"}, runAcomm(t, "call", "--timeout", "10s", path, "work", "5"))
+		r.stop()
+	}
+}
