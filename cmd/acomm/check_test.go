@@ -327,6 +327,53 @@ func TestCheck_EachFaultIsSeen(t *testing.T) {
 	require.Zero(t, got.code, got.stdout)
 }
 
+// A stream that was cut off, and one that a second consumer gets as well.
+func TestCheck_FaultsOfStreamsAreSeen(t *testing.T) {
+	for name, test := range map[string]struct{ file, want string }{
+		"cut off":      {"s.eof", `a stream with .eof, after \d+ bytes: .*reset`},
+		"served twice": {"s.sock", "a second consumer was served"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(shortDir(t), test.file)
+			listener, err := net.Listen("unix", path)
+			require.NoError(t, err)
+			var serving sync.WaitGroup
+			serving.Go(func() {
+				for {
+					conn, err := listener.Accept()
+					if err != nil {
+						return
+					}
+					_, _ = conn.Write([]byte("data"))
+					if test.file == "s.eof" { // so that the consumer's byte is there, and unread
+						_, _ = watchPeek(conn)
+					}
+					_ = conn.Close()
+				}
+			})
+			got := (&wrongPeer{stream: path}).check(t, "--of-2016")
+			_ = listener.Close()
+			serving.Wait()
+			require.Equal(t, exitTask, got.code, got.stdout)
+			require.Regexp(t, `FAIL  PROTOCOL.md 8      .*\n        seen: `+test.want, got.stdout)
+		})
+	}
+}
+
+// watchPeek waits until there is a byte, and leaves it.
+func watchPeek(conn net.Conn) (n int, err error) {
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	_ = conn.SetReadDeadline(time.Now().Add(patience))
+	err = errors.Join(raw.Read(func(fd uintptr) bool {
+		n, _, err = syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK)
+		return !errors.Is(err, syscall.EAGAIN)
+	}), err)
+	return n, err
+}
+
 func TestCheck_SaysThatThePeerHasGone(t *testing.T) {
 	got := (&wrongPeer{dies: true}).check(t)
 	require.Equal(t, exitTask, got.code)
