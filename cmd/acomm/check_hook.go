@@ -79,7 +79,7 @@ func (h *checkHook) open(c *checker) (err error) {
 	return nil
 }
 
-// listenUnix listens on a socket whose name has all that a path may have.
+// listenUnix listens in a directory that only this user may enter.
 func (h *checkHook) listenUnix(temp string) error {
 	dir, err := os.MkdirTemp(temp, "acomm-check-")
 	if err != nil {

@@ -311,7 +311,7 @@ func (c *checker) post(payload []byte) (*message, error) {
 	defer answer.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(answer.Body, 1<<20+1))
 	if answer.StatusCode >= 300 {
-		return nil, notTaken(fmt.Sprintf("answered %s: %.200s", answer.Status, bytes.TrimSpace(body)))
+		return nil, notTaken(fmt.Sprintf("answered %s: %.200s", answer.Status, bytes.Join(bytes.Fields(body), []byte(" "))))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("the answer: %w", err)
