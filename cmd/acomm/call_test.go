@@ -509,7 +509,9 @@ func onTerminal(t *testing.T, stdout *bytes.Buffer, args ...string) string {
 	return shown
 }
 
-func cmdOnTerminal(t *testing.T, cmd *exec.Cmd, stdout *bytes.Buffer) string {
+// cmdOnTerminal runs a command on a terminal, and returns what that shows. See is called
+// with all that is shown each time that something is added.
+func cmdOnTerminal(t *testing.T, cmd *exec.Cmd, stdout *bytes.Buffer, see ...func(shown string)) string {
 	t.Helper()
 	master, slave, err := pty.Open()
 	require.NoError(t, err)
@@ -522,7 +524,17 @@ func cmdOnTerminal(t *testing.T, cmd *exec.Cmd, stdout *bytes.Buffer) string {
 	require.NoError(t, cmd.Start())
 	require.NoError(t, slave.Close())
 	var shown bytes.Buffer
-	_, _ = io.Copy(&shown, master) // ends with EIO when nobody has the terminal any more
+	buf := make([]byte, 4<<10)
+	for { // ends with EIO when nobody has the terminal any more
+		n, err := master.Read(buf)
+		if err != nil {
+			break
+		}
+		shown.Write(buf[:n])
+		for _, f := range see {
+			f(shown.String())
+		}
+	}
 	_ = cmd.Wait()
 	return shown.String()
 }

@@ -250,7 +250,7 @@ func (p *wrongPeer) write(conn net.Conn, message any) {
 	frame := append(binary.BigEndian.AppendUint32(nil, uint32(len(data))), data...)
 	if p.writesTwice {
 		_, _ = conn.Write(frame[:4])
-		time.Sleep(time.Millisecond)
+		awaitRead(conn)
 		frame = frame[4:]
 	}
 	_, _ = conn.Write(frame)

@@ -7,6 +7,7 @@ import (
 	"net/http/httptest"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -99,12 +100,32 @@ func TestGateway_StreamThatIsReadOutlivesTheBoundForUnreadOnes(t *testing.T) {
 	buf := make([]byte, 1)
 	_, err = io.ReadFull(answer.Body, buf)
 	require.NoError(t, err)
-	time.Sleep(500 * time.Millisecond) // five times the bound
+	left := newSilentSource()
+	g.provideStream("left", left) // and nobody reads it: the bound passes for both
+	gwWithin(t, (<-chan struct{})(left.closed))
 	go func() { _, _ = w.Write([]byte{2}); _ = w.Close() }()
 	rest, err := io.ReadAll(answer.Body)
 	require.NoError(t, err)
 	require.Equal(t, []byte{2}, rest)
 	g.stop()
+}
+
+// silentSource is a source that is silent, and tells when it is closed.
+type silentSource struct {
+	closed chan struct{}
+	once   sync.Once
+}
+
+func newSilentSource() *silentSource { return &silentSource{closed: make(chan struct{})} }
+
+func (c *silentSource) Read([]byte) (int, error) {
+	<-c.closed
+	return 0, io.EOF
+}
+
+func (c *silentSource) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return nil
 }
 
 // requestStream sends a request to the service, and returns the stream of its
@@ -130,7 +151,7 @@ func TestServe_StreamThatNobodyReadsIsEnded(t *testing.T) {
 // A reader that pauses keeps its stream, until another request waits for the place.
 func TestServe_StreamWhoseReaderTakesNothingGivesItsPlaceToTheNext(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s.sock")
-	serve := serveEndless(t, path, "--unread-duration", "200ms")
+	serve := serveEndless(t, path, "--unread-duration", "200ms", "--concurrency", "2")
 	stream := requestStream(t, path).StreamURL
 	conn, err := net.Dial("unix", stream.Path)
 	require.NoError(t, err)
@@ -140,11 +161,13 @@ func TestServe_StreamWhoseReaderTakesNothingGivesItsPlaceToTheNext(t *testing.T)
 	buf := make([]byte, 1<<20)
 	_, err = io.ReadFull(conn, buf)
 	require.NoError(t, err)
-	time.Sleep(time.Second) // five times the bound
+	require.NoError(t, requestStream(t, path).Error)
+	serve.waitLines("nobody has read", 1) // the second one: the bound has passed for both
 	_, err = io.ReadFull(conn, buf)
 	require.NoError(t, err, "nobody needs the place")
-	require.NotContains(t, serve.said(), "nobody has read")
-	require.NoError(t, requestStream(t, path).Error)
+	for range 2 { // there is one place, which the first gets; the other needs this one
+		require.NoError(t, requestStream(t, path).Error)
+	}
 }
 
 // Hazard: a provider that sends its response again, unsure of the first, has its own

@@ -16,14 +16,16 @@ import (
 func TestCall_ProgressIsOneLineWithACount(t *testing.T) {
 	reader, writer := io.Pipe()
 	p := startCallProvider(t, streamOf(t, raw(`null`), func() io.ReadCloser { return reader }))
-	go func() { // ends with the stream
-		_, _ = writer.Write(make([]byte, 3<<20))
-		time.Sleep(3 * progressEvery) // some lines are drawn
-		_ = writer.Close()
-	}()
+	go func() { _, _ = writer.Write(make([]byte, 3<<20)) }() // ends with the stream
 	file := filepath.Join(t.TempDir(), "f")
 	task := strings.Repeat("long.", 50)
-	shown := onTerminal(t, nil, "call", "-o", file, p.path, task)
+	cmd := acommCmd(t, "call", "-o", file, p.path, task)
+	shown := cmdOnTerminal(t, cmd, nil, func(shown string) {
+		if strings.Contains(shown, "3.0 MiB  ") { // a line with all of it is drawn
+			_ = writer.Close()
+		}
+	})
+	require.Zero(t, cmd.ProcessState.ExitCode(), shown)
 	drawn, last, _ := strings.Cut(shown, task+": ")
 	require.Contains(t, last, "3145728 bytes in ")
 	require.NotContains(t, drawn, "\n")
