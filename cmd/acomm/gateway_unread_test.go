@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -148,26 +149,31 @@ func TestServe_StreamThatNobodyReadsIsEnded(t *testing.T) {
 	serve.waitLines("nobody has read", 2)
 }
 
+// pausedReader reads some of a stream, and returns what reads the next of it.
+func pausedReader(t *testing.T, stream *url.URL) (more func() error) {
+	t.Helper()
+	conn, err := net.Dial("unix", stream.Path)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = conn.Close() })
+	_, err = conn.Write([]byte{0})
+	require.NoError(t, err)
+	buf := make([]byte, 1<<20)
+	more = func() error { _, err := io.ReadFull(conn, buf); return err }
+	require.NoError(t, more())
+	return more
+}
+
 // A reader that pauses keeps its stream, until another request waits for the place.
 func TestServe_StreamWhoseReaderTakesNothingGivesItsPlaceToTheNext(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s.sock")
 	serve := serveEndless(t, path, "--unread-duration", "200ms", "--concurrency", "2")
-	stream := requestStream(t, path).StreamURL
-	conn, err := net.Dial("unix", stream.Path)
-	require.NoError(t, err)
-	defer conn.Close()
-	_, err = conn.Write([]byte{0})
-	require.NoError(t, err)
-	buf := make([]byte, 1<<20)
-	_, err = io.ReadFull(conn, buf)
-	require.NoError(t, err)
+	more := pausedReader(t, requestStream(t, path).StreamURL)
 	require.NoError(t, requestStream(t, path).Error)
 	serve.waitLines("nobody has read", 1) // the second one: the bound has passed for both
-	_, err = io.ReadFull(conn, buf)
-	require.NoError(t, err, "nobody needs the place")
-	for range 2 { // there is one place, which the first gets; the other needs this one
-		require.NoError(t, requestStream(t, path).Error)
-	}
+	require.NoError(t, more(), "nobody needs the place")
+
+	pausedReader(t, requestStream(t, path).StreamURL) // now both places are taken
+	require.NoError(t, requestStream(t, path).Error)
 }
 
 // Hazard: a provider that sends its response again, unsure of the first, has its own
