@@ -134,6 +134,7 @@ func playModel(t *testing.T, seed uint64, rng *rand.Rand, length time.Duration) 
 
 func (r *modelRound) now() int64 { return time.Now().UnixMicro() - r.begun.UnixMicro() }
 
+// pause lets processes run for a time that is part of the round: nothing waits for it.
 func (r *modelRound) pause(most time.Duration) {
 	time.Sleep(time.Duration(r.rng.Int64N(int64(most))))
 }

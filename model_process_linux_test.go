@@ -650,7 +650,7 @@ func (l *modelListener) answer(conn net.Conn, done func(), id, how string, respo
 		done := make(chan struct{})
 		go close(done) // lets others go first
 		<-done
-	case "late5":
+	case "late5": // the time that a handler takes; nothing is ordered by it
 		time.Sleep(5 * time.Millisecond)
 	case "late50":
 		time.Sleep(50 * time.Millisecond)

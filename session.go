@@ -73,16 +73,17 @@ type session struct {
 	out       frameWriter
 	calls     calls
 	exchanges exchanges
-	writing   bool      // a goroutine writes, and takes along what is added
-	corked    bool      // the reader is about to flush
-	finishBy  time.Time // until then all has to be written, once nothing else is left to do
-	failed    bool      // a write did
-	closing   bool      // the peer was told that the session is over, and is to close it
-	ending    bool      // the reader was told to end
-	closed    bool      // the connection is
-	over      bool      // ended is closed, or about to be
-	timer     *time.Timer
-	seen      uint64 // messages, when the timer looked
+	writing   bool        // a goroutine writes, and takes along what is added
+	corked    bool        // the reader is about to flush
+	finishBy  time.Time   // until then all has to be written, once nothing else is left to do
+	failed    bool        // a write did
+	closing   bool        // the peer was told that the session is over, and is to close it
+	ending    bool        // the reader was told to end
+	closed    bool        // the connection is
+	over      bool        // ended is closed, or about to be
+	timer     *time.Timer // of idleness
+	closer    *time.Timer // for the peer to close
+	seen      uint64      // messages, when the timer looked
 }
 
 // halfState is how far one direction of a session is.
@@ -268,16 +269,51 @@ func (s *session) uncork() bool {
 	return s.unlock()
 }
 
+// endings is what a change has brought about, to be done without mu.
+type endings struct {
+	retired bool  // no further message may be sent
+	refused bool  // that is since a target was refused
+	feed    *feed // of the two below
+	noMore  bool  // no further message arrives for its listener
+	left    bool  // all is answered, and written
+	end     bool  // the reader has to close the connection
+	over    bool  // nothing of the session is left
+	flush   bool  // the caller has to write
+	yield   bool  // after others, who are likely to queue frames at this moment
+}
+
 // unlock releases mu after a change. Here, and nowhere else, it is decided what has
 // ended by it: a half, the connection, the session; and whether the caller has to
 // write. It reports whether it has written something.
 func (s *session) unlock() bool {
+	e := s.decideLocked()
+	s.mu.Unlock()
+	if e.retired {
+		sessions.forget(s, e.refused)
+	}
+	if e.noMore {
+		e.feed.queue.noMore(e.feed)
+	}
+	if e.left {
+		e.feed.queue.left(e.feed)
+	}
+	if e.end {
+		s.end()
+	}
+	if e.over {
+		sessions.gone(s)
+		close(s.ended)
+	}
+	return e.flush && s.flush(e.yield)
+}
+
+// decideLocked decides what has ended, and notes it, so that it is decided once.
+func (s *session) decideLocked() (e endings) {
 	c, x := &s.calls, &s.exchanges
 	s.checkFailedLocked()
-	over := s.closed && !s.writing && !s.over // only then it is known what was written
-	if over {
-		s.over = true
-		s.timer.Stop()
+	if s.closed && !s.writing && !s.over { // only then it is known what was written
+		s.over, e.over = true, true
+		s.stopTimersLocked()
 		c.failLocked(s.out.written)
 		x.abandonLocked()
 	}
@@ -287,56 +323,63 @@ func (s *session) unlock() bool {
 	if x.state == halfDraining && len(x.pending) == 0 && !x.adding {
 		x.state = halfClosed
 	}
-	retired := c.state != halfOpen && !c.retired
-	c.retired = c.retired || retired
-	refused := c.refused
-	f := x.feed
-	noMore := f != nil && x.state != halfOpen && !x.adding && !x.toldNoMore
-	x.toldNoMore = x.toldNoMore || noMore
-	said := s.out.written >= x.end || s.out.err != nil || x.graceOver || s.closed
-	left := f != nil && x.state == halfClosed && said && (c.state != halfClosed || s.over)
-	switch {
-	case left:
-		x.feed = nil
-		x.stopGraceLocked()
-	case f != nil && x.state == halfClosed && x.grace == nil:
-		s.limitGraceLocked(sessionWriteTimeout)
-	}
-	done := c.state == halfClosed && x.state == halfClosed && !s.ending && !s.closed
-	if done && s.opened && !s.closing && s.out.err == nil && s.out.unwritten() == 0 {
-		s.closing = true
-		s.out.addCopy(frameStop, firstMessage-1, nil) // of a target that is on its way, too
-		time.AfterFunc(sessionCloseTimeout, s.end)
-	}
-	end := done && !s.opened && (s.out.unwritten() == 0 || x.graceOver)
-	s.ending = s.ending || end
-	flush := !s.writing && !s.corked && !s.closed && len(s.out.queue) > 0
-	s.writing = s.writing || flush
-	yield := flush && len(c.pending)+len(x.pending) > 1 && s.out.unwritten() <= maxCopied
-	s.mu.Unlock()
-
-	if retired {
-		sessions.forget(s, refused)
-	}
-	if noMore {
-		f.queue.noMore(f)
-	}
-	if left {
-		f.queue.left(f)
-	}
-	if end {
-		s.end()
-	}
-	if over {
-		sessions.gone(s)
-		close(s.ended)
-	}
-	return flush && s.flush(yield)
+	e.retired, e.refused = c.state != halfOpen && !c.retired, c.refused
+	c.retired = c.retired || e.retired
+	s.decideFeedLocked(&e)
+	e.end = s.decideCloseLocked()
+	e.flush = !s.writing && !s.corked && !s.closed && len(s.out.queue) > 0
+	s.writing = s.writing || e.flush
+	e.yield = e.flush && len(c.pending)+len(x.pending) > 1 && s.out.unwritten() <= maxCopied
+	return e
 }
 
-// end lets the reader return, who closes the connection. Who has opened it does that when
-// the peer has closed, or too late: until then the peer may name a target, and has to be
-// told that nothing is served.
+// decideFeedLocked decides what a listener is to be told of its messages.
+func (s *session) decideFeedLocked(e *endings) {
+	x := &s.exchanges
+	if x.feed == nil || x.state == halfOpen {
+		return
+	}
+	e.feed = x.feed
+	e.noMore = !x.adding && !x.toldNoMore
+	x.toldNoMore = x.toldNoMore || e.noMore
+	said := s.out.written >= x.end || s.out.err != nil || x.graceOver || s.closed
+	e.left = x.state == halfClosed && said && (s.calls.state != halfClosed || s.over) // not before the connection is closed, if that is next
+	switch {
+	case e.left:
+		x.feed = nil
+		x.stopGraceLocked()
+	case x.state == halfClosed && x.grace == nil:
+		s.limitGraceLocked(sessionWriteTimeout)
+	}
+}
+
+// decideCloseLocked ends the connection if both halves are over and all is written. It
+// reports whether the caller has to do that. Who has opened it says so first, and waits
+// for the peer to close: until then that may name a target, and has to be told that
+// nothing is served.
+func (s *session) decideCloseLocked() bool {
+	written := s.out.unwritten() == 0
+	switch {
+	case s.calls.state != halfClosed || s.exchanges.state != halfClosed || s.ending || s.closed:
+	case !s.opened && (written || s.exchanges.graceOver):
+		s.ending = true
+		return true
+	case s.opened && !s.closing && s.out.err == nil && written:
+		s.closing = true
+		s.out.addCopy(frameStop, firstMessage-1, nil)
+		s.closer = time.AfterFunc(sessionCloseTimeout, s.end)
+	}
+	return false
+}
+
+func (s *session) stopTimersLocked() {
+	s.timer.Stop()
+	if s.closer != nil {
+		s.closer.Stop()
+	}
+}
+
+// end lets the reader return, who closes the connection.
 func (s *session) end() {
 	s.mu.Lock()
 	s.ending = true

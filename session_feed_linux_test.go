@@ -1,9 +1,12 @@
 package acomm
 
 import (
+	"io"
 	"net"
 	"path/filepath"
+	"runtime"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 )
@@ -94,4 +97,83 @@ func isOver(s *session) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.over
+}
+
+// Hazard: that a listener's last word was written was not looked at while the same
+// goroutine went on to write something else, which the peer did not take.
+func TestFeed_LeavesOnceItsLastWordIsWritten(t *testing.T) {
+	q := newTestQueue(t)
+	s, peer := pairedSession(t)
+	s.mu.Lock()
+	f := s.serveLocked(q, peer.LocalAddr(), peer.RemoteAddr())
+	s.unlock()
+	require.True(t, q.join(f))
+	reading := make(chan struct{})
+	go func() {
+		defer close(reading)
+		s.read()
+	}()
+	// Two frames that no socket holds, and the stop between them.
+	const size = 1 << 20
+	add := func() {
+		s.mu.Lock()
+		s.out.add(frameAnswer, 99, make([]byte, sessionHeaderSize+size))
+		s.unlock()
+	}
+	add()
+	f.drain()
+	add()
+	q.mu.Lock()
+	require.Len(t, q.sessions, 1, "its stop waits behind a frame")
+	q.mu.Unlock()
+	_, err := io.CopyN(io.Discard, peer, int64(len(ownGreeting())+sessionHeaderSize+size+sessionHeaderSize+1)) // one byte of the second
+	require.NoError(t, err)
+	left := make(chan struct{})
+	go func() { // ends when the session has left, or the test
+		for {
+			q.mu.Lock()
+			n := len(q.sessions)
+			q.mu.Unlock()
+			if n == 0 {
+				close(left)
+				return
+			}
+			runtime.Gosched()
+		}
+	}()
+	select {
+	case <-left:
+	case <-time.After(10 * time.Second):
+		t.Error("it has not left the queue")
+		q.left(f)
+	}
+	require.NoError(t, peer.Close())
+	<-s.ended
+	<-reading
+	<-left
+}
+
+// Hazard: the time for the peer to close began while answers were still to be written,
+// and cut them off.
+func TestSession_EndsAfterAllIsWritten(t *testing.T) {
+	s, peer := pairedSession(t)
+	reading := make(chan struct{})
+	go func() {
+		defer close(reading)
+		s.read()
+	}()
+	const size = 1 << 20 // more than a socket holds
+	s.mu.Lock()
+	s.out.add(frameAnswer, 99, make([]byte, sessionHeaderSize+size))
+	s.unlock()
+	require.False(t, s.finish(), "it is not about to end")
+	_, err := io.CopyN(io.Discard, peer, int64(len(ownGreeting())+sessionHeaderSize+size))
+	require.NoError(t, err)
+	last := make([]byte, sessionHeaderSize)
+	_, err = io.ReadFull(peer, last)
+	require.NoError(t, err)
+	require.Equal(t, sessionFrameOf(frameStop, 0, nil), last, "only then it says that it is over")
+	require.NoError(t, peer.Close())
+	<-s.ended
+	<-reading
 }

@@ -249,16 +249,9 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 		return nil, err
 	}
 	defer closeHook()
-	if c.client.isUsed() {
-		if http.DefaultTransport, err = c.client.transport(c.target); err != nil {
-			return nil, usageError("%w", err)
-		}
+	if err := c.takeTransport(); err != nil {
+		return nil, err
 	}
-	if c.target.Scheme != "unix" {
-		c.posts = &postWatcher{RoundTripper: http.DefaultTransport}
-		http.DefaultTransport = c.posts // after that of NATS was registered
-	}
-
 	responses := make(chan *acomm.Response, 1) // exactly one handler runs, once
 	handle := func(_ *acomm.Request, resp *acomm.Response) { responses <- resp }
 	req, err := acomm.NewRequest(c.task, hook.String(), c.args, handle, handle)
@@ -275,7 +268,28 @@ func (c *call) exchange(ctx context.Context) (*acomm.Response, error) {
 	c.report.sending(req.ID)
 	sent := make(chan error, 1)
 	go func() { sent <- acomm.Send(c.target, req) }() // ends with the process, if not before
-	for ack := sent; ; {
+	return c.await(ctx, tracker, req, sent, responses)
+}
+
+// takeTransport has all that goes over HTTP go through transports that know who calls,
+// and how far a request has come.
+func (c *call) takeTransport() (err error) {
+	if c.client.isUsed() {
+		if http.DefaultTransport, err = c.client.transport(c.target); err != nil {
+			return usageError("%w", err)
+		}
+	}
+	if c.target.Scheme != "unix" {
+		c.posts = &postWatcher{RoundTripper: http.DefaultTransport}
+		http.DefaultTransport = c.posts // after that of NATS was registered
+	}
+	return nil
+}
+
+// await waits for the acknowledgement and the response, in whichever order they come, and
+// returns the response.
+func (c *call) await(ctx context.Context, tracker *acomm.Tracker, req *acomm.Request, ack <-chan error, responses <-chan *acomm.Response) (*acomm.Response, error) {
+	for {
 		select {
 		case err := <-ack:
 			ack = nil

@@ -182,6 +182,7 @@ type gatewayOptions struct {
 	tlsKey         string
 	clientCA       string
 	tokenFile      string
+	access         *access // what these files say, once they are checked
 	streamURL      string
 	timeout        time.Duration
 	unread         time.Duration

@@ -226,7 +226,7 @@ func (o *gatewayOptions) checkAccess() error {
 	case o.clientCA != "" && o.tlsCert == "":
 		return usageError("--client-ca: there is no --tls-cert")
 	}
-	if _, err := newAccess(o); err != nil {
+	if o.access, err = newAccess(o); err != nil {
 		return usageError("%w", err)
 	}
 	return nil

@@ -38,55 +38,74 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 	// Before anything listens that clients find. A signal ends the waiting.
 	var overNATS *natsFront
 	if opts.nats != "" {
-		connected := make(chan error, 1)
-		go func() { // ends with the process, if not before
-			var err error
-			overNATS, err = connectNATS(opts, transport, connecting)
-			connected <- err
-		}()
-		select {
-		case err := <-connected:
-			if err != nil {
-				return err
-			}
-		case sig := <-signals:
-			logrus.WithField("signal", sig.String()).Info("gateway: ended before it was connected to NATS")
-			return nil
+		connect := func() (*natsFront, error) { return connectNATS(opts, transport, connecting) }
+		if overNATS, err = connectUnless(signals, connect); overNATS == nil {
+			return err
 		}
 		defer overNATS.disconnect()
-	}
-	access, err := newAccess(opts)
-	if err != nil {
-		return err
 	}
 	tcp, err := opts.listenHTTP()
 	if err != nil {
 		return err
 	}
-	front := newLimitedListener(access.secure(tcp), opts.maxConnections)
+	front := newLimitedListener(opts.access.secure(tcp), opts.maxConnections)
 	defer front.Close()
-	streamURL, err := opts.streamURLAt(tcp.Addr())
+	s, err := newGatewayServer(opts, rules, tcp.Addr(), overNATS)
 	if err != nil {
-		return err
-	}
-	tracker, err := acomm.NewTracker(opts.socket(responseDir), streamURL, opts.timeout)
-	if err != nil {
-		return err
-	}
-	responses := acomm.NewUnixListener(opts.socket(responseDir), 0)
-	if err := responses.Start(); err != nil {
-		return err
-	}
-	requests := acomm.NewUnixListener(opts.socket(coordinatorDir), 0)
-	if err := requests.Start(); err != nil {
-		responses.Stop(responsesEnd)
 		return err
 	}
 	errorLog := logrus.StandardLogger().WriterLevel(logrus.WarnLevel)
 	defer errorLog.Close()
+	if opts.access.isUsed() {
+		signal.Notify(signals, syscall.SIGHUP) // under nohup, too
+		signals = withoutHangups(signals, opts.access.readAgain)
+	}
+	s.http = s.newServer(front, errorLog)
+	return s.run(ctx, signals, front, stdout)
+}
+
+// connectUnless connects to NATS. If a signal comes first it returns nil, and no error.
+func connectUnless(signals <-chan os.Signal, connect func() (*natsFront, error)) (*natsFront, error) {
+	type connection struct {
+		front *natsFront
+		err   error
+	}
+	connected := make(chan connection, 1)
+	go func() { // ends with the process, if not before
+		front, err := connect()
+		connected <- connection{front, err}
+	}()
+	select {
+	case c := <-connected:
+		return c.front, c.err
+	case sig := <-signals:
+		logrus.WithField("signal", sig.String()).Info("gateway: ended before it was connected to NATS")
+		return nil, nil
+	}
+}
+
+// newGatewayServer starts what a gateway has on this machine. It serves nobody before run.
+func newGatewayServer(opts *gatewayOptions, rules hookRules, listens net.Addr, overNATS *natsFront) (*gatewayServer, error) {
+	streamURL, err := opts.streamURLAt(listens)
+	if err != nil {
+		return nil, err
+	}
+	tracker, err := acomm.NewTracker(opts.socket(responseDir), streamURL, opts.timeout)
+	if err != nil {
+		return nil, err
+	}
+	responses := acomm.NewUnixListener(opts.socket(responseDir), 0)
+	if err := responses.Start(); err != nil {
+		return nil, err
+	}
+	requests := acomm.NewUnixListener(opts.socket(coordinatorDir), 0)
+	if err := requests.Start(); err != nil {
+		responses.Stop(responsesEnd)
+		return nil, err
+	}
 	s := &gatewayServer{
 		gateway: &gateway{
-			opts: opts, rules: rules, access: access, hosts: newHostNames(opts, tcp.Addr()), timeouts: defaultHTTPTimeouts,
+			opts: opts, rules: rules, access: opts.access, hosts: newHostNames(opts, listens), timeouts: defaultHTTPTimeouts,
 			tracker: tracker, hook: responses.URL(), streams: publishedStreams{unread: opts.unread},
 			natsHook: overNATS != nil,
 			health:   health{dir: opts.socketDir, nats: overNATS},
@@ -96,20 +115,15 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 		requests: requests, responses: responses,
 		nats: overNATS,
 	}
+	s.metrics = newGatewayMetrics(s.pending.Load)
 	for _, socket := range []*acomm.UnixListener{requests, responses} {
 		if err := s.health.own(socket.Addr()); err != nil {
 			requests.Stop(0)
 			responses.Stop(responsesEnd)
-			return err
+			return nil, err
 		}
 	}
-	if access.isUsed() {
-		signal.Notify(signals, syscall.SIGHUP) // under nohup, too
-		signals = withoutHangups(signals, access.readAgain)
-	}
-	s.metrics = newGatewayMetrics(s.pending.Load)
-	s.http = s.newServer(front, errorLog)
-	return s.run(ctx, signals, front, stdout)
+	return s, nil
 }
 
 // socket is the path of a socket of the gateway itself.
