@@ -57,7 +57,8 @@ WHAT IT SERVES
               respond-async" it answers 202 at once. Its Location is where the
               response is fetched with GET, once, as if it were the answer, or 202 again
               while there is none (?wait=30s waits). It is there for the time that was
-              waited for and --unread-duration.
+              waited for and --unread-duration; --max-outstanding of them, more are
+              429.
   /stream     the streams that responses name, see --stream-url. One that can't be
               passed on, since its response is late or its hook has not taken it,
               is ended at once, and one that nobody begins to read after

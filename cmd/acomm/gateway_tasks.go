@@ -48,6 +48,10 @@ func (g *gateway) handleTask(w http.ResponseWriter, r *http.Request) {
 	req := &acomm.Request{ID: rand.Text(), Task: r.PathValue("task"), ResponseHook: g.hook, Args: args}
 	task := g.task(req.Task)
 	g.metrics.requests.WithLabelValues(task).Inc()
+	if prefersAsync(r) && g.results.number() >= g.opts.maxOutstanding {
+		g.refuseTask(w, task, refuse(http.StatusTooManyRequests, reasonBusy, "%d responses wait to be fetched", g.opts.maxOutstanding))
+		return
+	}
 	result := newTaskResult()
 	tracked, refused := g.begin(req, task, wait, result.set)
 	if refused != nil {
@@ -293,6 +297,13 @@ func (t *taskResults) take(key string, only *taskResult) *taskResult {
 	}
 	delete(t.byKey, key)
 	return result
+}
+
+// number returns how many results are kept.
+func (t *taskResults) number() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.byKey)
 }
 
 func (t *taskResults) get(key string) *taskResult {

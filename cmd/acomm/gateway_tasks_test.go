@@ -199,3 +199,25 @@ func TestList_ShowsTheTasksOfAGateway(t *testing.T) {
 		require.Empty(t, got.stdout)
 	}
 }
+
+// Hazard: responses that nobody fetches fill the memory.
+func TestGatewayTasks_SoManyResponsesWaitAndNoMore(t *testing.T) {
+	g := startGateway(t, "--max-outstanding", "3")
+	g.provide("echo", "a.sock", gwEcho)
+	var location string
+	for range 3 {
+		answer, _ := g.task("/tasks/echo", "1", "Prefer", "respond-async")
+		require.Equal(t, http.StatusAccepted, answer.StatusCode)
+		location = answer.Header.Get("Location")
+	}
+	g.hasMetric(`acomm_gateway_responses_total{result="success",task="echo"} 3`)
+	answer, body := g.task("/tasks/echo", "1", "Prefer", "respond-async")
+	require.Equal(t, http.StatusTooManyRequests, answer.StatusCode)
+	require.Contains(t, body, "wait to be fetched")
+	answer, _ = g.task("/tasks/echo", "1")
+	require.Equal(t, http.StatusOK, answer.StatusCode, "who waits is served")
+	answer, _ = g.task(location+"?wait=10s", "")
+	require.Equal(t, http.StatusOK, answer.StatusCode)
+	answer, _ = g.task("/tasks/echo", "1", "Prefer", "respond-async")
+	require.Equal(t, http.StatusAccepted, answer.StatusCode, "there is room again")
+}
