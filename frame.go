@@ -221,7 +221,11 @@ func decodeFrame(data []byte, dest interface{}) error {
 			return nil
 		}
 	}
-	if err := json.Unmarshal(data, dest); err != nil {
+	err := json.Unmarshal(data, dest)
+	if req, ok := dest.(*Request); ok && isHookString(err) {
+		err = unmarshalHookString(data, req)
+	}
+	if err != nil {
 		return fmt.Errorf("decode frame of %d bytes: %w", len(data), err)
 	}
 	return nil

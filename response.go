@@ -129,25 +129,3 @@ func (r *Response) UnmarshalJSON(data []byte) error {
 	}
 	return nil
 }
-
-// wireURL reads a URL in either of its forms on the wire. The empty string and
-// null are no URL.
-type wireURL struct{ url *url.URL }
-
-func (w *wireURL) UnmarshalJSON(data []byte) error {
-	w.url = nil
-	if !bytes.HasPrefix(data, []byte(`"`)) {
-		return json.Unmarshal(data, &w.url)
-	}
-	var text string
-	if err := json.Unmarshal(data, &text); err != nil || text == "" {
-		return err
-	}
-	u, err := url.Parse(text)
-	if err != nil {
-		// The parser's error quotes the URL, which is payload.
-		return errors.New("stream_url is not a URL")
-	}
-	w.url = u
-	return nil
-}
