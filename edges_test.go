@@ -341,9 +341,9 @@ func TestUnixListener_DoneConnCompletesWhatAWrapperWraps(t *testing.T) {
 
 // What the migration notes say of services that were written on the library of 2016.
 func TestMigrationNotes_MayNeedAChange(t *testing.T) {
-	text := strings.Join(strings.Fields(document(t, "CHANGELOG.md")), " ")
-	_, text, _ = strings.Cut(text, "### What may need a change in a service")
-	notes, _, _ := strings.Cut(text, "###")
+	text := strings.Join(strings.Fields(document(t, "docs/migrating.md")), " ")
+	_, text, _ = strings.Cut(text, "## What may need a change")
+	notes, _, _ := strings.Cut(text, "## ")
 	for note, check := range map[string]func(*testing.T){
 		"Returned errors are wrapped":                           returnedErrorsAreWrapped,
 		"Settings of `http.DefaultClient` itself are not used":  defaultClientIsNotUsed,
