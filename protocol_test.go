@@ -286,7 +286,7 @@ func TestProtocolDocument_SessionSender(t *testing.T) {
 
 	// Message 2 is given up, message 3 is not handed to a handler before the stop.
 	text := document(t, "PROTOCOL.md")
-	require.Contains(t, text, "Cancelling message 2 would be `90000000 00000002`, a stop after message 1 `b0000000 00000001`.")
+	require.Contains(t, text, "A cancel of message 2 is `90000000 00000002`. A stop after message 1 is `b0000000 00000001`.")
 	_, err = conn.Write([]byte("\x80\x00\x00\x02\x00\x00\x00\x02{}\x90\x00\x00\x00\x00\x00\x00\x02"))
 	require.NoError(t, err)
 	cancelled := listener.NextConn()

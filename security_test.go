@@ -551,24 +551,45 @@ func TestSocket_DirectoryOfTheCallerRestrictsWhoGetsIn(t *testing.T) {
 	}
 }
 
-func TestSecurityDocument_NamesTestsThatExist(t *testing.T) {
-	text, err := os.ReadFile("SECURITY.md")
-	require.NoError(t, err)
-	sources, err := filepath.Glob("*_test.go")
-	require.NoError(t, err)
-	exist := map[string]bool{}
-	for _, source := range sources {
-		file, err := parser.ParseFile(token.NewFileSet(), source, nil, parser.SkipObjectResolution)
-		require.NoError(t, err)
+// documentsThatNameTests are checked for the names of tests in them, and for how many
+// they have at least.
+var documentsThatNameTests = map[string]int{
+	"PROTOCOL.md": 100,
+	"README.md":   0,
+	"SECURITY.md": 50,
+}
+
+func TestDocuments_NameTestsThatExist(t *testing.T) {
+	exist := testsInRepository(t)
+	for name, least := range documentsThatNameTests {
+		t.Run(name, func(t *testing.T) {
+			named := regexp.MustCompile(`\b(Test|Fuzz|Example)[A-Z]\w+`).FindAllString(document(t, name), -1)
+			require.GreaterOrEqual(t, len(named), least)
+			for _, test := range named {
+				require.True(t, exist[test], "%s names %s, which does not exist", name, test)
+			}
+		})
+	}
+}
+
+// testsInRepository returns the names of the functions in the tests of all modules.
+func testsInRepository(t *testing.T) map[string]bool {
+	t.Helper()
+	exist := make(map[string]bool)
+	require.NoError(t, filepath.WalkDir(".", func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.SkipObjectResolution)
+		if err != nil {
+			return err
+		}
 		for _, decl := range file.Decls {
 			if f, ok := decl.(*ast.FuncDecl); ok && f.Recv == nil {
 				exist[f.Name.Name] = true
 			}
 		}
-	}
-	named := regexp.MustCompile(`\b(Test|Fuzz|Example)[A-Z]\w+`).FindAllString(string(text), -1)
-	require.Greater(t, len(named), 20)
-	for _, name := range named {
-		require.True(t, exist[name], "there is no %s", name)
-	}
+		return nil
+	}))
+	return exist
 }
