@@ -19,24 +19,25 @@ const (
 	firstChunk = 4 << 10  // bytes allocated before any of a payload has arrived
 )
 
-// SendConnData marshals the payload to JSON and writes it to the connection,
-// behind a header of 4 bytes with its length, in one write. It blocks until
-// everything is written; the deadline is whatever the caller has set on the
-// connection. Any number of goroutines may call it; on one connection frames of
-// different calls don't mix, and their order is not defined.
+// SendConnData writes the payload to the connection as one frame, in one write: a header
+// of 4 bytes with the length, then the JSON. It blocks until everything is written, or
+// until the deadline that the caller has set on the connection. Any number of goroutines
+// may call it: frames of different calls do not mix, and their order is not defined.
 //
-// A [Response] that is written to a connection of [UnixListener.NextConn] may carry one
-// more member, which says that the listener can have sessions; only senders that asked
-// for it get it. On an exchange of a session the frame is queued and the call returns at
-// once. As with a socket, nil does not mean that it was read. The second answer to a
-// message is an error that matches [io.ErrUnexpectedEOF]: a sender waits for one.
+// On an exchange of a session (see [UnixListener.NextConn]) the frame is queued and the
+// call returns at once. As with a socket, nil does not mean that it was read. A message
+// gets one answer; a second one gives [io.ErrUnexpectedEOF]. A [Response] on a connection
+// of NextConn may get one more member, "sessions", if its sender asked for it.
 //
-// A nil connection or payload, and a payload that no peer could read as it is (see
-// [Send]), give an error that matches [io/fs.ErrInvalid], a payload of more than 64
-// MiB of JSON [syscall.EMSGSIZE] (nothing is written in these cases), a peer that has
-// closed [io.ErrUnexpectedEOF], and a deadline that has passed
-// [os.ErrDeadlineExceeded]. After an error while writing, the connection is of no
-// further use.
+// The errors match:
+//
+//   - [io/fs.ErrInvalid]: the connection or payload is nil, or [Send] would refuse the
+//     payload as invalid
+//   - [syscall.EMSGSIZE]: the JSON is over 64 MiB
+//   - [io.ErrUnexpectedEOF]: the peer has closed the connection
+//   - [os.ErrDeadlineExceeded]: the connection's deadline has passed
+//
+// In the first two cases nothing was written. After the others, close the connection.
 func SendConnData(conn net.Conn, payload interface{}) error {
 	if conn == nil {
 		return fmt.Errorf("send frame: connection is nil: %w", fs.ErrInvalid)
@@ -64,21 +65,24 @@ func isResponse(payload interface{}) bool {
 	return false
 }
 
-// UnmarshalConnData reads a frame, a header of 4 bytes and as many bytes of JSON
-// as it announces, from the connection and unmarshals it into the destination
-// object. It blocks until the frame is complete; the deadline is whatever the
-// caller has set on the connection. Memory is allocated as the bytes arrive. On one
-// connection one call may be under way at a time: several would take parts of the
-// same frame. The message of an exchange on a session (see [UnixListener.NextConn]) has
-// arrived when the connection is returned, so reading it does not block.
+// UnmarshalConnData reads one frame from the connection and decodes its JSON into dest,
+// as [encoding/json.Unmarshal] does. A frame is a header of 4 bytes with the length, then
+// the JSON. It blocks until the frame is complete, or until the deadline that the caller
+// has set on the connection. On an exchange of a session (see [UnixListener.NextConn])
+// the frame has arrived already.
 //
-// A nil connection, and a destination that is not a non-nil pointer, give an
-// error that matches [io/fs.ErrInvalid], a frame of more than 64 MiB
-// [syscall.EMSGSIZE], a connection that ends before the whole frame
-// [io.ErrUnexpectedEOF], and a deadline that has passed
-// [os.ErrDeadlineExceeded]; what is not JSON, or does not fit the destination,
-// gives encoding/json's error. After an error nothing further can be read from
-// the connection: answer it or not, then close it.
+// Memory is allocated as bytes arrive, not as the header announces. On one connection,
+// only one call may run at a time: two would each read a part of the frame.
+//
+// The errors match:
+//
+//   - [io/fs.ErrInvalid]: the connection is nil, or dest is not a non-nil pointer
+//   - [syscall.EMSGSIZE]: the frame is over 64 MiB
+//   - [io.ErrUnexpectedEOF]: the connection ended before the whole frame
+//   - [os.ErrDeadlineExceeded]: the connection's deadline has passed
+//
+// What is not JSON, or does not fit dest, gives encoding/json's error. After an error
+// nothing further can be read: refuse the message or not, then close the connection.
 func UnmarshalConnData(conn net.Conn, dest interface{}) error {
 	growStack()
 	if conn == nil {

@@ -65,22 +65,23 @@ type unixStream struct {
 	closing sync.Once
 }
 
-// NewStreamUnix sets up an ad-hoc unix listener to stream data and returns its
-// URL, for the StreamURL of a [Response]. The socket is made in dir, under a random
-// name of 15 bytes, 66 bits of them, and with permissions that the process's umask
-// decides. If dir is empty it is made in a directory of its own, below [os.TempDir], that
-// only the process's user can enter; that takes 44 bytes of a path's 107.
+// NewStreamUnix makes a unix socket that sends src to one consumer, and returns its URL
+// for the StreamURL of a [Response]. The first consumer that connects, for example with
+// [Stream], gets all of src. A second one gets an error.
 //
-// The first consumer that connects ([Stream] does) is sent all of src; a second
-// one gets an error. From the return on src is the library's: it is closed
-// exactly once, when it ends or fails, when the consumer leaves (even while a
-// Read of src blocks, so Close has to end it), when nobody has come within an
-// hour, or when the tracker stops. A failure of src is logged.
+// The socket is made in dir, under a random name of 15 bytes, with permissions that the
+// process's umask decides. If dir is empty, it is made in a directory of its own below
+// [os.TempDir] that only the process's user can enter; that takes 44 bytes more than
+// TempDir, and a socket's path has 107 at most.
 //
-// A nil src and a dir that is not UTF-8 give an error that matches
-// [io/fs.ErrInvalid], a tracker that is not started or is stopping [net.ErrClosed];
-// the other errors are those of [UnixListener.Start]. After an error src is still the
-// caller's.
+// After a return without an error, src belongs to the library. It is closed exactly once:
+// when it ends or fails, when the consumer leaves, after an hour without a consumer, or
+// when the tracker stops. The consumer may leave while a Read of src blocks, so Close has
+// to end that Read. A failure of src is logged.
+//
+// A nil src, and a dir that is not UTF-8, give an error that matches [io/fs.ErrInvalid].
+// A tracker that is not started or is stopping gives [net.ErrClosed]. The other errors
+// are those of [UnixListener.Start]. After an error src is still the caller's.
 func (t *Tracker) NewStreamUnix(dir string, src io.ReadCloser) (*url.URL, error) {
 	if src == nil {
 		return nil, fmt.Errorf("new stream: source is nil: %w", fs.ErrInvalid)
@@ -270,27 +271,30 @@ func (s *unixStream) end(stall, end time.Duration) {
 	}
 }
 
-// Stream streams data from a URL to a destination writer, until the source ends:
-// a unix socket made by [Tracker.NewStreamUnix], or anything that
-// [net/http.DefaultTransport] can GET. Nothing is written unless the source is
-// there, and over HTTP has answered with the status 200. Connecting and that
-// answer are given a minute; after it a source may be silent for as long as it
-// likes.
+// Stream copies a stream to dest and returns when its source ends. The address is a unix
+// socket of [Tracker.NewStreamUnix], or a URL that [net/http.DefaultTransport] can GET.
+// It waits a minute at most for the connection, or over HTTP for the header of the
+// answer. After that the source may be silent for any time. It writes nothing to dest
+// unless the source is there, and over HTTP has answered with the status 200.
 //
-// A source that is cut off gives an error that matches [io.ErrUnexpectedEOF]: over
-// HTTP, and on Linux over the unix sockets of [Tracker.NewStreamUnix], even if
-// its process was killed. With the unix sockets of the original, and HTTP/1.0
-// servers, the end of the process can't be told from the end of the data. Nor can it
-// through a relay, such as socat or ssh -L: the unix socket must be connected to
-// directly, since a relay does not pass the reset on that tells.
+// A unix address is resolved as by [Send]. Over HTTP, Stream asks for the bytes as they
+// are (Accept-Encoding: identity) and follows up to 10 redirects without a Referer, as
+// the URL is a secret.
 //
-// Over HTTP the bytes are asked for as they are (Accept-Encoding: identity), up to 10
-// redirects are followed, and none carries a Referer: the URL is a secret.
+// A source that is cut off gives [io.ErrUnexpectedEOF], even if its process was killed:
+// over HTTP, and on Linux over sockets of [Tracker.NewStreamUnix]. The end of the process
+// looks like the end of the data with sockets of the original acomm, with HTTP/1.0
+// servers, and through a relay such as socat or ssh -L, which does not pass a reset on.
 //
-// A unix socket is found as by [Send]. A nil argument, and a unix URL with a host, give
-// an error that matches [io/fs.ErrInvalid], a stream that is gone
-// [io/fs.ErrNotExist] or [syscall.ECONNREFUSED], a scheme that nobody handles
-// [errors.ErrUnsupported]. An error of dest ends the stream and is returned.
+// The errors match:
+//
+//   - [io/fs.ErrInvalid]: an argument is nil, or a unix URL has a host
+//   - [io/fs.ErrNotExist], [syscall.ECONNREFUSED]: the stream is gone
+//   - [errors.ErrUnsupported]: nothing handles the scheme
+//   - [io.ErrUnexpectedEOF]: the source was cut off
+//   - [os.ErrDeadlineExceeded]: the source did not answer within the minute
+//
+// An error of dest ends the stream and is returned.
 func Stream(dest io.Writer, addr *url.URL) error {
 	if dest == nil || addr == nil {
 		return fmt.Errorf("stream: destination or URL is nil: %w", fs.ErrInvalid)

@@ -42,29 +42,34 @@ func signStream(addr string) string {
 	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
 }
 
-// ProxyStreamHandler is an HTTP HandlerFunc for simple proxy streaming. It serves
-// the URLs that [Tracker.ProxyStreamHTTPURL] of this process has made, and the
-// streams that trackers of this process are serving, and nothing else. It blocks
-// until the stream ends or the client leaves, which releases the source.
+// ProxyStreamHandler serves streams over HTTP. It is a [net/http.HandlerFunc] for the
+// httpStreamURL of [NewTracker]. It serves the URLs that [Tracker.ProxyStreamHTTPURL] of
+// this process made, and the streams that trackers of this process serve; nothing else.
+// It blocks until the stream ends or the client leaves, which releases the source.
 //
-// The data is application/octet-stream, and each piece is flushed before the next one is waited for.
-// Statuses: 405 for anything but GET (a HEAD would use up the stream), 400 for a
-// query that can't be read or a request with a body, 403 for an address that this
-// process has not published, 404 for a stream that is gone, 502 for a source that
-// fails before its first byte, or redirects. A source that fails later has the
-// connection aborted, so that what was cut off can't look complete, also where
-// middleware recovers from panics: the handler sets a write deadline in the past and
-// panics with [http.ErrAbortHandler]. Where the ResponseWriter wraps another without
-// an Unwrap method, so that no deadline can be set, it ends the server's goroutine with
-// [runtime.Goexit] instead.
+// The data is application/octet-stream. What has arrived is flushed before the handler
+// waits for more. The status is:
 //
-// HTTP/1.0 has no sign for an aborted answer but a reset of the connection. The status
-// is 505 where the connection is not TCP, or the ResponseWriter can't be hijacked. If
-// your listener wraps its connections, give them a NetConn() net.Conn method, as
-// [crypto/tls.Conn] has it: without it a stream that is cut off looks complete to a
-// client of HTTP/1.0. The server's WriteTimeout, if any, ends streams too.
+//   - 405: the method is not GET (a HEAD would use up the stream)
+//   - 400: the query can't be read, or the request has a body
+//   - 403: this process has not published the address
+//   - 404: the stream is gone
+//   - 502: the source failed before its first byte, or redirects
+//   - 505: the client speaks HTTP/1.0 and the handler can't reset its connection
 //
-// A service with rules of its own writes its own handler, with [Stream].
+// If the source fails after its first byte, the handler aborts the connection, so that
+// the client can tell. It sets a write deadline in the past and panics with
+// [http.ErrAbortHandler]; the deadline holds under middleware that recovers. If no
+// deadline can be set, because a ResponseWriter wraps another one without an Unwrap
+// method, it ends the server's goroutine with [runtime.Goexit].
+//
+// In HTTP/1.0, only a reset of the TCP connection tells a cut-off answer from a whole
+// one. The handler needs a ResponseWriter that can be hijacked for that. If your listener
+// wraps its connections, give them a method NetConn() net.Conn, as [crypto/tls.Conn] has
+// it. Without it, a cut-off stream looks complete to a client of HTTP/1.0.
+//
+// A WriteTimeout of the server ends streams, too. If your service has other rules, write
+// your own handler on [Stream].
 func ProxyStreamHandler(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodGet {
 		w.Header().Set("Allow", http.MethodGet)

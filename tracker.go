@@ -24,14 +24,13 @@ const (
 	atOnce = time.Nanosecond
 )
 
-// Tracker keeps track of requests waiting on a response. It listens on a unix
-// socket for the responses, matches them by id, and completes each request
-// exactly once: with its response, with a time-out, or by removal.
+// Tracker keeps track of requests that wait for a response. It listens on a unix socket
+// for the responses, matches them by id, and completes each request exactly once: with
+// its response, with a time-out, or by removal.
 //
-// The tracker's socket is also the response hook of the requests it proxies
-// ([Tracker.ProxyUnix]), and its streams ([Tracker.NewStreamUnix]) live as long
-// as it runs. After Stop it can be started again. All methods may be called from
-// any goroutine. The zero value can't be started: use [NewTracker].
+// Make one with [NewTracker] and start it with Start. After Stop it can be started again.
+// [Tracker.ProxyUnix] forwards responses to other hooks, [Tracker.NewStreamUnix] serves
+// streams while the tracker runs. All methods may be called from any goroutine.
 type Tracker struct {
 	responses      *UnixListener // started and stopped with the tracker
 	streamURL      *url.URL      // immutable; nil: streams are not proxied
@@ -104,17 +103,16 @@ func (timeoutError) Error() string        { return "response timeout" }
 func (timeoutError) Timeout() bool        { return true }
 func (timeoutError) Is(target error) bool { return target == os.ErrDeadlineExceeded }
 
-// NewTracker creates and initializes a new Tracker; nothing is touched before
-// Start. The response socket is made at socketPath, as by [NewUnixListener]. If a
-// socketPath is not provided, the response socket will be created in a temporary
-// directory that only the process's user can enter.
+// NewTracker creates a tracker. It touches nothing on disk before Start.
 //
-// The httpStreamURL is where the service serves [ProxyStreamHandler], as others
-// reach it; with nil, streams can't be proxied. The defaultTimeout is for
-// requests that are tracked without one; zero or less means a minute.
+// The response socket is made at socketPath, as by [NewUnixListener]; empty means a
+// random name in a directory that only the process's user can enter. The httpStreamURL is
+// the URL at which others reach this service's [ProxyStreamHandler]; with nil, streams
+// can't be proxied. The defaultTimeout applies to requests that are tracked without one;
+// zero or less means a minute.
 //
 // A path or URL that is not UTF-8 gives an error that matches [io/fs.ErrInvalid]: JSON
-// would change it, and nothing would arrive.
+// would change it, and responses would not arrive.
 func NewTracker(socketPath string, httpStreamURL *url.URL, defaultTimeout time.Duration) (*Tracker, error) {
 	responses := NewUnixListener(socketPath, 0)
 	if !utf8.ValidString(responses.path) {
@@ -142,10 +140,13 @@ func NewTracker(socketPath string, httpStreamURL *url.URL, defaultTimeout time.D
 	return t, nil
 }
 
-// Start activates the tracker. This allows tracking of requests as well as
-// listening for and handling responses. On a started tracker it does nothing.
-// While Stop is under way the error matches [net.ErrClosed]; otherwise the
-// errors are those of [UnixListener.Start], after which the tracker is as it was.
+// Start opens the response socket and begins to accept requests to track, responses and
+// streams. On a started tracker it does nothing. It blocks for milliseconds, 5 s at most
+// (see [UnixListener.Start]).
+//
+// A call during Stop gives an error that matches [net.ErrClosed]. A tracker that was not
+// made by [NewTracker] gives one that matches [io/fs.ErrInvalid]. The other errors are
+// those of [UnixListener.Start]. After an error the tracker is as it was.
 func (t *Tracker) Start() error {
 	if t.responses == nil {
 		return fmt.Errorf("start tracker: not made by NewTracker: %w", fs.ErrInvalid)
@@ -174,8 +175,8 @@ func (t *Tracker) Start() error {
 	return nil
 }
 
-// Addr returns the string representation of the Tracker's response listener
-// socket.
+// Addr returns the path of the response socket: as it was given to [NewTracker], or as
+// the library chose it.
 func (t *Tracker) Addr() string {
 	if t.responses == nil {
 		return ""
@@ -183,8 +184,8 @@ func (t *Tracker) Addr() string {
 	return t.responses.Addr()
 }
 
-// URL returns the URL of the Tracker's response listener socket, the response
-// hook for requests that this tracker tracks. The caller owns it.
+// URL returns the URL of the response socket: the response hook for requests that this
+// tracker tracks. The caller owns the result.
 func (t *Tracker) URL() *url.URL {
 	if t.responses == nil {
 		return &url.URL{Scheme: "unix"}
@@ -192,26 +193,29 @@ func (t *Tracker) URL() *url.URL {
 	return t.responses.URL()
 }
 
-// NumRequests returns the number of tracked requests: those that have neither
-// been answered nor timed out nor been removed.
+// NumRequests returns the number of tracked requests: those that were not yet answered,
+// timed out or removed.
 func (t *Tracker) NumRequests() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.tracked
 }
 
-// TrackRequest tracks a request until its response arrives, the timeout passes
-// or it is removed. Track it before sending it: the response can be faster than
-// the acknowledgement. This does not need to be called after using ProxyUnix. A
-// timeout of zero or less means the tracker's default.
+// TrackRequest tracks a request until its response arrives, its timeout passes, or
+// [Tracker.RemoveRequest] removes it. Call it before you send the request: the response
+// can arrive before the acknowledgement. A timeout of zero or less means the tracker's
+// default. It is not needed for a request that was given to [Tracker.ProxyUnix].
 //
-// After the timeout the request is handled with a Response whose error has the
-// text "response timeout" and matches [os.ErrDeadlineExceeded].
+// The response goes to one of the request's handlers, once. After the timeout the handler
+// gets a Response whose error has the text "response timeout" and matches
+// [os.ErrDeadlineExceeded].
 //
-// A nil request, one without an id, and one whose id, task or hook [Request.Validate]
-// refuses (task and hook may be missing), give an error that matches
-// [io/fs.ErrInvalid], an id that is tracked already [io/fs.ErrExist], a tracker that
-// is not started or is stopping [net.ErrClosed].
+// The errors match:
+//
+//   - [io/fs.ErrInvalid]: the request is nil or has no id, or its id, task or hook is one
+//     that [Request.Validate] refuses (task and hook may be missing)
+//   - [io/fs.ErrExist]: the id is tracked already
+//   - [net.ErrClosed]: the tracker is not started, or it is stopping
 func (t *Tracker) TrackRequest(req *Request, timeout time.Duration) error {
 	_, err := t.track(req, timeout, (*pendingRequest).runHandler)
 	return err
@@ -273,11 +277,10 @@ func unlink(first, p *pendingRequest) *pendingRequest {
 	return first
 }
 
-// RemoveRequest should be used to remove a tracked request. Use in cases such as
-// sending failures, where there is no hope of a response being received. It
-// reports whether the request was still tracked: if so, no handler will run and
-// nothing be forwarded. A response or time-out that came first is handled as
-// ever, possibly at this moment.
+// RemoveRequest stops tracking a request, for example because sending it failed. It
+// reports whether the request was still tracked. If so, no handler runs and nothing is
+// forwarded. If not, a response or time-out came first. It is handled as usual, possibly
+// right now.
 func (t *Tracker) RemoveRequest(req *Request) bool {
 	if req == nil {
 		return false
@@ -301,14 +304,14 @@ func (t *Tracker) remove(p *pendingRequest) bool {
 	return !p.taken
 }
 
-// HandleResponse associates a response with a request and either forwards the
-// response or calls the request's handler, and returns when that is done. A
-// response to a request that is not tracked (any more), or nil, is logged and
-// dropped. A panic in a handler ends the process, as one in any goroutine does.
+// HandleResponse completes the tracked request with the response's id: it runs the
+// request's handler, or forwards the response if the request was proxied, and returns
+// when that is done. If no such request is tracked (any more), or the response is nil, it
+// logs that and drops the response.
 //
-// Responses that arrive on the tracker's socket need no call: the tracker makes
-// it, in a goroutine for each. It is for those that arrive otherwise, such as on
-// an HTTP hook of the service.
+// The tracker itself calls it for each response on its socket, in a goroutine of its own.
+// Call it for responses that arrive otherwise, for example on an HTTP hook of the
+// service.
 func (t *Tracker) HandleResponse(resp *Response) {
 	if resp == nil {
 		t.unknown.log(logrus.WarnLevel, "dropped a response that is nil", nil, "", t.Addr())
@@ -322,16 +325,19 @@ func (t *Tracker) HandleResponse(resp *Response) {
 	t.complete(p, resp)
 }
 
-// Stop deactivates the tracker. It blocks until all active connections and
-// tracked requests are finished: new requests are refused, those tracked end
-// with their response, their time-out or their removal, and their handlers and
-// forwards return. Then the response socket is closed, streams that nobody has
-// claimed end, and streams in transfer are waited for as long as they move; one
-// that has not moved a byte for 10 s by then is cut off.
+// Stop refuses new requests and streams and blocks until everything that is under way has
+// ended:
 //
-// It is safe to call more than once, before Start, and from several goroutines:
-// each call returns when the tracker is down. A handler must not call it: it
-// would wait for itself.
+//   - Each tracked request ends with its response, its time-out or its removal. Then its
+//     handler or forward returns.
+//   - The response socket closes. Exchanges that are then under way on it are closed
+//     without an acknowledgement.
+//   - Streams without a consumer end. Streams in transfer continue while they move, and
+//     are cut off after 10 s without a byte.
+//
+// It may be called more than once, before Start, and from several goroutines: each call
+// returns when the tracker is stopped. A handler must not call it: it would wait for
+// itself.
 func (t *Tracker) Stop() {
 	t.mu.Lock()
 	switch t.state {
