@@ -1,5 +1,5 @@
-// Package acomm carries requests between services that answer later: over unix sockets
-// on one machine, over HTTP between machines. Messages are JSON, similar to JSON-RPC.
+// Package acomm sends requests to services that respond later: over unix sockets on one
+// machine, over HTTP between machines. Messages are JSON, similar to JSON-RPC.
 //
 // # The model
 //
@@ -37,15 +37,14 @@
 // Large data does not travel in a response. The response names a stream instead: a unix
 // socket for one consumer, made by [Tracker.NewStreamUnix] and read with [Stream]. A
 // coordinator publishes it over HTTP with [Tracker.ProxyStreamHTTPURL] and
-// [ProxyStreamHandler]. If the source fails or its process is killed, the consumer gets
-// an error, on Linux and where both ends have this library. A stream that was cut off
-// does not look complete.
+// [ProxyStreamHandler]. On Linux, and where both ends have this library, a stream that is
+// cut off gives its consumer an error, even if the provider's process was killed.
 //
 // # Delivery
 //
 // Delivery is at most once: the library never sends a message again if the peer may have
-// served it. Messages have no order and are not stored. If a provider dies with a request
-// in hand, the request ends with the requester's time-out.
+// served it. Messages have no order and are not stored. If a provider dies before it has
+// responded, the request ends with the requester's time-out.
 //
 // # Sessions
 //
@@ -93,9 +92,12 @@
 //   - [io.ErrUnexpectedEOF]: the peer closed the connection too early
 //   - [os.ErrDeadlineExceeded]: a send, a read or a request took too long
 //
-// The peer's own refusal is returned with its text unchanged. If no caller is there to be
-// told, as with a response that nobody waits for, the library logs through logrus'
-// standard logger: ten lines a second of a kind at most. It never logs payloads.
+// JSON that can't be encoded or decoded gives an error of encoding/json. The peer's own
+// refusal is returned with its text unchanged.
+//
+// If no caller is there to be told, as with a response that nobody waits for, the library
+// logs through logrus' standard logger: ten lines a second of a kind at most. It never
+// logs payloads.
 //
 // # Security
 //
