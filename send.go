@@ -49,7 +49,7 @@ func Send(addr *url.URL, payload interface{}) error {
 	return send(time.Now().Add(sendTimeout), addr, payload)
 }
 
-// send is Send with a deadline.
+// send is Send with another deadline than a minute from now.
 func send(deadline time.Time, addr *url.URL, payload interface{}) error {
 	if addr == nil {
 		return fmt.Errorf("send: URL is nil: %w", fs.ErrInvalid)
@@ -74,9 +74,9 @@ func send(deadline time.Time, addr *url.URL, payload interface{}) error {
 	return ack.Error
 }
 
-// sendUnix carries out one exchange with the listener at the path, by a session or else
-// on a connection of its own, and returns the acknowledgement. In front of the frame
-// there is room for the longer header of a session.
+// sendUnix carries out one exchange with the listener at the path, on a session or on a
+// connection of its own, and returns the acknowledgement. The message begins with room
+// for a session header, which is 4 bytes longer than that of a plain frame.
 func sendUnix(deadline time.Time, path string, m *message) (*Response, error) {
 	if len(m.text) <= sessionHeaderSize+maxMessage {
 		ack, err := sessions.send(deadline, path, m)
@@ -91,13 +91,14 @@ func sendUnix(deadline time.Time, path string, m *message) (*Response, error) {
 	return sendAlone(deadline, path, frame)
 }
 
-// sendAlone carries out one exchange on a connection of its own.
+// sendAlone carries out one exchange on a connection of its own. If the acknowledgement
+// says that the listener can have sessions, it has one opened in the background.
 func sendAlone(deadline time.Time, path string, frame []byte) (*Response, error) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
-	name := "" // none: the system picks it
-	wants := sessions.wants(path)
-	if wants {
+	name := "" // the socket has none
+	canOpen := sessions.mayOpen(path)
+	if canOpen {
 		name = senderName + rand.Text()
 	}
 	conn, err := dialUnix(ctx, path, name)
@@ -108,9 +109,9 @@ func sendAlone(deadline time.Time, path string, frame []byte) (*Response, error)
 	if err := conn.SetDeadline(deadline); err != nil {
 		return nil, err
 	}
-	// A peer may refuse a frame before it has read all of it. Its word says more
-	// than our broken pipe, so it is looked for even if the write failed.
-	_, writeErr := conn.Write(frame) // all of it: a peer of 2016 reads it with one read
+	// A peer may refuse a frame before it has read all of it. Its refusal says more than
+	// our broken pipe, so we try to read it even if the write failed.
+	_, writeErr := conn.Write(frame) // in one write: a peer of 2016 reads it with one read
 	data, err := readFrame(conn)
 	ack := &Response{}
 	if err == nil {
@@ -122,11 +123,11 @@ func sendAlone(deadline time.Time, path string, frame []byte) (*Response, error)
 	if err != nil {
 		return nil, fmt.Errorf("acknowledgement: %w", err)
 	}
-	if wants && hasSessionsMember(data) {
+	if canOpen && hasSessionsMember(data) {
 		sessions.open(path)
 	}
 	return ack, nil
 }
 
-// accepted is the acknowledgement that nearly all are.
+// accepted is the acknowledgement without an error, for all who send or receive one.
 var accepted = &Response{}
