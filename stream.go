@@ -30,7 +30,7 @@ const (
 	streamEnd    = time.Second      // for a source to let go, or a consumer of all of it, while Stop waits
 	streamLinger = time.Minute      // for the consumer to take the end of a whole stream
 
-	streamLook = 10 * time.Millisecond // between looks whether a consumer is there while it takes data
+	streamPoll = 10 * time.Millisecond // between looks whether a consumer is there while it takes data
 
 	// streamSuffix ends the socket names of streams that can't be cut off
 	// unnoticed. A consumer that knows it writes one byte after connecting, which
@@ -431,17 +431,17 @@ func waitPeerGone(conn *net.UnixConn, over <-chan struct{}) {
 	look := func(fd uintptr) bool {
 		gone = sendsNothing(fd)
 		now := time.Now()
-		soon := now.Sub(last) < streamLook
+		soon := now.Sub(last) < streamPoll
 		last = now
 		return gone || soon
 	}
-	pause := time.NewTimer(streamLook)
+	pause := time.NewTimer(streamPoll)
 	defer pause.Stop()
 	for {
 		if err := raw.Read(look); err != nil || gone {
 			return
 		}
-		pause.Reset(streamLook)
+		pause.Reset(streamPoll)
 		select {
 		case <-over:
 			return
