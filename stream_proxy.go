@@ -24,14 +24,14 @@ const (
 	maxStreamQuery       = 8 << 10 // bytes
 )
 
-// streamKey is this process's key for the addresses it publishes.
+// streamKey returns the key with which this process signs the addresses it publishes.
 var streamKey = sync.OnceValue(func() []byte {
 	key := make([]byte, sha256.Size)
 	rand.Read(key) // never fails
 	return key
 })
 
-// proxyClient follows no redirect: it leads to an address that nobody signed.
+// proxyClient follows no redirect: nobody has signed the address that it leads to.
 var proxyClient = http.Client{
 	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 }
@@ -106,8 +106,8 @@ func ProxyStreamHandler(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// parseStreamQuery returns the address in the query, and whether this process
-// has published it.
+// parseStreamQuery returns the address in the query, and whether this process has
+// published it.
 func parseStreamQuery(rawQuery string) (addr *url.URL, published bool, err error) {
 	if len(rawQuery) > maxStreamQuery {
 		return nil, false, fmt.Errorf("query has %d bytes, limit %d", len(rawQuery), maxStreamQuery)
@@ -132,7 +132,7 @@ func parseStreamQuery(rawQuery string) (addr *url.URL, published bool, err error
 	return addr, served && addr.Scheme == "unix", nil
 }
 
-// sourceStatus is the status for a source that can't be opened.
+// sourceStatus returns the status for a source that can't be opened.
 func sourceStatus(err error) int {
 	var status *statusError
 	gone := errors.As(err, &status) && (status.code == http.StatusNotFound || status.code == http.StatusGone)
@@ -142,8 +142,9 @@ func sourceStatus(err error) int {
 	return http.StatusBadGateway
 }
 
-// proxyStream copies the source to the client. It reports whether the client has
-// been told how that ended, which a return from the handler would misstate.
+// proxyStream copies the source to the client. It reports whether the answer is complete;
+// if not, the caller has to abort it, since a return from the handler would end it in
+// good order.
 func proxyStream(w http.ResponseWriter, src io.Reader) bool {
 	buf := make([]byte, streamBuffer)
 	n, readErr := src.Read(buf)
@@ -163,11 +164,11 @@ func proxyStream(w http.ResponseWriter, src io.Reader) bool {
 		case readErr == io.EOF:
 			return true
 		case readErr != nil:
-			_ = flush(w) // what came before the failure is the client's
+			_ = flush(w) // the client gets what came before the failure
 			return false
 		}
 		n, readErr = readNow()
-		if readErr == syscall.EAGAIN { // it may be long until there is more
+		if readErr == syscall.EAGAIN { // the source may be silent for long, so flush first
 			if err := flush(w); err != nil {
 				return false
 			}
@@ -184,8 +185,8 @@ func flush(w http.ResponseWriter) error {
 	return err
 }
 
-// nowReader returns a function that reads what the source has at this moment into
-// the buffer. It returns EAGAIN if that is nothing, or where only waiting can tell.
+// nowReader returns a function that reads from the source without blocking. The function
+// returns EAGAIN if nothing has arrived, or if the source is no unix socket.
 func nowReader(src io.Reader, buf []byte) func() (int, error) {
 	var raw syscall.RawConn
 	if conn := unixConn(src); conn != nil {
@@ -199,7 +200,7 @@ func nowReader(src io.Reader, buf []byte) func() (int, error) {
 	read := func(fd uintptr) bool {
 		for {
 			if n, err = syscall.Read(int(fd), buf); err != syscall.EINTR {
-				return true // not to be called again when there is more
+				return true // false would wait until there is more
 			}
 		}
 	}
@@ -218,8 +219,8 @@ func nowReader(src io.Reader, buf []byte) func() (int, error) {
 
 func isHTTP10(r *http.Request) bool { return r.ProtoMajor == 1 && r.ProtoMinor == 0 }
 
-// canReset reports whether the connection of the request can be taken from the server
-// and reset. It must not be taken before that: the server sees the client leave.
+// canReset reports whether abort can hijack the connection of the request and reset it.
+// It does not hijack it yet: until then, the server notices when the client leaves.
 func canReset(w http.ResponseWriter, r *http.Request) bool {
 	local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
 	if _, ok := local.(*net.TCPAddr); !ok {
@@ -237,18 +238,19 @@ func canReset(w http.ResponseWriter, r *http.Request) bool {
 	}
 }
 
-// abort ends the connection so that the client can tell what it got is not all.
-// In HTTP/1.0, which reverse proxies speak, the end of the connection is the end
-// of the data, so there it is reset. Elsewhere net/http's way is a panic. A deadline
-// that has passed keeps the server from ending the answer well if that is recovered.
-// Where a wrapper hides the deadline, the goroutine ends: the server aborts as after a
-// panic, and nobody can recover from it.
+// abort ends the connection so that the client can tell that data is missing. The way of
+// net/http is a panic. A write deadline in the past keeps the server from completing the
+// answer if middleware recovers. If a wrapper hides the deadline, the goroutine ends
+// instead: the server aborts as after a panic, and nothing can recover from that.
+//
+// In HTTP/1.0, which reverse proxies speak, the end of the connection is the end of the
+// data. So there the connection is reset.
 func abort(w http.ResponseWriter, r *http.Request) {
 	control := http.NewResponseController(w)
 	err := control.SetWriteDeadline(time.Unix(1, 0))
 	if isHTTP10(r) {
 		if conn, _, err := control.Hijack(); err == nil {
-			conn = unwrap(conn) // TLS would say goodbye
+			conn = unwrap(conn) // closing TLS would end the answer in good order
 			if tcp, ok := conn.(*net.TCPConn); ok {
 				_ = tcp.SetLinger(0)
 			}
