@@ -65,10 +65,10 @@ func (t *Tracker) forward(p *pendingRequest, resp *Response) {
 	}
 }
 
-// tryForward sends the response, and sends it again only after an error that proves that
-// it did not arrive. The last try is made when the request would have timed out.
+// tryForward sends the response. After an error that proves that it did not arrive, it
+// sends it again, the last time at the deadline of the request.
 func (t *Tracker) tryForward(p *pendingRequest, resp *Response) error {
-	out := *resp // the response stays its sender's
+	out := *resp // a copy: the caller of HandleResponse owns resp
 	out.StreamURL = t.publish(resp)
 	for delay := minForwardDelay; ; delay = min(2*delay, maxForwardDelay) {
 		err := Send(p.req.ResponseHook, &out)
@@ -123,7 +123,7 @@ func (t *Tracker) ProxyStreamHTTPURL(addr *url.URL) (*url.URL, error) {
 	u := *t.streamURL
 	query := u.Query()
 	bare := *located
-	bare.Fragment, bare.RawFragment = "", "" // never sent over HTTP, no part of a socket's path
+	bare.Fragment, bare.RawFragment = "", "" // HTTP does not send it
 	text := bare.String()
 	query.Set(streamAddrParam, text)
 	query.Set(streamSignatureParam, signStream(text))

@@ -16,10 +16,10 @@ type MultiRequest struct {
 	timeout time.Duration
 
 	mu        sync.Mutex                 // guards the fields below
-	names     map[string]string          // request id -> name, of all requests added
-	requests  map[string]*pendingRequest // name -> request
-	responses map[string]*Response       // name -> response, of those accounted for
-	answered  *sync.Cond                 // responses or requests have changed
+	names     map[string]string          // request id -> name, of the added requests
+	requests  map[string]*pendingRequest // name -> request, of the added requests
+	responses map[string]*Response       // name -> response, of those that were answered or timed out
+	answered  *sync.Cond                 // signals that responses or requests have changed
 }
 
 // NewMultiRequest creates a MultiRequest that tracks its requests with the tracker, each
@@ -59,7 +59,7 @@ func (m *MultiRequest) AddRequest(name string, req *Request) error {
 	if _, ok := m.names[req.ID]; ok {
 		return fmt.Errorf("add request %q: id %s is used already: %w", name, req.ID, fs.ErrExist)
 	}
-	// A response can't overtake the entry: its handling waits for mu.
+	// A response may arrive at once. Its handling waits for mu, until the entry is there.
 	collect := func(p *pendingRequest, resp *Response) { m.handle(p.req, resp) }
 	p, err := m.tracker.track(req, m.timeout, collect)
 	if err != nil {
@@ -87,7 +87,7 @@ func (m *MultiRequest) RemoveRequest(req *Request) {
 	}
 	removed := m.tracker.remove(m.requests[name])
 	if _, answered := m.responses[name]; answered || !removed {
-		return // its response is here, or waits for mu
+		return // its response has arrived; handle may still be waiting for mu
 	}
 	delete(m.names, req.ID)
 	delete(m.requests, name)

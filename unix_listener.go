@@ -15,20 +15,21 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// The accept loop waits between failed attempts, for example while the process
-// has no descriptor left: from the first of these to the second, doubling.
+// The accept loop waits after a failed attempt, for example while the process has no
+// descriptor left. The wait begins with the first of these and doubles up to the second.
 const (
 	minAcceptDelay = 5 * time.Millisecond
 	maxAcceptDelay = time.Second
 )
 
-const maxWrapped = 100 // wrappers around a connection; more must be one that wraps itself
+const maxWrapped = 100 // wrappers around a connection; with more, one probably wraps itself
 
 // UnixListener listens on a unix socket, hands out the accepted connections, and stops
 // gracefully. Make one with [NewUnixListener] and start it with Start. After Stop it can
 // be started again. All methods may be called from any goroutine.
 type UnixListener struct {
-	addr   string // as given
+	// Immutable.
+	addr   string // as given to NewUnixListener
 	path   string // absolute
 	limit  int    // connections accepted in a run; 0 and below: no limit
 	listen func(path string) (*socket, error)
@@ -37,10 +38,10 @@ type UnixListener struct {
 
 	mu    sync.Mutex
 	run   *listenerRun  // from Start to the end of Stop, else nil
-	begun chan struct{} // closed by the first Start or Stop, which NextConn waits for
+	begun chan struct{} // closed by the first Start or Stop; NextConn waits for it
 }
 
-// listenerRun is what a listener has between Start and Stop.
+// listenerRun is the state of a listener between Start and Stop.
 type listenerRun struct {
 	socket   *socket
 	queue    *acceptQueue
@@ -64,10 +65,10 @@ func NewUnixListener(socketPath string, acceptLimit int) *UnixListener {
 	return newListener(socketPath, acceptLimit, listenAt)
 }
 
-// newListener is a listener with its own way to make the socket.
+// newListener creates a listener that makes its socket with the function listen.
 func newListener(addr string, limit int, listen func(string) (*socket, error)) *UnixListener {
 	path := addr
-	if !strings.HasPrefix(addr, "@") { // a name of another kind, which Start refuses
+	if !strings.HasPrefix(addr, "@") { // an abstract name is not a path, and Start refuses it
 		if abs, err := filepath.Abs(addr); err == nil {
 			path = abs
 		}
@@ -132,8 +133,8 @@ func (ul *UnixListener) Start() error {
 	return nil
 }
 
-// beginLocked lets NextConn go on that was called before the first Start. The caller
-// holds mu.
+// beginLocked wakes the NextConn calls that wait for the first Start. The caller holds
+// mu.
 func (ul *UnixListener) beginLocked() {
 	select {
 	case <-ul.begun:
@@ -142,7 +143,7 @@ func (ul *UnixListener) beginLocked() {
 	}
 }
 
-// checkStopped gives the reason why the listener can't be started, if any.
+// checkStopped returns an error if the listener is started or stopping.
 func (ul *UnixListener) checkStopped() error {
 	ul.mu.Lock()
 	defer ul.mu.Unlock()
@@ -209,14 +210,14 @@ func (ul *UnixListener) DoneConn(conn net.Conn) {
 	run.queue.done(inner)
 }
 
-// current returns the run of a listener that is started, else nil.
+// current returns the listener's run; nil if it is not started.
 func (ul *UnixListener) current() *listenerRun {
 	ul.mu.Lock()
 	defer ul.mu.Unlock()
 	return ul.run
 }
 
-// unwrap returns what is wrapped in a connection, or itself.
+// unwrap returns the innermost connection inside of wrappers, or the connection itself.
 func unwrap(conn net.Conn) net.Conn {
 	for range maxWrapped {
 		wrapper, ok := conn.(interface{ NetConn() net.Conn })
@@ -228,8 +229,8 @@ func unwrap(conn net.Conn) net.Conn {
 	return conn
 }
 
-// closeWrapped closes a connection, first by the wrapper around it if there is one,
-// which may have something to write before the end.
+// closeWrapped closes the wrapper, if there is one, and then the connection inside. A
+// wrapper may have to write something first, as TLS does.
 func closeWrapped(conn, inner net.Conn) {
 	if conn != inner {
 		_ = conn.Close()
@@ -288,15 +289,14 @@ func (ul *UnixListener) Stop(timeout time.Duration) {
 	close(run.stopped)
 }
 
-// refuse ends the accepting of connections. Those accepted before are still
-// handed out.
+// refuse lets no further connection be accepted. Earlier ones are still handed out.
 func (ul *UnixListener) refuse() {
 	if run := ul.current(); run != nil {
 		run.socket.close()
 	}
 }
 
-// waitDrained waits for the open connections, for as long as Stop's timeout says.
+// waitDrained waits until no connection is open, for the timeout of Stop at most.
 func (run *listenerRun) waitDrained(timeout time.Duration) {
 	if timeout <= 0 {
 		<-run.queue.drained
@@ -310,8 +310,7 @@ func (run *listenerRun) waitDrained(timeout time.Duration) {
 	}
 }
 
-// accept takes connections from the socket until it is closed or the limit is
-// reached.
+// accept accepts connections until the socket is closed or the accept limit is reached.
 func (ul *UnixListener) accept(run *listenerRun) {
 	var failures logLimit
 	delay := minAcceptDelay
@@ -328,7 +327,7 @@ func (ul *UnixListener) accept(run *listenerRun) {
 		}
 		delay = minAcceptDelay
 		if accepted++; accepted == ul.limit {
-			run.socket.close() // first, so that whoever comes after this one finds nobody
+			run.socket.close() // before this connection is handed out: a later sender must find no listener
 		}
 		run.queue.accept(conn)
 	}
@@ -337,7 +336,7 @@ func (ul *UnixListener) accept(run *listenerRun) {
 	close(run.refused)
 }
 
-// waitToAccept lets the delay pass, or the listener stop.
+// waitToAccept waits for the delay, or until the listener stops.
 func (run *listenerRun) waitToAccept(delay time.Duration) {
 	timer := time.NewTimer(delay)
 	defer timer.Stop()
