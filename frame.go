@@ -15,8 +15,8 @@ import (
 
 const (
 	headerSize = 4        // bytes: an unsigned big-endian length
-	maxPayload = 64 << 20 // bytes of JSON in a frame, or in an HTTP body
-	firstChunk = 4 << 10  // bytes allocated before any of a payload has arrived
+	maxPayload = 64 << 20 // bytes of JSON in a frame or in an HTTP body
+	firstChunk = 4 << 10  // bytes allocated before any byte of a payload has arrived
 )
 
 // SendConnData writes the payload to the connection as one frame, in one write: a header
@@ -100,7 +100,7 @@ func UnmarshalConnData(conn net.Conn, dest interface{}) error {
 
 // receiveFrame reads one frame from a connection of any kind.
 func receiveFrame(conn net.Conn) ([]byte, error) {
-	if c, ok := conn.(interface{ takeFrame() []byte }); ok { // it has arrived as a whole
+	if c, ok := conn.(interface{ takeFrame() []byte }); ok { // an exchange: its frame has arrived
 		if data := c.takeFrame(); data != nil {
 			return data, nil
 		}
@@ -108,8 +108,7 @@ func receiveFrame(conn net.Conn) ([]byte, error) {
 	return readFrame(conn)
 }
 
-// encodeFrame returns the header and the JSON of the payload, behind so many
-// bytes that are zero.
+// encodeFrame returns the frame with the payload, behind room zero bytes.
 func encodeFrame(room int, payload interface{}) (*message, error) {
 	var m *message
 	ok := false
@@ -138,7 +137,7 @@ func encodeFrame(room int, payload interface{}) (*message, error) {
 	case Request:
 		return encodeFrame(room, &p)
 	case Response:
-		return encodeFrame(room, &p) // only the pointer has the methods that carry the error
+		return encodeFrame(room, &p) // only *Response has MarshalJSON
 	}
 	if !ok {
 		text, err := encodeJSON(front, payload)
@@ -155,13 +154,13 @@ func encodeFrame(room int, payload interface{}) (*message, error) {
 	return m, nil
 }
 
-// putFrameHeader writes the header of a frame, whose payload is behind the room for it.
+// putFrameHeader writes the header of a frame, into the 4 bytes before its payload.
 func putFrameHeader(frame []byte) {
 	binary.BigEndian.PutUint32(frame, uint32(len(frame)-headerSize))
 }
 
-// encodeJSON returns the JSON of the payload, behind so many bytes that are zero. It
-// refuses what encoding/json writes on some releases, and reads on none.
+// encodeJSON returns the JSON of the payload, behind front zero bytes. It refuses JSON
+// that is nested too deep: some releases of encoding/json write it, none reads it.
 func encodeJSON(front int, payload any) ([]byte, error) {
 	out := &limitedText{front: front, data: make([]byte, front)}
 	if err := json.NewEncoder(out).Encode(payload); err != nil {
@@ -170,7 +169,7 @@ func encodeJSON(front int, payload any) ([]byte, error) {
 		}
 		return nil, fmt.Errorf("encode payload: %w", err)
 	}
-	text := bytes.TrimSuffix(out.data, []byte("\n")) // the encoder's
+	text := bytes.TrimSuffix(out.data, []byte("\n")) // Encode adds a newline
 	if scanJSON(text[front:]).tooDeep {
 		return nil, fmt.Errorf("encode payload: %w", errTooDeep)
 	}
@@ -195,11 +194,11 @@ func isTooDeep(payload any) bool {
 	return s.tooDeep || s.depth == maxDepth
 }
 
-// limitedText takes what an encoder writes, and refuses what is over the limit
-// before it is copied.
+// limitedText is the io.Writer of an encoder. It refuses a payload over the limit before
+// it copies it.
 type limitedText struct {
-	front int // bytes before the payload
-	data  []byte
+	front int    // bytes of data before the payload
+	data  []byte // zero bytes, then the payload
 }
 
 func (t *limitedText) Write(p []byte) (int, error) {
@@ -211,12 +210,12 @@ func (t *limitedText) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// decodeFrame unmarshals the payload of a frame into the destination object. It
-// may keep parts of the data, which nobody may change any more.
+// decodeFrame decodes the payload of a frame into dest. The result may refer to parts of
+// data, so data must not be changed any more.
 func decodeFrame(data []byte, dest interface{}) error {
 	switch d := dest.(type) {
 	case *Request:
-		// What is there already, json.Unmarshal writes into.
+		// json.Unmarshal writes into a hook or args that are there already.
 		if d.ResponseHook == nil && d.Args == nil && decodeRequest(data, d) {
 			return nil
 		}
@@ -231,8 +230,8 @@ func decodeFrame(data []byte, dest interface{}) error {
 	return nil
 }
 
-// readFrame reads one frame and returns its payload. What it allocates is
-// bounded by what has arrived, never by what the header announces.
+// readFrame reads one frame and returns its payload. The memory it allocates is bounded
+// by what has arrived, not by what the header announces.
 func readFrame(r io.Reader) ([]byte, error) {
 	var header [headerSize]byte
 	if _, err := io.ReadFull(r, header[:]); err != nil {
@@ -245,11 +244,11 @@ func readFrame(r io.Reader) ([]byte, error) {
 	return readPayload(r, int(announced))
 }
 
-// readPayload reads so many bytes. What it allocates is bounded by twice what has
-// arrived; a buffer that was used before may be twice as large as that.
+// readPayload reads a payload of that size. The buffers it allocates are at most twice as
+// large as what has arrived; a buffer from the pool may be twice as large again.
 func readPayload(r io.Reader, size int) ([]byte, error) {
-	// Half of it is there before the last step, and half of that before the one
-	// before: it is copied once, all in all.
+	// Each step doubles the buffer, and the last step makes it exactly as large as the
+	// payload. All copies together are about as long as the payload.
 	var data []byte
 	for step := bits.Len(uint((size - 1) / firstChunk)); step >= 0; step-- {
 		have := len(data)
@@ -269,14 +268,14 @@ func readPayload(r io.Reader, size int) ([]byte, error) {
 	return data, nil
 }
 
-// buffers holds the *[]byte of the first halves of large payloads, up to 4 MiB, by
-// their sizes: those in 12 have from 4 KiB to less than 8.
+// buffers pools byte slices (*[]byte) of over 4 KiB and less than 4 MiB. The index is the
+// bufferClass: those in 12 have less than 8 KiB.
 var buffers [22]sync.Pool
 
-// bufferClass is where in buffers one of this size is.
+// bufferClass returns the index in buffers for that size.
 func bufferClass(size int) int { return bits.Len(uint(size)) - 1 }
 
-// takeBuffer returns so many bytes, whatever is in them.
+// takeBuffer returns a buffer of that size. Its contents are undefined.
 func takeBuffer(size int) []byte {
 	if class := bufferClass(size); size > firstChunk && class < len(buffers) {
 		if b, ok := buffers[class].Get().(*[]byte); ok && cap(*b) >= size {
@@ -286,11 +285,11 @@ func takeBuffer(size int) []byte {
 	return make([]byte, size)
 }
 
-// releaseBuffer keeps the memory of a buffer, which nobody looks at any more, for
-// another one.
+// releaseBuffer makes a buffer available to takeBuffer. The caller must not use it any
+// more.
 func releaseBuffer(b []byte) {
 	if class := bufferClass(cap(b)); cap(b) > firstChunk && class < len(buffers) {
-		put := b // so that b does not escape where it is not put
+		put := b // a copy escapes to the heap, and only here
 		buffers[class].Put(&put)
 	}
 }
@@ -300,11 +299,11 @@ func parseFrame(data []byte) ([]byte, error) {
 	if whole, err := frameLength(data); err == nil && whole > 0 && whole <= len(data) {
 		return data[headerSize:whole:whole], nil
 	}
-	return readFrame(bytes.NewReader(data)) // says what is wrong
+	return readFrame(bytes.NewReader(data)) // fails, and its error says why
 }
 
-// frameLength returns the length of the frame that data begins with; zero if data
-// is too short to tell.
+// frameLength returns the length of the frame at the start of data, with its header; zero
+// if data is too short to tell.
 func frameLength(data []byte) (int, error) {
 	if len(data) < headerSize {
 		return 0, nil
@@ -320,9 +319,9 @@ func checkSize(size uint64) error {
 	return nil
 }
 
-// growStack makes room on the stack of the goroutine. That of a handler is often
-// new, and decoding needs more than it has: grown here, with few frames on it, it
-// is not grown twice with many. That saves a fifth of a small exchange.
+// growStack makes the goroutine's stack large enough for decoding. The stack of a handler
+// is often new, and would otherwise grow in several steps, each of which copies more.
+// That saves a fifth of the time of a small exchange.
 //
 //go:noinline
 func growStack() {

@@ -90,8 +90,8 @@ func (req *Request) Validate() error {
 	return req.checkText()
 }
 
-// checkText refuses what would not arrive, or would lead elsewhere. A request may
-// lack a member here.
+// checkText refuses an id, task or hook that JSON would change, and a hook that leads
+// elsewhere. A missing one is not an error here.
 func (req *Request) checkText() error {
 	switch {
 	case !utf8.ValidString(req.ID):
@@ -105,8 +105,8 @@ func (req *Request) checkText() error {
 	return nil
 }
 
-// checkURL refuses a URL that JSON would change, and one of a unix socket that has
-// more than an absolute path. Nil is none.
+// checkURL refuses a URL that JSON would change, and a unix URL that is not just an
+// absolute path. Nil is valid.
 func checkURL(u *url.URL) error {
 	if u == nil {
 		return nil
@@ -122,8 +122,8 @@ func checkURL(u *url.URL) error {
 	return checkUnixURL(u)
 }
 
-// checkUnixURL refuses the URL of a unix socket that says more than a path: what looks
-// like the first directory is a host, or it does not begin with slashes at all.
+// checkUnixURL refuses a unix URL with more than a path. In unix://run/a.sock, "run" is a
+// host; unix:run/a.sock has no path at all.
 func checkUnixURL(u *url.URL) error {
 	if u.Scheme == "unix" && (u.Host != "" || u.Opaque != "") {
 		return fmt.Errorf("URL %q has more than a path; it is written unix:///run/a.sock, with three slashes: %w",
@@ -195,7 +195,7 @@ func unmarshalRaw(what, id string, raw *json.RawMessage, dest interface{}) error
 	return nil
 }
 
-// checkDest refuses what nothing can be decoded into.
+// checkDest refuses a destination that nothing can be decoded into.
 func checkDest(dest interface{}) error {
 	v := reflect.ValueOf(dest)
 	if v.Kind() != reflect.Pointer || v.IsNil() {
