@@ -205,7 +205,7 @@ type controlOnly struct{ syscall.RawConn }
 func (controlOnly) Read(func(uintptr) bool) error  { return errShared }
 func (controlOnly) Write(func(uintptr) bool) error { return errShared }
 
-var errShared = fmt.Errorf("the socket is shared with other exchanges, use the connection's own methods: %w", errors.ErrUnsupported)
+var errShared = fmt.Errorf("the exchanges of a session share the socket; use the methods of the connection: %w", errors.ErrUnsupported)
 
 func (e *exchange) SetDeadline(t time.Time) error      { return e.setDeadlines(t, true, true) }
 func (e *exchange) SetReadDeadline(t time.Time) error  { return e.setDeadlines(t, true, false) }

@@ -114,7 +114,7 @@ func (t *Tracker) ProxyStreamHTTPURL(addr *url.URL) (*url.URL, error) {
 		return nil, fmt.Errorf("proxy stream: address is nil: %w", fs.ErrInvalid)
 	}
 	if t.streamURL == nil {
-		return nil, fmt.Errorf("proxy stream %s: the tracker has no HTTP stream URL: %w", addr.Redacted(), fs.ErrInvalid)
+		return nil, fmt.Errorf("proxy stream %s: the tracker has no HTTP stream URL; pass one to NewTracker: %w", addr.Redacted(), fs.ErrInvalid)
 	}
 	located, err := locate(addr)
 	if err != nil {

@@ -176,7 +176,7 @@ func encodeJSON(front int, payload any) ([]byte, error) {
 	return text, nil
 }
 
-var errTooDeep = fmt.Errorf("its JSON is nested more than %d levels deep, which no peer reads: %w", maxDepth, fs.ErrInvalid)
+var errTooDeep = fmt.Errorf("JSON is nested more than %d levels deep, which peers refuse: %w", maxDepth, fs.ErrInvalid)
 
 // isTooDeep reports whether the args or the result of a message are nested too deep.
 func isTooDeep(payload any) bool {
@@ -262,7 +262,7 @@ func readPayload(r io.Reader, size int) ([]byte, error) {
 		releaseBuffer(data)
 		data = grown
 		if n, err := io.ReadFull(r, data[have:]); err != nil {
-			return nil, fmt.Errorf("payload, %d of %d bytes: %w", have+n, size, asUnexpectedEOF(err))
+			return nil, fmt.Errorf("payload, after %d of %d bytes: %w", have+n, size, asUnexpectedEOF(err))
 		}
 	}
 	return data, nil

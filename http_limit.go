@@ -70,7 +70,7 @@ func (l *postLimit) enter(ctx context.Context, addr *url.URL) (leave func(), err
 		return func() { <-h.turns; dropUse() }, nil
 	case <-ctx.Done():
 		dropUse()
-		return nil, unsentError{fmt.Errorf("%d posts to the host are under way: %w", cap(h.turns), ctx.Err())}
+		return nil, unsentError{fmt.Errorf("the limit of %d posts to the host at a time is reached: %w", cap(h.turns), ctx.Err())}
 	}
 }
 

@@ -49,7 +49,7 @@ func NewMultiRequest(tracker *Tracker, timeout time.Duration) *MultiRequest {
 // After an error, neither the MultiRequest nor the request has changed.
 func (m *MultiRequest) AddRequest(name string, req *Request) error {
 	if m.tracker == nil || req == nil {
-		return fmt.Errorf("add request %q: tracker or request is missing: %w", name, fs.ErrInvalid)
+		return fmt.Errorf("add request %q: tracker or request is nil: %w", name, fs.ErrInvalid)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()

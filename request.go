@@ -117,7 +117,7 @@ func checkURL(u *url.URL) error {
 		}
 	}
 	if u.Scheme == "unix" && !strings.HasPrefix(u.Path, "/") {
-		return fmt.Errorf("URL %q has no absolute path, as in unix:///run/a.sock: %w", u.Redacted(), fs.ErrInvalid)
+		return fmt.Errorf("URL %q has no absolute path; write it as unix:///run/a.sock: %w", u.Redacted(), fs.ErrInvalid)
 	}
 	return checkUnixURL(u)
 }
@@ -126,7 +126,7 @@ func checkURL(u *url.URL) error {
 // host; unix:run/a.sock has no path at all.
 func checkUnixURL(u *url.URL) error {
 	if u.Scheme == "unix" && (u.Host != "" || u.Opaque != "") {
-		return fmt.Errorf("URL %q has more than a path; it is written unix:///run/a.sock, with three slashes: %w",
+		return fmt.Errorf("URL %q has more than a path; write it as unix:///run/a.sock, with three slashes: %w",
 			u.Redacted(), fs.ErrInvalid)
 	}
 	return nil
@@ -199,7 +199,7 @@ func unmarshalRaw(what, id string, raw *json.RawMessage, dest interface{}) error
 func checkDest(dest interface{}) error {
 	v := reflect.ValueOf(dest)
 	if v.Kind() != reflect.Pointer || v.IsNil() {
-		return fmt.Errorf("destination %T is not a pointer to a value: %w", dest, fs.ErrInvalid)
+		return fmt.Errorf("destination %T is not a non-nil pointer: %w", dest, fs.ErrInvalid)
 	}
 	return nil
 }

@@ -42,7 +42,7 @@ func NewResponse(req *Request, result interface{}, streamURL *url.URL, err error
 		return resp, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("new response to %s: result and error together: %w", req.ID, fs.ErrInvalid)
+		return nil, fmt.Errorf("new response to %s: it has both a result and an error: %w", req.ID, fs.ErrInvalid)
 	}
 	data, err := json.Marshal(result)
 	if err != nil {
@@ -112,7 +112,7 @@ func (r *Response) errorText() string {
 // that matches [io/fs.ErrInvalid].
 func (r *Response) UnmarshalJSON(data []byte) error {
 	if r == nil {
-		return fmt.Errorf("unmarshal response: target is nil: %w", fs.ErrInvalid)
+		return fmt.Errorf("unmarshal response: receiver is nil: %w", fs.ErrInvalid)
 	}
 	*r = Response{}
 	var wire struct {

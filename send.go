@@ -121,7 +121,7 @@ func sendAlone(deadline time.Time, path string, frame []byte) (*Response, error)
 		return nil, writeErr
 	}
 	if err != nil {
-		return nil, fmt.Errorf("acknowledgement: %w", err)
+		return nil, fmt.Errorf("read acknowledgement: %w", err)
 	}
 	if canOpen && hasSessionsMember(data) {
 		sessions.open(path)

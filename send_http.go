@@ -76,14 +76,14 @@ func sendHTTP(deadline time.Time, addr *url.URL, payload []byte) (*Response, err
 	}
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("answer: %w", err)
+		return nil, fmt.Errorf("read answer: %w", err)
 	case len(body) > maxAnswer:
 		return nil, fmt.Errorf("answer is over the limit of %d bytes: %w", maxAnswer, syscall.EMSGSIZE)
 	case len(bytes.TrimSpace(body)) == 0:
 		return ack, nil
 	}
 	if err := json.Unmarshal(body, ack); err != nil {
-		return nil, fmt.Errorf("answer %s: %w", answer.Status, err)
+		return nil, fmt.Errorf("answered %s with a body that is not a Response: %w", answer.Status, err)
 	}
 	return ack, nil
 }
@@ -134,7 +134,7 @@ func doHTTP(req *http.Request, client *http.Client) (*http.Response, error) {
 		err = request.Err
 	}
 	if !isHTTP(req.URL) && unsupported(req.URL, err) {
-		return nil, fmt.Errorf("scheme %q: %w", req.URL.Scheme, errors.ErrUnsupported)
+		return nil, fmt.Errorf("http.DefaultTransport handles no scheme %q: %w", req.URL.Scheme, errors.ErrUnsupported)
 	}
 	return nil, err
 }

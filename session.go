@@ -574,4 +574,4 @@ var errUnsent = errors.New("not sent")
 
 // errNoAnswer is the outcome of a message that may have been served. It must not be sent
 // again.
-var errNoAnswer = fmt.Errorf("acknowledgement: %w", io.ErrUnexpectedEOF)
+var errNoAnswer = fmt.Errorf("read acknowledgement: %w", io.ErrUnexpectedEOF)

@@ -163,7 +163,7 @@ func (s *session) expire() {
 		}
 		s.out.addCopy(frameCancel, number, nil)
 		h.cancelled = true
-		h.settleLocked(number, outcome{err: fmt.Errorf("acknowledgement: %w", os.ErrDeadlineExceeded)})
+		h.settleLocked(number, outcome{err: fmt.Errorf("read acknowledgement: %w", os.ErrDeadlineExceeded)})
 	}
 	s.unlock()
 }
@@ -276,7 +276,7 @@ func parseAck(answer []byte) (*Response, error) {
 		err = decodeFrame(data, ack)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("acknowledgement: %w", err)
+		return nil, fmt.Errorf("read acknowledgement: %w", err)
 	}
 	return ack, nil
 }

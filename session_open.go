@@ -90,7 +90,7 @@ func openSession(ctx context.Context, path string) (*session, error) {
 // greetedSession waits for the listener's greeting and makes a session of the connection.
 func greetedSession(ctx context.Context, conn *net.UnixConn, name string, file fileID) (*session, error) {
 	if conn.LocalAddr().String() != name {
-		return nil, errors.New("the socket has no name")
+		return nil, errors.New("socket could not be bound to its name")
 	}
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()

@@ -123,9 +123,9 @@ func checkSocketPath(path string) error {
 	case strings.ContainsRune(path, 0):
 		return fmt.Errorf("socket path %q contains NUL: %w", path, fs.ErrInvalid)
 	case path[0] == '@':
-		return fmt.Errorf("socket path %q is the name of an abstract socket: %w", path, fs.ErrInvalid)
+		return fmt.Errorf("socket path %q names an abstract socket, not a file: %w", path, fs.ErrInvalid)
 	case len(path) > maxSocketPath:
-		return fmt.Errorf("socket path %q has %d bytes, limit %d: %w", path, len(path), maxSocketPath, syscall.ENAMETOOLONG)
+		return fmt.Errorf("socket path %q has %d bytes, the limit is %d: %w", path, len(path), maxSocketPath, syscall.ENAMETOOLONG)
 	}
 	return nil
 }
@@ -304,7 +304,7 @@ func isDead(path string) (bool, error) {
 	case errors.Is(err, syscall.EPROTOTYPE):
 		return false, nil
 	}
-	return false, fmt.Errorf("socket %s is in use or not ours to replace: %w: %w", path, syscall.EADDRINUSE, err)
+	return false, fmt.Errorf("can't tell that the owner of socket %s is dead, so it stays: %w: %w", path, syscall.EADDRINUSE, err)
 }
 
 // lockDir locks the directory against other processes that want to remove a dead socket
@@ -327,10 +327,10 @@ func lockDir(dir string) (unlock func(), err error) {
 			return func() { _ = f.Close() }, nil
 		case !errors.Is(err, syscall.EWOULDBLOCK) && !errors.Is(err, syscall.EINTR):
 			_ = f.Close()
-			return nil, fmt.Errorf("lock %s: %w", dir, err)
+			return nil, fmt.Errorf("lock directory %s: %w", dir, err)
 		case time.Now().After(deadline):
 			_ = f.Close()
-			return nil, fmt.Errorf("lock %s: held by another process: %w", dir, os.ErrDeadlineExceeded)
+			return nil, fmt.Errorf("lock directory %s: another process holds the lock: %w", dir, os.ErrDeadlineExceeded)
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
@@ -359,7 +359,7 @@ func dialUnix(ctx context.Context, path, name string) (*net.UnixConn, error) {
 		}
 		select {
 		case <-ctx.Done():
-			return nil, fmt.Errorf("backlog is full: %w", ctx.Err())
+			return nil, fmt.Errorf("the listener's backlog is full: %w", ctx.Err())
 		case <-time.After(wait):
 		}
 	}

@@ -87,7 +87,7 @@ func (t *Tracker) NewStreamUnix(dir string, src io.ReadCloser) (*url.URL, error)
 		return nil, fmt.Errorf("new stream: source is nil: %w", fs.ErrInvalid)
 	}
 	if !t.running() {
-		return nil, fmt.Errorf("new stream: tracker is not running: %w", net.ErrClosed)
+		return nil, fmt.Errorf("new stream: tracker is not started, or is stopping: %w", net.ErrClosed)
 	}
 	path, listen := randomSocketPath("stream"+streamSuffix), listenPrivate
 	if dir != "" {
@@ -110,7 +110,7 @@ func (t *Tracker) NewStreamUnix(dir string, src io.ReadCloser) (*url.URL, error)
 	}
 	if !t.addStream(s) {
 		listener.Stop(atOnce)
-		return nil, fmt.Errorf("new stream: tracker is not running: %w", net.ErrClosed)
+		return nil, fmt.Errorf("new stream: tracker is not started, or is stopping: %w", net.ErrClosed)
 	}
 	return listener.URL(), nil
 }

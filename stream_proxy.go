@@ -77,7 +77,7 @@ func ProxyStreamHandler(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if r.ContentLength != 0 { // net/http can't see a client leave whose body is unread
-		http.Error(w, "a stream is read without a body", http.StatusBadRequest)
+		http.Error(w, "a request for a stream has no body", http.StatusBadRequest)
 		return
 	}
 	addr, published, err := parseStreamQuery(r.URL.RawQuery)
@@ -117,7 +117,7 @@ func parseStreamQuery(rawQuery string) (addr *url.URL, published bool, err error
 		return nil, false, err
 	}
 	if len(query[streamAddrParam]) != 1 {
-		return nil, false, errors.New("query has not one address")
+		return nil, false, errors.New("query has no address, or more than one")
 	}
 	text := query.Get(streamAddrParam)
 	addr, err = url.ParseRequestURI(text)

@@ -164,7 +164,7 @@ func (t *Tracker) Start() error {
 	case trackerRunning:
 		return nil
 	case trackerStopping:
-		return fmt.Errorf("start tracker %s: it is stopping: %w", t.Addr(), net.ErrClosed)
+		return fmt.Errorf("start tracker %s: Stop has not returned yet: %w", t.Addr(), net.ErrClosed)
 	}
 	if err := t.responses.Start(); err != nil {
 		return fmt.Errorf("start tracker: %w", err)
@@ -245,7 +245,7 @@ func (t *Tracker) track(req *Request, timeout time.Duration, handle func(*pendin
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.state != trackerRunning {
-		return nil, fmt.Errorf("track request %s: tracker is not running: %w", req.ID, net.ErrClosed)
+		return nil, fmt.Errorf("track request %s: tracker is not started, or is stopping: %w", req.ID, net.ErrClosed)
 	}
 	hash := t.hash(req.ID)
 	same := t.pending[hash]
