@@ -101,8 +101,8 @@
 //
 // # Security
 //
-// The protocol has no authentication. Whoever may connect to a unix socket may send
-// requests or responses to it, so the permissions of the socket file and of its directory
+// The protocol has no authentication. Every process that may connect to a unix socket may
+// send requests or responses to it: the permissions of the socket file and its directory
 // decide. If you name no path, the library makes a directory that only the process's user
 // can enter, and in it a socket with the mode 0600 and a name that can't be guessed. If
 // you name a path or directory, the process's umask decides; choose a directory with the

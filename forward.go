@@ -102,7 +102,7 @@ func (t *Tracker) publish(resp *Response) *url.URL {
 // ProxyStreamHTTPURL publishes a stream: it returns a URL at which the
 // [ProxyStreamHandler] of this process, and no other, serves it over HTTP. The URL is the
 // tracker's HTTP stream URL with the address of the stream and a signature of this
-// process as query parameters. Whoever has the URL can read the stream. The address is
+// process as query parameters. Anyone with the URL can read the stream. The address is
 // readable in it, so it must not hold a password.
 //
 // A unix address is resolved as by [Send], in this call and not when the stream is read.

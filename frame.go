@@ -81,8 +81,9 @@ func isResponse(payload interface{}) bool {
 //   - [io.ErrUnexpectedEOF]: the connection ended before the whole frame
 //   - [os.ErrDeadlineExceeded]: the connection's deadline has passed
 //
-// What is not JSON, or does not fit dest, gives encoding/json's error. After an error
-// nothing further can be read: refuse the message or not, then close the connection.
+// A frame that is not JSON, or does not fit dest, gives encoding/json's error. After an
+// error nothing further can be read: refuse the message or not, then close the
+// connection.
 func UnmarshalConnData(conn net.Conn, dest interface{}) error {
 	growStack()
 	if conn == nil {

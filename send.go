@@ -33,8 +33,8 @@ const sendTimeout = time.Minute // bounds a Send: dial, write and acknowledgemen
 //   - A hook should keep idle connections open for longer than the transport's
 //     IdleConnTimeout (or 90 s if that is 0). Otherwise a post may be lost.
 //
-// A peer's refusal is returned with its text unchanged. After any other error the peer
-// may still have the payload: the acknowledgement may be lost. These errors match:
+// A peer's refusal is returned with its text unchanged. If only the acknowledgement is
+// lost, that is an error too, and the peer has the payload. The errors match:
 //
 //   - [io/fs.ErrInvalid]: the URL or payload is nil, or malformed: no host for HTTP; a
 //     host or no valid path for unix; an id, task, hook or stream URL that is not UTF-8;

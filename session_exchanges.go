@@ -8,8 +8,8 @@ import (
 )
 
 const (
-	// maxUnsentAnswers limits the bytes of answers that wait to be written. Above it the
-	// peer does not read, and the session serves nothing further.
+	// maxUnsentAnswers limits the bytes of answers that wait to be written. A peer that
+	// leaves more unread gets a stop: the session serves nothing further.
 	maxUnsentAnswers = 20 << 20
 
 	// maxAhead limits the bytes of the messages that wait for NextConn; each message

@@ -298,7 +298,7 @@ func isDead(path string) (bool, error) {
 	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
 	switch {
 	case err == nil:
-		return false, conn.Close() // somebody's datagram socket
+		return false, conn.Close() // a datagram socket, and in use
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return true, nil
 	case errors.Is(err, syscall.EPROTOTYPE):

@@ -142,9 +142,9 @@ func sourceStatus(err error) int {
 	return http.StatusBadGateway
 }
 
-// proxyStream copies the source to the client. It reports whether the answer is complete;
-// if not, the caller has to abort it, since a return from the handler would end it in
-// good order.
+// proxyStream copies the source to the client. It reports whether the answer is complete.
+// If not, the caller has to abort it: a return from the handler would make it look
+// complete.
 func proxyStream(w http.ResponseWriter, src io.Reader) bool {
 	buf := make([]byte, streamBuffer)
 	n, readErr := src.Read(buf)
@@ -250,7 +250,7 @@ func abort(w http.ResponseWriter, r *http.Request) {
 	err := control.SetWriteDeadline(time.Unix(1, 0))
 	if isHTTP10(r) {
 		if conn, _, err := control.Hijack(); err == nil {
-			conn = unwrap(conn) // closing TLS would end the answer in good order
+			conn = unwrap(conn) // closing TLS would tell the client that the data is complete
 			if tcp, ok := conn.(*net.TCPConn); ok {
 				_ = tcp.SetLinger(0)
 			}

@@ -207,8 +207,8 @@ func (t *Tracker) NumRequests() int {
 
 // TrackRequest tracks a request until its response arrives, its timeout passes, or
 // [Tracker.RemoveRequest] removes it. Call it before you send the request: the response
-// can arrive before the acknowledgement. A timeout of zero or less means the tracker's
-// default. It is not needed for a request that was given to [Tracker.ProxyUnix].
+// can arrive before the acknowledgement. Do not call it for a request that was given to
+// [Tracker.ProxyUnix]. A timeout of zero or less means the tracker's default.
 //
 // The response goes to one of the request's handlers, once. After the timeout the handler
 // gets a Response whose error has the text "response timeout" and matches
@@ -283,8 +283,8 @@ func unlink(first, p *pendingRequest) *pendingRequest {
 
 // RemoveRequest stops tracking a request, for example because sending it failed. It
 // reports whether the request was still tracked. If so, no handler runs and nothing is
-// forwarded. If not, a response or time-out came first. It is handled as usual, possibly
-// right now.
+// forwarded. If not, a response or time-out came first, and its handler has run, is
+// running or is about to.
 func (t *Tracker) RemoveRequest(req *Request) bool {
 	if req == nil {
 		return false

@@ -239,15 +239,16 @@ func closeWrapped(conn, inner net.Conn) {
 }
 
 // Stop stops listening, removes the listener's socket file, and blocks until every
-// accepted connection was handed out by NextConn and finished with DoneConn. With a
-// positive timeout, it then closes the connections that are still open, and returns. Zero
-// or less means no time limit. If another listener has replaced the socket file, the file
-// stays.
+// accepted connection was handed out by NextConn and finished with DoneConn. When a
+// positive timeout has passed, it closes the connections that are still open and returns;
+// zero or less means no time limit. If another listener has replaced the socket file, the
+// file stays.
 //
-// On sessions, messages that were read before count as accepted connections. Later ones
-// are not served; their senders are told so and send them elsewhere. After the timeout,
-// so are the messages that NextConn has not returned. A sender that does not read then
-// delays Stop by 200 ms at most. Idle sessions do not delay it.
+// On sessions, messages that were read before the call count as accepted connections.
+// Later ones are not served: their senders are told so and send them elsewhere. When the
+// timeout has passed, that also holds for messages that NextConn has not returned; a
+// sender that does not read then delays Stop by 200 ms at most. Idle sessions do not
+// delay it.
 //
 // When the process's last listener or tracker stops, the sessions that the process opened
 // close too: idle ones at once, busy ones after their last exchange. Stop does not wait
