@@ -207,8 +207,8 @@ func (t *Tracker) NumRequests() int {
 
 // TrackRequest tracks a request until its response arrives, its timeout passes, or
 // [Tracker.RemoveRequest] removes it. Call it before you send the request: the response
-// can arrive before the acknowledgement. Do not call it for a request that was given to
-// [Tracker.ProxyUnix]. A timeout of zero or less means the tracker's default.
+// can arrive before the acknowledgement. A request that was given to [Tracker.ProxyUnix]
+// needs no call. A timeout of zero or less means the tracker's default.
 //
 // The response goes to one of the request's handlers, once. After the timeout the handler
 // gets a Response whose error has the text "response timeout" and matches
