@@ -25,11 +25,11 @@ const (
 )
 
 // postClient uses http.DefaultTransport, whatever it is at the time of a request.
-var postClient = http.Client{Transport: &postTransport, CheckRedirect: checkPostRedirect}
+var postClient = http.Client{Transport: &postTransport, CheckRedirect: redirectPost}
 
-// checkPostRedirect allows the redirects that repeat the payload. For others it returns
-// the redirect itself, whose status is an error.
-func checkPostRedirect(req *http.Request, via []*http.Request) error {
+// redirectPost allows the redirects that repeat the payload. For others it returns the
+// redirect itself, whose status is an error.
+func redirectPost(req *http.Request, via []*http.Request) error {
 	switch req.Response.StatusCode {
 	case http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
 		req.Header.Del("Referer") // a hook's URL may hold a secret

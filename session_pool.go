@@ -162,7 +162,7 @@ func mostSessions() int {
 // has released it. The message begins with room for a session header.
 func (p *sessionPool) send(deadline time.Time, path string, m *message) (*Response, error) {
 	r, carrier := p.route(path)
-	if r == nil || r.own.as != thisThread() || !r.isCurrent() {
+	if r == nil || r.own.as != thisThread() || !r.revalidate() {
 		return nil, errUnsent
 	}
 	to := r.own.file
@@ -233,10 +233,10 @@ func (p *sessionPool) addRouteLocked(path string, file fileID) *route {
 	return nil
 }
 
-// isCurrent reports whether the path still leads to the socket file of the session, and
-// the file is unchanged. After a check that succeeded it does not check again for
-// checkedFor.
-func (r *route) isCurrent() bool {
+// revalidate reports whether the path still leads to the socket file of the session, and
+// the file is unchanged. If not, it drops the route. For checkedFor after a success it
+// does not look at the file.
+func (r *route) revalidate() bool {
 	now := int64(time.Since(processStart))
 	if checked := r.checked.Load(); checked != 0 && now-checked < int64(checkedFor) {
 		return true

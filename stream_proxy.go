@@ -77,7 +77,7 @@ func ProxyStreamHandler(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if r.ContentLength != 0 { // net/http can't see a client leave whose body is unread
-		http.Error(w, "a request for a stream has no body", http.StatusBadRequest)
+		http.Error(w, "a request for a stream must not have a body", http.StatusBadRequest)
 		return
 	}
 	addr, published, err := parseStreamQuery(r.URL.RawQuery)

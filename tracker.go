@@ -164,7 +164,7 @@ func (t *Tracker) Start() error {
 	case trackerRunning:
 		return nil
 	case trackerStopping:
-		return fmt.Errorf("start tracker %s: Stop has not returned yet: %w", t.Addr(), net.ErrClosed)
+		return fmt.Errorf("start tracker %s: the last Stop has not returned yet: %w", t.Addr(), net.ErrClosed)
 	}
 	if err := t.responses.Start(); err != nil {
 		return fmt.Errorf("start tracker: %w", err)

@@ -152,7 +152,7 @@ func (ul *UnixListener) checkStopped() error {
 	}
 	select {
 	case <-ul.run.stopping:
-		return fmt.Errorf("Stop has not returned yet: %w", net.ErrClosed)
+		return fmt.Errorf("the last Stop has not returned yet: %w", net.ErrClosed)
 	default:
 		return fmt.Errorf("it is started already: %w", syscall.EADDRINUSE)
 	}
