@@ -104,9 +104,9 @@
 // The protocol has no authentication. Every process that may connect to a unix socket may
 // send requests or responses to it: the permissions of the socket file and its directory
 // decide. If you name no path, the library makes a directory that only the process's user
-// can enter, and in it a socket with the mode 0600 and a name that can't be guessed. If
-// you name a path or directory, the process's umask decides; choose a directory with the
-// mode and group that suit. A listener learns which process is at the other end from the
+// can enter. In it is a socket with the mode 0600. Its path can't be guessed. If you name
+// a path or directory, the process's umask decides; choose a directory with the mode and
+// group that suit. A listener learns which process is at the other end from the
 // SyscallConn method of the connection (SO_PEERCRED).
 //
 // The requester chooses the hook, and the responder connects to it. A service that takes

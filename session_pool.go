@@ -404,9 +404,9 @@ func (p *sessionPool) forget(s *session, refused bool) {
 	}
 }
 
-// pair looks for sessions with the same peer of which one can carry the messages of both,
-// so that an acknowledgement and the response after it share a write. It sends the
-// targets.
+// pair looks for two sessions with the same peer, of which one can carry the messages of
+// both, and sends the target. An acknowledgement and the response after it can then share
+// a write.
 func (p *sessionPool) pair(s *session) {
 	for {
 		d, carrier := p.choose(s)

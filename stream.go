@@ -283,9 +283,10 @@ func (s *unixStream) end(stall, end time.Duration) {
 // the URL is a secret.
 //
 // A source that is cut off gives [io.ErrUnexpectedEOF], even if its process was killed:
-// over HTTP, and on Linux over sockets of [Tracker.NewStreamUnix]. The end of the process
-// looks like the end of the data with sockets of the original acomm, with HTTP/1.0
-// servers, and through a relay such as socat or ssh -L, which does not pass a reset on.
+// over HTTP, and on Linux over sockets of [Tracker.NewStreamUnix]. Elsewhere the end of
+// the process looks like the end of the data: with sockets of the original acomm and with
+// HTTP/1.0 servers. So it does through a relay such as socat or ssh -L, which does not
+// pass a reset on: connect to the socket directly.
 //
 // The errors match:
 //
