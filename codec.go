@@ -312,8 +312,8 @@ func unmarshalHookString(data []byte, req *Request) error {
 	return nil
 }
 
-// wireURL reads a URL in either of its forms on the wire, an object or a string. The
-// empty string and null are no URL.
+// wireURL decodes a URL from an object or from a string. The empty string and null decode
+// as nil.
 type wireURL struct{ url *url.URL }
 
 func (w *wireURL) UnmarshalJSON(data []byte) error {
