@@ -193,7 +193,7 @@ func TestProtocolDocument_HexDumpsAreFrames(t *testing.T) {
 		checkFrame(t, dumpedBytes(t, block))
 	}
 	require.Equal(t, 2, dumps)
-	text := document(t, "PROTOCOL.md")
+	text := strings.Join(strings.Fields(document(t, "PROTOCOL.md")), " ")
 	require.Contains(t, text, "(0x34 = 52 bytes of JSON)")
 	require.Len(t, written(t, &acomm.Response{}), frameHeader+0x34, "the acknowledgement shown is the library's own")
 }
