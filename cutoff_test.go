@@ -17,7 +17,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -36,14 +35,6 @@ func init() {
 	roles["stream provider"] = streamProvider
 	roles["stream provider of 2016"] = streamProvider2016
 	roles["stream coordinator"] = streamCoordinator
-}
-
-// full is the number of the proof, or of its small version.
-func full[T any](number, small T) T {
-	if *long {
-		return number
-	}
-	return small
 }
 
 // streamSpec describes a source, to the process that serves it.
@@ -297,18 +288,6 @@ func httpGet(dest io.Writer, u *url.URL) error {
 	return err
 }
 
-// consumer2016 is one that knows only the protocol of 2016: it sends nothing and
-// takes the end of the connection for the end of the stream.
-func consumer2016(dest io.Writer, u *url.URL) error {
-	conn, err := net.Dial("unix", u.Path)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	_, err = io.Copy(dest, conn)
-	return err
-}
-
 // eachWay runs a test with a consumer on the unix socket itself, and one behind
 // the HTTP proxy of this process.
 func eachWay(t *testing.T, test func(t *testing.T, consume consumer)) {
@@ -416,12 +395,6 @@ func (c cut) consume(t *testing.T, consume consumer, u *url.URL, provider, victi
 	}
 	within(t, done, "the consumer")
 	return got, err
-}
-
-func onlyLinux(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("only Linux reports what was left unread")
-	}
 }
 
 // addCut adds a stream that was cut.
@@ -581,26 +554,6 @@ func TestStream_CutOffIsSeenWithEveryDestination(t *testing.T) {
 			}
 		})
 	}
-}
-
-// drainedConn is a connection whose other side reads all.
-func drainedConn(t *testing.T, network, address string) net.Conn {
-	l, err := net.Listen(network, address)
-	require.NoError(t, err)
-	defer l.Close()
-	conn, err := net.Dial(network, l.Addr().String())
-	require.NoError(t, err)
-	other, err := l.Accept()
-	require.NoError(t, err)
-	drained := async(func() {
-		_, _ = io.Copy(io.Discard, other)
-		other.Close()
-	})
-	t.Cleanup(func() {
-		conn.Close()
-		<-drained
-	})
-	return conn
 }
 
 // Hazard: in HTTP/1.0, which reverse proxies speak to what is behind them, the

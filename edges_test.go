@@ -247,17 +247,6 @@ func TestSend_RefusesWhatIsNestedTooDeepToRead(t *testing.T) {
 	require.Error(t, acomm.Send(ul.URL(), other))
 }
 
-// serveAll acknowledges everything that can be read.
-func serveAll(ul *acomm.UnixListener) {
-	for conn := ul.NextConn(); conn != nil; conn = ul.NextConn() {
-		var message json.RawMessage
-		if err := acomm.UnmarshalConnData(conn, &message); err == nil {
-			_ = acomm.SendConnData(conn, &acomm.Response{})
-		}
-		ul.DoneConn(conn)
-	}
-}
-
 // Hazard: a loop on NextConn that begins before Start is over at once, and nobody
 // serves.
 func TestUnixListener_NextConnWaitsForTheFirstStart(t *testing.T) {

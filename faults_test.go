@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -16,7 +15,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -47,47 +45,6 @@ func init() {
 // quickExit is for a process with the race detector, which takes a second to end.
 var quickExit = "GORACE=atexit_sleep_ms=0 " + os.Getenv("GORACE")
 
-// tally counts by name.
-type tally struct {
-	mu     sync.Mutex
-	counts map[string]int
-}
-
-func (c *tally) add(what string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.counts == nil {
-		c.counts = make(map[string]int)
-	}
-	c.counts[what]++
-}
-
-func (c *tally) get(what string) int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.counts[what]
-}
-
-func (c *tally) total() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	var total int
-	for _, n := range c.counts {
-		total += n
-	}
-	return total
-}
-
-func (c *tally) String() string {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	var parts []string
-	for _, what := range slices.Sorted(maps.Keys(c.counts)) {
-		parts = append(parts, fmt.Sprintf("%s %d", what, c.counts[what]))
-	}
-	return strings.Join(parts, ", ")
-}
-
 // whySendFailed names the documented reason of a failed send; empty: it has none.
 func whySendFailed(err error) string {
 	for _, sentinel := range []error{
@@ -98,28 +55,6 @@ func whySendFailed(err error) string {
 		}
 	}
 	return ""
-}
-
-func unixURL(path string) *url.URL { return &url.URL{Scheme: "unix", Path: path} }
-
-// orExit ends a process in which nothing may go wrong.
-func orExit(err error) {
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-}
-
-// takeRequest reads a request from the connection, does what is to be done
-// before it is acknowledged, and acknowledges it.
-func takeRequest(ul *acomm.UnixListener, conn net.Conn, before func(*acomm.Request)) (*acomm.Request, error) {
-	defer ul.DoneConn(conn)
-	req := &acomm.Request{}
-	if err := acomm.UnmarshalConnData(conn, req); err != nil {
-		return nil, err
-	}
-	before(req)
-	return req, acomm.SendConnData(conn, &acomm.Response{ID: req.ID})
 }
 
 // faultProvider prints the id of each request it takes. It answers those whose

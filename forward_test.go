@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
-	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -23,40 +22,6 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// forwardHook is an HTTP response hook that keeps what it is sent.
-type forwardHook struct {
-	url    *url.URL
-	bodies chan []byte // every body it was sent
-}
-
-// newForwardHook starts a hook that answers as the handler does; nil accepts.
-func newForwardHook(t testing.TB, answer http.HandlerFunc) *forwardHook {
-	t.Helper()
-	hook := &forwardHook{bodies: make(chan []byte, 100)}
-	server := httptest.NewServer(hook.handler(answer))
-	t.Cleanup(server.Close)
-	var err error
-	hook.url, err = url.Parse(server.URL + "/hook")
-	require.NoError(t, err)
-	return hook
-}
-
-func (h *forwardHook) handler(answer http.HandlerFunc) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		body, err := io.ReadAll(r.Body)
-		if err != nil {
-			body = []byte(err.Error())
-		}
-		if r.Method != http.MethodPost || r.Header.Get("Content-Type") != "application/json" {
-			body = []byte(r.Method + " " + r.Header.Get("Content-Type"))
-		}
-		h.bodies <- body
-		if answer != nil {
-			answer(w, r)
-		}
-	})
-}
-
 // proxy has the tracker proxy a new request with the hook and returns both.
 func proxy(t testing.TB, tracker *acomm.Tracker, hook *url.URL, timeout time.Duration) (req, proxied *acomm.Request) {
 	t.Helper()
@@ -65,35 +30,6 @@ func proxy(t testing.TB, tracker *acomm.Tracker, hook *url.URL, timeout time.Dur
 	require.NoError(t, err)
 	t.Cleanup(func() { requireSilent(t, responses) }) // a proxied request's handlers are not run
 	return req, proxied
-}
-
-// newStreamTracker returns a started tracker with a stream URL.
-func newStreamTracker(t testing.TB, streamURL *url.URL) *acomm.Tracker {
-	t.Helper()
-	tracker, err := acomm.NewTracker("", streamURL, patience)
-	require.NoError(t, err)
-	require.NoError(t, tracker.Start())
-	t.Cleanup(tracker.Stop)
-	return tracker
-}
-
-// unboundPort reserves a TCP port where nobody listens until listen is called.
-func unboundPort(t testing.TB) (addr string, listen func() net.Listener) {
-	t.Helper()
-	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
-	require.NoError(t, err)
-	socket := os.NewFile(uintptr(fd), "reserved port")
-	t.Cleanup(func() { _ = socket.Close() })
-	require.NoError(t, syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
-	name, err := syscall.Getsockname(fd)
-	require.NoError(t, err)
-	addr = fmt.Sprintf("127.0.0.1:%d", name.(*syscall.SockaddrInet4).Port)
-	return addr, func() net.Listener {
-		require.NoError(t, syscall.Listen(fd, 16))
-		listener, err := net.FileListener(socket)
-		require.NoError(t, err)
-		return listener
-	}
 }
 
 func TestProxyUnix_UnixHookReturnsTheRequest(t *testing.T) {

@@ -20,27 +20,6 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// connPair returns the two ends of a unix stream connection.
-func connPair(t testing.TB) (*net.UnixConn, *net.UnixConn) {
-	t.Helper()
-	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
-	require.NoError(t, err)
-	ends := make([]*net.UnixConn, 2)
-	for i, fd := range fds {
-		f := os.NewFile(uintptr(fd), "socketpair")
-		conn, err := net.FileConn(f)
-		require.NoError(t, err)
-		require.NoError(t, f.Close())
-		t.Cleanup(func() { conn.Close() })
-		ends[i] = conn.(*net.UnixConn)
-	}
-	return ends[0], ends[1]
-}
-
-func frame(payload string) []byte {
-	return append(binary.BigEndian.AppendUint32(nil, uint32(len(payload))), payload...)
-}
-
 func TestSendConnData_WritesHeaderAndJSON(t *testing.T) {
 	for want, payload := range map[string]any{
 		`{"a":"\u003c"}`: map[string]string{"a": "<"},

@@ -24,14 +24,6 @@ import (
 	"github.com/mistifyio/acomm"
 )
 
-// newTransport has Send use a transport of the test's own, as the default one comes.
-func newTransport(t testing.TB) *http.Transport {
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	replaceTransport(t, transport)
-	t.Cleanup(transport.CloseIdleConnections)
-	return transport
-}
-
 // sendAtOnce sends a number of payloads and waits until all are acknowledged.
 func sendAtOnce(t testing.TB, addr *url.URL, number int) {
 	t.Helper()

@@ -2,13 +2,22 @@ package acomm_test
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"maps"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -175,4 +184,288 @@ func newRequest(t testing.TB, hook *url.URL, args any) (*acomm.Request, <-chan *
 	req, err := acomm.NewRequest("test", hook.String(), args, handle, handle)
 	require.NoError(t, err)
 	return req, responses
+}
+
+// gate lets goroutines wait until it is open. It begins shut.
+type gate struct {
+	mu     sync.Mutex
+	opened chan struct{} // closed while it is open
+}
+
+func (g *gate) channelLocked() chan struct{} {
+	if g.opened == nil {
+		g.opened = make(chan struct{})
+	}
+	return g.opened
+}
+
+func (g *gate) open() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	close(g.channelLocked())
+}
+
+func (g *gate) shut() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.opened = nil
+}
+
+func (g *gate) wait(ctx context.Context) {
+	g.mu.Lock()
+	opened := g.channelLocked()
+	g.mu.Unlock()
+	select {
+	case <-opened:
+	case <-ctx.Done():
+	}
+}
+
+// moment is long enough for what must not happen to happen. No order depends on
+// it: where it is too short, a fault is missed, and nothing fails.
+const moment = 30 * time.Millisecond
+
+func unixURL(path string) *url.URL { return &url.URL{Scheme: "unix", Path: path} }
+
+// second is the error of two results.
+func second[T any](_ T, err error) error { return err }
+
+// full is the number of the proof, or of its small version.
+func full[T any](number, small T) T {
+	if *long {
+		return number
+	}
+	return small
+}
+
+// tally counts by name.
+type tally struct {
+	mu     sync.Mutex
+	counts map[string]int
+}
+
+func (c *tally) add(what string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.counts == nil {
+		c.counts = make(map[string]int)
+	}
+	c.counts[what]++
+}
+
+func (c *tally) get(what string) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.counts[what]
+}
+
+func (c *tally) total() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var total int
+	for _, n := range c.counts {
+		total += n
+	}
+	return total
+}
+
+func (c *tally) String() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var parts []string
+	for _, what := range slices.Sorted(maps.Keys(c.counts)) {
+		parts = append(parts, fmt.Sprintf("%s %d", what, c.counts[what]))
+	}
+	return strings.Join(parts, ", ")
+}
+
+// await asks again and again until the answer is yes.
+func await(t testing.TB, what string, reached func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !reached(); time.Sleep(time.Millisecond) {
+		require.True(t, time.Now().Before(deadline), "timed out waiting for %s", what)
+	}
+}
+
+// awaitBlocked waits until the number of goroutines wait inside the function.
+func awaitBlocked(t testing.TB, function string, number int) {
+	t.Helper()
+	await(t, fmt.Sprintf("%d goroutines blocked in %s", number, function), func() bool {
+		return blockedIn(function) == number
+	})
+}
+
+// blockedIn counts the goroutines that wait inside the function.
+func blockedIn(function string) (number int) {
+	buf := make([]byte, 1<<20)
+	for stack := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
+		head, rest, _ := strings.Cut(stack, "\n")
+		if strings.Contains(rest, function+"(") && !strings.Contains(head, "[run") && !strings.Contains(head, "[sync.Mutex") {
+			number++
+		}
+	}
+	return number
+}
+
+// startListener returns a started listener. It is stopped with the test.
+func startListener(t testing.TB, path string, limit int) *acomm.UnixListener {
+	t.Helper()
+	ul := acomm.NewUnixListener(path, limit)
+	require.NoError(t, ul.Start())
+	t.Cleanup(func() { // also after a test that has failed halfway
+		stopped := async(func() { ul.Stop(time.Nanosecond) })
+		for conn := ul.NextConn(); conn != nil; conn = ul.NextConn() {
+			ul.DoneConn(conn)
+		}
+		<-stopped
+	})
+	return ul
+}
+
+// take returns the next connection. It is done at the latest with the test.
+func take(t testing.TB, ul *acomm.UnixListener) net.Conn {
+	t.Helper()
+	conns := make(chan net.Conn, 1)
+	go func() { conns <- ul.NextConn() }()
+	conn := within(t, conns, "a connection")
+	require.NotNil(t, conn)
+	t.Cleanup(func() { ul.DoneConn(conn) })
+	return conn
+}
+
+// exchange sends something to the URL, where the listener has to receive it.
+func exchange(ul *acomm.UnixListener, addr *url.URL) error {
+	sent := make(chan error, 1)
+	go func() { sent <- acomm.Send(addr, "payload") }()
+	received := make(chan error, 1)
+	go func() {
+		conn := ul.NextConn()
+		if conn == nil {
+			received <- net.ErrClosed
+			return
+		}
+		defer ul.DoneConn(conn)
+		var payload string
+		if err := acomm.UnmarshalConnData(conn, &payload); err != nil || payload != "payload" {
+			received <- fmt.Errorf("received %q: %w", payload, err)
+			return
+		}
+		received <- acomm.SendConnData(conn, &acomm.Response{})
+	}()
+	select {
+	case err := <-sent:
+		if err != nil {
+			return err // the receiver ends with the listener
+		}
+	case <-time.After(patience):
+		return errors.New("nothing came of sending")
+	}
+	return <-received
+}
+
+// readByte reads one byte, within patience.
+func readByte(conn net.Conn) (byte, error) {
+	var b [1]byte
+	if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		return 0, err
+	}
+	_, err := io.ReadFull(conn, b[:])
+	return b[0], err
+}
+
+func readOne(conn net.Conn) error {
+	n, err := conn.Read(make([]byte, 1))
+	if n > 0 {
+		return fmt.Errorf("read %d bytes", n)
+	}
+	return err
+}
+
+// newStreamTracker returns a started tracker with a stream URL.
+func newStreamTracker(t testing.TB, streamURL *url.URL) *acomm.Tracker {
+	t.Helper()
+	tracker, err := acomm.NewTracker("", streamURL, patience)
+	require.NoError(t, err)
+	require.NoError(t, tracker.Start())
+	t.Cleanup(tracker.Stop)
+	return tracker
+}
+
+// answerTo returns a response to the request.
+func answerTo(t testing.TB, req *acomm.Request, result any, err error) *acomm.Response {
+	t.Helper()
+	resp, newErr := acomm.NewResponse(req, result, nil, err)
+	require.NoError(t, newErr)
+	return resp
+}
+
+// requireWorking fails unless a response on the socket reaches its handler. As
+// connections are taken in their order, all earlier ones have been then.
+func requireWorking(t testing.TB, tracker *acomm.Tracker) {
+	t.Helper()
+	req, responses := newRequest(t, tracker.URL(), nil)
+	require.NoError(t, tracker.TrackRequest(req, patience))
+	require.NoError(t, req.Respond(answerTo(t, req, "works", nil)))
+	resp := within(t, responses, "the response")
+	require.NoError(t, resp.Error)
+	require.JSONEq(t, `"works"`, string(*resp.Result))
+}
+
+// sendSoon sends with less patience than a minute.
+func sendSoon(t testing.TB, addr *url.URL, payload any, d time.Duration) error {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	defer cancel()
+	return acomm.SendContext(ctx, addr, payload)
+}
+
+func sendWithin(addr *url.URL, payload any, d time.Duration) <-chan error {
+	sent := make(chan error, 1)
+	if d == 0 {
+		d = patience
+	}
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), d)
+		defer cancel()
+		sent <- acomm.SendContext(ctx, addr, payload)
+	}()
+	return sent
+}
+
+// sendAsync sends from a goroutine.
+func sendAsync(addr *url.URL, payload any) <-chan error {
+	sent := make(chan error, 1)
+	go func() { sent <- acomm.Send(addr, payload) }()
+	return sent
+}
+
+// setUmask sets the umask of the process until the test ends.
+func setUmask(t *testing.T, mask int) {
+	old := syscall.Umask(mask)
+	t.Cleanup(func() { syscall.Umask(old) })
+}
+
+func mode(t testing.TB, path string) fs.FileMode {
+	t.Helper()
+	info, err := os.Lstat(path)
+	require.NoError(t, err)
+	return info.Mode()
+}
+
+func list(t testing.TB, dir string) []os.DirEntry {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	return entries
+}
+
+func writeFile(t *testing.T, path string) {
+	t.Helper()
+	require.NoError(t, os.WriteFile(path, []byte("precious"), 0o600))
+}
+
+func onlyLinux(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("only Linux reports what was left unread")
+	}
 }

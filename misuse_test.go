@@ -576,9 +576,6 @@ func misuses(t *testing.T) map[string][]misuse {
 	}
 }
 
-// second is the error of two results.
-func second[T any](_ T, err error) error { return err }
-
 func wantNumber(got, want int) error {
 	if got != want {
 		return fmt.Errorf("got %d, not %d", got, want)

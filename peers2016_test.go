@@ -3,7 +3,6 @@ package acomm_test
 import (
 	"bytes"
 	"crypto/rand"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -19,7 +18,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 
 	"github.com/mistifyio/acomm"
@@ -181,121 +179,6 @@ func serveHTTP(handler http.Handler) *url.URL {
 	u, err := url.Parse(httptest.NewServer(handler).URL)
 	must(err)
 	return u
-}
-
-// ---- the peer of 2016
-
-type request2016 struct {
-	ID           string           `json:"id"`
-	Task         string           `json:"task"`
-	ResponseHook *url.URL         `json:"responsehook"`
-	Args         *json.RawMessage `json:"args"`
-}
-
-type response2016 struct {
-	ID        string           `json:"id"`
-	Result    *json.RawMessage `json:"result"`
-	StreamURL *url.URL         `json:"stream_url"`
-	Error     string           `json:"error"`
-}
-
-// MarshalJSON writes a map, so the members are sorted.
-func (r response2016) MarshalJSON() ([]byte, error) {
-	return json.Marshal(map[string]any{
-		"id": r.ID, "result": r.Result, "stream_url": r.StreamURL, "error": r.Error,
-	})
-}
-
-// oneSend is what Linux hands over to a reader as one from one write. A larger
-// write it queues in pieces of 36 KiB, and a reader on another processor can be
-// so quick that it finds the first ones only.
-const oneSend = 32 << 10
-
-// read2016 reads a frame with one read for each of its parts. What has not
-// arrived by then stays zero. Where that would be left to luck, also among peers
-// of 2016, it reads once the whole frame is there.
-func read2016(conn net.Conn, dest any) error {
-	header := make([]byte, 4)
-	if _, err := conn.Read(header); err != nil {
-		return err
-	}
-	data := make([]byte, binary.BigEndian.Uint32(header))
-	if len(data) > oneSend {
-		awaitBytes(conn, len(data))
-	}
-	if _, err := conn.Read(data); err != nil {
-		return err
-	}
-	return json.Unmarshal(data, dest)
-}
-
-// awaitBytes waits until so many bytes can be read, and reads none.
-func awaitBytes(conn net.Conn, size int) {
-	raw, err := conn.(*net.UnixConn).SyscallConn()
-	must(err)
-	buf := make([]byte, size)
-	must(raw.Read(func(fd uintptr) bool {
-		n, _, err := syscall.Recvfrom(int(fd), buf, syscall.MSG_PEEK)
-		return n == size || err != nil && err != syscall.EAGAIN
-	}))
-}
-
-func write2016(conn net.Conn, payload any) error {
-	data := encode(payload)
-	_, err := conn.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(data))), data...))
-	return err
-}
-
-// send2016 returns the acknowledgement, or why there is none.
-func send2016(addr *url.URL, payload any) (ack response2016, err error) {
-	if addr.Scheme != "unix" {
-		resp, err := http.Post(addr.String(), "application/json", bytes.NewReader(encode(payload)))
-		if err != nil {
-			return ack, err
-		}
-		defer resp.Body.Close()
-		return ack, json.NewDecoder(resp.Body).Decode(&ack)
-	}
-	conn, err := net.Dial("unix", addr.Path)
-	if err != nil {
-		return ack, err
-	}
-	defer conn.Close()
-	if err := write2016(conn, payload); err != nil {
-		return ack, err
-	}
-	return ack, read2016(conn, &ack)
-}
-
-// serve2016 accepts connections on a socket, each with a goroutine.
-func serve2016(name string, handle func(net.Conn)) *url.URL {
-	path := filepath.Join(os.TempDir(), name+".sock")
-	l, err := net.Listen("unix", path)
-	must(err)
-	go func() {
-		for {
-			conn, err := l.Accept()
-			must(err)
-			go func() {
-				defer conn.Close()
-				handle(conn)
-			}()
-		}
-	}()
-	return &url.URL{Scheme: "unix", Path: path}
-}
-
-// receive2016 is a response socket. Each response is acknowledged, then handled.
-func receive2016(name string, handle func(response2016)) *url.URL {
-	return serve2016(name, func(conn net.Conn) {
-		var resp response2016
-		if err := read2016(conn, &resp); err != nil {
-			fmt.Fprintln(os.Stderr, "misread a response:", err)
-			return
-		}
-		_ = write2016(conn, response2016{})
-		handle(resp)
-	})
 }
 
 func requester2016() (asker, consumer) {

@@ -206,3 +206,11 @@ func TestProcess_IsDrivenAndEnds(t *testing.T) {
 
 	require.ErrorContains(t, startProcess(t, "no such role").Wait(), "exit status 2")
 }
+
+// orExit ends a process in which nothing may go wrong.
+func orExit(err error) {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}

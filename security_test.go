@@ -1,7 +1,6 @@
 package acomm_test
 
 import (
-	"bufio"
 	"encoding/json"
 	"fmt"
 	"go/ast"
@@ -10,7 +9,6 @@ import (
 	"io"
 	"io/fs"
 	"math"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -20,71 +18,11 @@ import (
 	"regexp"
 	"runtime"
 	"strings"
-	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/mistifyio/acomm"
 	"github.com/stretchr/testify/require"
 )
-
-const secret = "what nobody outside may read"
-
-// victim is a real listener that counts its connections and tells its secret to
-// all of them.
-type victim struct {
-	t        testing.TB
-	listener net.Listener
-	url      *url.URL
-	accepted atomic.Int64
-}
-
-func newVictim(t testing.TB, network, address string) *victim {
-	t.Helper()
-	l, err := net.Listen(network, address)
-	require.NoError(t, err)
-	v := &victim{t: t, listener: l, url: &url.URL{Scheme: "unix", Path: address}}
-	if network == "tcp" {
-		v.url = &url.URL{Scheme: "http", Host: l.Addr().String(), Path: "/metadata"}
-	}
-	served := async(func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			v.accepted.Add(1)
-			if network == "tcp" {
-				_ = conn.SetReadDeadline(time.Now().Add(patience))
-				_, _ = http.ReadRequest(bufio.NewReader(conn))
-				fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n", len(secret))
-			}
-			_, _ = io.WriteString(conn, secret)
-			conn.Close()
-		}
-	})
-	t.Cleanup(func() {
-		_ = l.Close()
-		<-served
-	})
-	return v
-}
-
-// requireUntouched fails if anybody else has connected. Connections are accepted
-// in their order, so ours is the last.
-func (v *victim) requireUntouched() {
-	v.t.Helper()
-	conn, err := net.Dial(v.listener.Addr().Network(), v.listener.Addr().String())
-	require.NoError(v.t, err)
-	defer conn.Close()
-	if v.url.Scheme == "http" {
-		_, err := io.WriteString(conn, "GET / HTTP/1.0\r\n\r\n")
-		require.NoError(v.t, err)
-	}
-	got, _ := io.ReadAll(conn)
-	require.Contains(v.t, string(got), secret)
-	require.EqualValues(v.t, 1, v.accepted.Load(), "%s was connected to", v.url)
-}
 
 // signatureIn returns the signature in a URL of ProxyStreamHTTPURL.
 func signatureIn(t testing.TB, tracker *acomm.Tracker, addr *url.URL) string {

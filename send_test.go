@@ -1,7 +1,6 @@
 package acomm_test
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,7 +8,6 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -21,47 +19,6 @@ import (
 	"github.com/mistifyio/acomm"
 	"github.com/stretchr/testify/require"
 )
-
-// unixPeer is a unix socket that treats each connection as it is told.
-func unixPeer(t testing.TB, treat func(net.Conn)) *url.URL {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "peer.sock")
-	l, err := net.Listen("unix", path)
-	require.NoError(t, err)
-	served := async(func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			treat(conn)
-			conn.Close()
-		}
-	})
-	t.Cleanup(func() {
-		l.Close()
-		<-served
-	})
-	return &url.URL{Scheme: "unix", Path: path}
-}
-
-// httpPeer is a real HTTP server with a handler.
-func httpPeer(t testing.TB, handler http.HandlerFunc) *url.URL {
-	t.Helper()
-	server := httptest.NewServer(handler)
-	t.Cleanup(server.Close)
-	u, err := url.Parse(server.URL + "/hook")
-	require.NoError(t, err)
-	return u
-}
-
-// sendSoon sends with less patience than a minute.
-func sendSoon(t testing.TB, addr *url.URL, payload any, d time.Duration) error {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), d)
-	defer cancel()
-	return acomm.SendContext(ctx, addr, payload)
-}
 
 func TestSend_UnixDeliversAndIsAcknowledged(t *testing.T) {
 	got := make(chan acomm.Request, 1)
@@ -304,16 +261,6 @@ func TestSend_RedirectsThatKeepThePayloadAreFollowed(t *testing.T) {
 		http.Redirect(w, r, "/hook", http.StatusTemporaryRedirect)
 	})
 	require.ErrorContains(t, acomm.Send(loop, 1), "redirects")
-}
-
-type roundTripper func(*http.Request) (*http.Response, error)
-
-func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
-
-func replaceTransport(t testing.TB, rt http.RoundTripper) {
-	old := http.DefaultTransport
-	http.DefaultTransport = rt
-	t.Cleanup(func() { http.DefaultTransport = old })
 }
 
 func TestSend_RegisteredSchemeIsUsed(t *testing.T) {

@@ -1,12 +1,10 @@
 package acomm_test
 
 import (
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
 	"net/url"
 	"os"
@@ -15,7 +13,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -27,112 +24,6 @@ import (
 // Sessions that carry messages both ways. As in PROTOCOL.md, A has opened the session X
 // to a listener of B, and B the session Y to a listener of A, which is the hook of A's
 // requests.
-
-// responder is the listener of B. It acknowledges requests, then sends to their hooks.
-type responder struct {
-	*acomm.UnixListener
-	served  <-chan struct{} // closed when NextConn has nothing more
-	replied chan error      // what came of what it has sent to hooks
-}
-
-// respond is what a process does that has nothing else to say.
-func respond(req *acomm.Request) error {
-	resp, err := acomm.NewResponse(req, req.Args, nil, nil)
-	if err != nil {
-		return err
-	}
-	return req.Respond(resp)
-}
-
-// replyNote is for hooks that are served by startNotes.
-func replyNote(req *acomm.Request) error { return acomm.Send(req.ResponseHook, note{ID: -1}) }
-
-// startResponder starts a listener of B. Tasks that are named are handled in another
-// way.
-func startResponder(t testing.TB, reply func(*acomm.Request) error, how map[string]func(net.Conn)) *responder {
-	t.Helper()
-	r := &responder{
-		UnixListener: acomm.NewUnixListener(filepath.Join(shortDir(t), "r.sock"), 0),
-		replied:      make(chan error, 1<<16),
-	}
-	require.NoError(t, r.Start())
-	var handlers sync.WaitGroup
-	r.served = async(func() {
-		for conn := r.NextConn(); conn != nil; conn = r.NextConn() {
-			handlers.Go(func() { r.handle(conn, reply, how) })
-		}
-		handlers.Wait()
-	})
-	t.Cleanup(func() { r.Stop(time.Nanosecond) })
-	return r
-}
-
-func (r *responder) handle(conn net.Conn, reply func(*acomm.Request) error, how map[string]func(net.Conn)) {
-	defer r.DoneConn(conn)
-	req := &acomm.Request{}
-	if acomm.UnmarshalConnData(conn, req) != nil {
-		return
-	}
-	if do := how[req.Task]; do != nil {
-		do(conn)
-		return
-	}
-	err := acomm.SendConnData(conn, &acomm.Response{ID: req.ID})
-	r.DoneConn(conn)
-	if err == nil && req.ResponseHook != nil {
-		r.replied <- reply(req)
-	}
-}
-
-// requestTo is a request whose response goes to the hook.
-func requestTo(hook *url.URL, task, data string) *acomm.Request {
-	args := json.RawMessage(strconv.Quote(data))
-	return &acomm.Request{ID: "1", Task: task, ResponseHook: hook, Args: &args}
-}
-
-// openRequests sends requests until there is a session for them.
-func openRequests(t testing.TB, r *responder) {
-	t.Helper()
-	await(t, "the session of the requests", func() bool {
-		require.NoError(t, acomm.Send(r.URL(), requestTo(nil, "open", "")))
-		return acomm.SessionTo(r.URL().Path).Open
-	})
-}
-
-// carryBoth sends requests until one session carries them and what goes to their hook:
-// that of the two which was opened first, as all are of this process. It reports whether
-// that is the session of the requests.
-func carryBoth(t testing.TB, r *responder, hook *url.URL) (requests bool) {
-	t.Helper()
-	openRequests(t, r)
-	await(t, "a session to carry both directions", func() bool {
-		require.NoError(t, acomm.Send(r.URL(), requestTo(hook, "both", "")))
-		require.NoError(t, within(t, r.replied, "the reply"))
-		requests = acomm.SessionTo(hook.Path).Carried
-		return requests || acomm.SessionTo(r.URL().Path).Carried
-	})
-	return requests
-}
-
-// cameBy returns the path to which the socket of a connection was connected; none
-// if it was accepted.
-func cameBy(conn net.Conn) (path string, err error) {
-	raw, err := conn.(syscall.Conn).SyscallConn()
-	if err != nil {
-		return "", err
-	}
-	var nameErr error
-	err = raw.Control(func(fd uintptr) {
-		var peer syscall.Sockaddr
-		if peer, nameErr = syscall.Getpeername(int(fd)); nameErr == nil {
-			path = peer.(*syscall.SockaddrUnix).Name
-		}
-	})
-	if strings.HasPrefix(path, acomm.SessionName) {
-		path = ""
-	}
-	return path, errors.Join(err, nameErr)
-}
 
 func TestSessionBoth_TrackersResponsesTravelOnTheSessionOfTheRequests(t *testing.T) {
 	startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil).Stop(0) // the runtime opens what it needs
@@ -215,115 +106,6 @@ func TestSessionBoth_AllMessagesTravelOnTheSessionThatCarries(t *testing.T) {
 		require.Equal(t, 1, h.handled(i))
 	}
 	require.Len(t, h.peersNow(), len(peers), "to handlers it is the session that is theirs")
-}
-
-// socketFile is what names a socket file in a target.
-type socketFile struct{ device, inode uint64 }
-
-func fileAt(t testing.TB, path string) socketFile {
-	t.Helper()
-	var st syscall.Stat_t
-	require.NoError(t, syscall.Stat(path, &st))
-	return socketFile{uint64(st.Dev), st.Ino}
-}
-
-// targetFrame names a listener.
-func targetFrame(file socketFile) []byte {
-	f := rawFrame(frameTarget, 16, 0, "")
-	f = binary.BigEndian.AppendUint64(f, file.device)
-	return binary.BigEndian.AppendUint64(f, file.inode)
-}
-
-// writeMessage writes a message.
-func writeMessage(t testing.TB, conn net.Conn, number uint32, text string) {
-	t.Helper()
-	_, err := conn.Write(rawFrame(frameMessage, uint32(len(text)), number, text))
-	require.NoError(t, err)
-}
-
-// acceptMessage answers a message.
-func acceptMessage(t testing.TB, conn net.Conn, number uint32) {
-	t.Helper()
-	_, err := conn.Write(rawFrame(frameAnswer, uint32(len(accepted)), number, accepted))
-	require.NoError(t, err)
-}
-
-// requireFrame reads a frame and returns its payload.
-func requireFrame(t testing.TB, conn net.Conn, kind, number uint32) string {
-	t.Helper()
-	k, n, payload, err := readFrame(conn)
-	require.NoError(t, err)
-	require.Equal(t, []uint32{kind, number}, []uint32{k, n}, "with %q", payload)
-	return payload
-}
-
-// requireAccepted reads the answer that accepts a message.
-func requireAccepted(t testing.TB, conn net.Conn, number uint32) {
-	t.Helper()
-	require.Contains(t, requireFrame(t, conn, frameAnswer, number), `"error":""`)
-}
-
-// rawB is a test that plays B.
-type rawB struct {
-	l *rawListener // of B
-	s *noteService // of A
-	x net.Conn
-	y *net.UnixConn
-}
-
-func newRawB(t testing.TB, how map[string]handling) *rawB {
-	t.Helper()
-	b := &rawB{l: newRawListener(t)}
-	b.s = startNotes(t, filepath.Join(shortDir(t), "a.sock"), 0, how)
-	b.x = b.l.openWith(greaterToken)
-	b.openY(t)
-	return b
-}
-
-// holdThenAccept is what a handler does that waits to be released.
-func holdThenAccept() (hold handling, release func()) {
-	released := make(chan struct{})
-	hold = func(conn net.Conn, _ note) {
-		<-released
-		_ = acomm.SendConnData(conn, &acomm.Response{})
-	}
-	return hold, sync.OnceFunc(func() { close(released) })
-}
-
-// openY opens Y, and has an exchange there: so the greeting was read.
-func (b *rawB) openY(t testing.TB) {
-	t.Helper()
-	b.y = openRawWith(t, b.s.Addr(), greaterToken)
-	b.settle(t, b.y, 1)
-}
-
-// settle has an exchange on Y.
-func (b *rawB) settle(t testing.TB, y net.Conn, number uint32) {
-	t.Helper()
-	writeMessage(t, y, number, `{"id":-1}`)
-	requireAccepted(t, y, number)
-}
-
-// target names the listener of A on X.
-func (b *rawB) target(t testing.TB) {
-	t.Helper()
-	b.l.write(b.x, targetFrame(fileAt(t, b.s.Addr())))
-}
-
-// requireRefused sends a message on X, and reads that it is not served.
-func (b *rawB) requireRefused(t testing.TB) {
-	t.Helper()
-	writeMessage(t, b.x, 1, `{}`)
-	requireFrame(t, b.x, frameStop, 0)
-}
-
-// requireBackward has an exchange on X in the direction of those that made it.
-func (b *rawB) requireBackward(t testing.TB) {
-	t.Helper()
-	sent := sendAsync(b.l.addr, note{})
-	number, _ := b.l.message(b.x)
-	acceptMessage(t, b.x, number)
-	require.NoError(t, within(t, sent, "the acknowledgement"))
 }
 
 func TestSessionBoth_TargetedMessagesAreThoseOfTheSessionToTheirListener(t *testing.T) {
@@ -586,59 +368,6 @@ func TestSessionBoth_PeersWithoutAPidAreNeverThePeer(t *testing.T) {
 	b.settle(t, b.y, 1)
 	b.l.write(b.x, targetFrame(fileAt(t, socket)))
 	b.requireRefused(t)
-}
-
-// rawA is a test that plays A.
-type rawA struct {
-	l    *rawListener // of A, the hook
-	r    *responder   // of B
-	x    *net.UnixConn
-	y    net.Conn
-	last uint32 // number of the last request
-}
-
-func newRawA(t testing.TB) *rawA {
-	t.Helper()
-	a := &rawA{l: newRawListener(t)}
-	a.r = startResponder(t, respond, nil)
-	a.y = a.l.open()
-	a.x = openRaw(t, a.r.Addr())
-	return a
-}
-
-// request sends one on X and reads its acknowledgement.
-func (a *rawA) request(t testing.TB) {
-	t.Helper()
-	text, err := json.Marshal(requestTo(a.l.addr, "task", ""))
-	require.NoError(t, err)
-	a.last++
-	writeMessage(t, a.x, a.last, string(text))
-	requireAccepted(t, a.x, a.last)
-}
-
-// requireResponse takes a response and acknowledges it.
-func (a *rawA) requireResponse(t testing.TB, conn net.Conn, number uint32) {
-	t.Helper()
-	var resp acomm.Response
-	require.NoError(t, json.Unmarshal([]byte(requireFrame(t, conn, frameMessage, number)), &resp))
-	require.Equal(t, "1", resp.ID)
-	acceptMessage(t, conn, number)
-	require.NoError(t, within(t, a.r.replied, "the responder"))
-}
-
-// target has the library name the listener of A on X.
-func (a *rawA) target(t testing.TB) {
-	t.Helper()
-	a.request(t)
-	a.requireResponse(t, a.y, 1)
-	a.requireTarget(t)
-}
-
-// requireTarget reads that what follows on X is for the listener of A.
-func (a *rawA) requireTarget(t testing.TB) {
-	t.Helper()
-	require.Equal(t, string(targetFrame(fileAt(t, a.l.addr.Path))[8:]), requireFrame(t, a.x, frameTarget, 0))
-	require.True(t, acomm.SessionTo(a.l.addr.Path).Carried)
 }
 
 func TestSessionBoth_ResponsesTakeTheSessionOfTheirRequests(t *testing.T) {
@@ -917,57 +646,6 @@ func TestSessionBoth_PathDecides(t *testing.T) {
 	}
 }
 
-// sending is what many goroutines send until an error, or until they are told to end.
-type sending struct {
-	next    atomic.Int64
-	acks    counter
-	senders sync.WaitGroup
-	ended   chan struct{}
-	stop    func() // closes ended
-
-	mu   sync.Mutex
-	errs map[int]error // by id
-}
-
-func sendOn(t testing.TB, addr *url.URL, payload func(id int) any) *sending {
-	o := &sending{ended: make(chan struct{}), errs: make(map[int]error)}
-	o.stop = sync.OnceFunc(func() { close(o.ended) })
-	t.Cleanup(o.stop)
-	for range 16 {
-		o.senders.Go(func() { o.send(addr, payload) })
-	}
-	return o
-}
-
-func (o *sending) send(addr *url.URL, payload func(id int) any) {
-	for {
-		select {
-		case <-o.ended:
-			return
-		default:
-		}
-		id := int(o.next.Add(1))
-		err := acomm.Send(addr, payload(id))
-		o.mu.Lock()
-		o.errs[id] = err
-		o.mu.Unlock()
-		if err != nil {
-			return
-		}
-		o.acks.add()
-	}
-}
-
-// end ends the sending, and returns what became of each.
-func (o *sending) end(t testing.TB) map[int]error {
-	t.Helper()
-	o.stop()
-	within(t, async(o.senders.Wait), "the senders")
-	return o.errs
-}
-
-func noteOf(id int) any { return note{ID: id} }
-
 // The listener of A stops, under load.
 func TestSessionBoth_StopOfTheHookLosesNothing(t *testing.T) {
 	processWithSessions(t)
@@ -995,18 +673,6 @@ func TestSessionBoth_StopOfTheHookLosesNothing(t *testing.T) {
 		require.NoError(t, h.Start())
 		h.serve(nil)
 	}
-}
-
-// requireStopped checks what became of a message to a listener that stopped.
-func requireStopped(t testing.TB, err error, handled int) {
-	t.Helper()
-	if err == nil {
-		require.Equal(t, 1, handled, "acknowledged")
-		return
-	}
-	require.Zero(t, handled, "handled, but %v", err)
-	require.True(t, errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) ||
-		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE), "%v", err)
 }
 
 // The listener of B stops, under load: what B sends is delivered all the same.
@@ -1262,29 +928,6 @@ func TestSessionBoth_LargeRefusalsBothWaysEnd(t *testing.T) {
 			}
 		})
 	}
-}
-
-// serveEach handles connections at the same time, or one after the other.
-func serveEach(t testing.TB, oneByOne bool, handle func(ul *acomm.UnixListener, conn net.Conn)) *acomm.UnixListener {
-	t.Helper()
-	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "e.sock"), 0)
-	require.NoError(t, ul.Start())
-	var handlers sync.WaitGroup
-	served := async(func() {
-		for conn := ul.NextConn(); conn != nil; conn = ul.NextConn() {
-			if oneByOne {
-				handle(ul, conn)
-			} else {
-				handlers.Go(func() { handle(ul, conn) })
-			}
-		}
-		handlers.Wait()
-	})
-	t.Cleanup(func() {
-		ul.Stop(time.Nanosecond)
-		within(t, served, "the end of serving")
-	})
-	return ul
 }
 
 // One end serves one message after the other, and sends to the other end in between;

@@ -77,9 +77,6 @@ func TestSession_AThreadWithoutTheRightGetsNowhere(t *testing.T) {
 	}
 }
 
-// lookEnds waits until a look at a path is good no more.
-func lookEnds() { time.Sleep(10 * acomm.CheckedFor) }
-
 // Hazard: taking the right to connect away does nothing to an open session.
 // Who has the right connects again, so that the kernel decides.
 func TestSession_ChangedModeOrOwnerHasTheKernelAskedAgain(t *testing.T) {
@@ -253,12 +250,6 @@ func TestSession_SlowReaderOfALargeAnswerIsServed(t *testing.T) {
 		require.NoError(t, err, "after %d bytes", read)
 		read += n
 	}
-}
-
-// setPatience sets how long a peer may take nothing of what is written to it.
-func setWriteTimeout(t testing.TB, d time.Duration) {
-	old := acomm.SetSessionWriteTimeout(d)
-	t.Cleanup(func() { acomm.SetSessionWriteTimeout(old) })
 }
 
 // Hazard: a peer that reads slowly holds up Stop for many times the patience of a write.

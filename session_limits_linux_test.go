@@ -18,12 +18,6 @@ import (
 // The limits of sessions: their number, their idle time, and the numbers of
 // their messages.
 
-// setIdleTimeout shortens the time that sessions may be idle. Call it before anything is started.
-func setIdleTimeout(t testing.TB, timeout time.Duration) {
-	old := acomm.SetSessionIdleTimeout(timeout)
-	t.Cleanup(func() { acomm.SetSessionIdleTimeout(old) })
-}
-
 func TestSession_IdleSessionIsClosedByWhoOpenedIt(t *testing.T) {
 	const idle = 100 * time.Millisecond
 	setIdleTimeout(t, idle)

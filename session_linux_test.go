@@ -2,16 +2,13 @@ package acomm_test
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"maps"
 	"net"
-	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -26,130 +23,6 @@ import (
 	"github.com/mistifyio/acomm"
 	"github.com/stretchr/testify/require"
 )
-
-// note is what these tests send. How names what its handler does with it.
-type note struct {
-	ID   int    `json:"id"`
-	How  string `json:"how"`
-	Data string `json:"data"`
-}
-
-// handling is what a handler does with a note before its connection is done.
-type handling func(conn net.Conn, n note)
-
-// noteService is a listener served as documented, which notes by which connection
-// each message came.
-type noteService struct {
-	*acomm.UnixListener
-	served <-chan struct{} // closed when NextConn has nothing more
-
-	mu    sync.Mutex
-	peers map[string]int // messages by the name of the peer's socket; none: a plain one
-	ids   map[int]int    // how often each was handled
-	order []string       // peers as they came
-}
-
-// startNotes starts a listener whose handlers acknowledge, except for notes that
-// say how they are handled.
-func startNotes(t testing.TB, path string, limit int, how map[string]handling) *noteService {
-	t.Helper()
-	if runtime.GOOS != "linux" {
-		t.Skip("there are sessions on Linux")
-	}
-	s := &noteService{
-		UnixListener: acomm.NewUnixListener(path, limit),
-		peers:        make(map[string]int),
-		ids:          make(map[int]int),
-	}
-	require.NoError(t, s.Start())
-	s.serve(how)
-	t.Cleanup(func() { s.Stop(time.Nanosecond) })
-	return s
-}
-
-func (s *noteService) serve(how map[string]handling) {
-	var handlers sync.WaitGroup
-	s.served = async(func() {
-		for conn := s.NextConn(); conn != nil; conn = s.NextConn() {
-			handlers.Go(func() {
-				defer s.DoneConn(conn)
-				var n note
-				if acomm.UnmarshalConnData(conn, &n) != nil {
-					return
-				}
-				s.mu.Lock()
-				s.peers[conn.RemoteAddr().String()]++
-				s.order = append(s.order, conn.RemoteAddr().String())
-				s.ids[n.ID]++
-				s.mu.Unlock()
-				if handle := how[n.How]; handle != nil {
-					handle(conn, n)
-					return
-				}
-				_ = acomm.SendConnData(conn, &acomm.Response{})
-			})
-		}
-		handlers.Wait()
-	})
-}
-
-// peersNow returns how many messages came by each connection.
-func (s *noteService) peersNow() map[string]int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return maps.Clone(s.peers)
-}
-
-func (s *noteService) handled(id int) int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.ids[id]
-}
-
-// openTo sends until there is a session to the listener.
-func openTo(t testing.TB, addr *url.URL) {
-	t.Helper()
-	for attempt := 0; !acomm.SessionTo(addr.Path).Open; attempt++ {
-		require.Less(t, attempt, 100, "there is no session")
-		require.NoError(t, acomm.Send(addr, note{ID: -1}))
-		await(t, "the session, or none", func() bool {
-			st := acomm.SessionTo(addr.Path)
-			return st.Open || !st.Opening
-		})
-	}
-	require.NoError(t, acomm.Send(addr, note{ID: -1}))
-}
-
-// sendMany sends notes with ids from first on at the same time. Errors fail the
-// test.
-func sendMany(t testing.TB, addr *url.URL, first, number int) {
-	t.Helper()
-	errs := make(chan error, number)
-	for i := range number {
-		go func() { errs <- acomm.Send(addr, note{ID: first + i}) }()
-	}
-	for range number {
-		require.NoError(t, within(t, errs, "an acknowledgement"))
-	}
-}
-
-// sendAsync sends from a goroutine.
-func sendAsync(addr *url.URL, payload any) <-chan error {
-	sent := make(chan error, 1)
-	go func() { sent <- acomm.Send(addr, payload) }()
-	return sent
-}
-
-// processWithSessions lets this process keep connections while the test runs.
-func processWithSessions(t testing.TB) {
-	t.Helper()
-	if runtime.GOOS != "linux" {
-		t.Skip("there are sessions on Linux")
-	}
-	ul := acomm.NewUnixListener("", 0)
-	require.NoError(t, ul.Start())
-	t.Cleanup(func() { ul.Stop(0) })
-}
 
 func TestSession_ManySendsUseOneConnection(t *testing.T) {
 	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
@@ -235,49 +108,6 @@ func TestSession_PeersOf2016NoticeNothing(t *testing.T) {
 			require.Zero(t, acomm.SessionTo("").Opened)
 		}
 	})
-}
-
-// requirePlain has an exchange as of 2016, to the byte.
-func requirePlain(t testing.TB, conn net.Conn, golden []byte) {
-	t.Helper()
-	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
-	_, err := conn.Write(plainFrame(`{"id":1}`))
-	require.NoError(t, err)
-	all, err := io.ReadAll(conn)
-	require.NoError(t, err)
-	require.Equal(t, string(golden), string(all))
-}
-
-var socketNames atomic.Int64
-
-// dialNamed connects as a sender that can have sessions, or with the other name, as one
-// that opens a session.
-func dialNamed(t testing.TB, path, name string) *net.UnixConn {
-	t.Helper()
-	name = fmt.Sprintf("%stest-%d-%d", name, os.Getpid(), socketNames.Add(1))
-	conn, err := net.DialUnix("unix", &net.UnixAddr{Name: name, Net: "unix"}, &net.UnixAddr{Name: path, Net: "unix"})
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = conn.Close() })
-	return conn
-}
-
-// conclude sends what a handler has found to the test.
-func conclude(found chan<- error, errs ...error) { found <- errors.Join(errs...) }
-
-// expect is nil if the error is what it should be.
-func expect(what string, err, want error) error {
-	if want == nil && err == nil || want != nil && (err == want || errors.Is(err, want)) {
-		return nil
-	}
-	return fmt.Errorf("%s: got %v, want %v", what, err, want)
-}
-
-func readOne(conn net.Conn) error {
-	n, err := conn.Read(make([]byte, 1))
-	if n > 0 {
-		return fmt.Errorf("read %d bytes", n)
-	}
-	return err
 }
 
 // behaviours is what handlers do, and what comes of it at the sender.
@@ -406,38 +236,6 @@ func handlerReads() error {
 		runtime.Gosched()
 	}
 	return nil
-}
-
-func peerIsSelf(conn net.Conn) error {
-	raw, err := conn.(syscall.Conn).SyscallConn()
-	if err != nil {
-		return err
-	}
-	var cred *syscall.Ucred
-	var credErr error
-	err = raw.Control(func(fd uintptr) {
-		cred, credErr = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
-	})
-	if err = errors.Join(err, credErr); err != nil {
-		return err
-	}
-	if int(cred.Pid) != os.Getpid() || int(cred.Uid) != os.Getuid() {
-		return fmt.Errorf("peer is %+v", cred)
-	}
-	return nil
-}
-
-func sendWithin(addr *url.URL, payload any, d time.Duration) <-chan error {
-	sent := make(chan error, 1)
-	if d == 0 {
-		d = patience
-	}
-	go func() {
-		ctx, cancel := context.WithTimeout(context.Background(), d)
-		defer cancel()
-		sent <- acomm.SendContext(ctx, addr, payload)
-	}()
-	return sent
 }
 
 func TestSession_HandlersDoAsTheyLike(t *testing.T) {
@@ -678,152 +476,6 @@ func TestSession_StopWithATimeoutTellsWhatWasNotRead(t *testing.T) {
 	}
 	require.Len(t, taken, handed)
 	await(t, "the connection to be forgotten", func() bool { return acomm.SessionTo("").Opened == 0 })
-}
-
-// rawFrame is a frame on a session.
-func rawFrame(kind, size, number uint32, payload string) []byte {
-	frame := binary.BigEndian.AppendUint32(nil, kind<<28|size)
-	frame = binary.BigEndian.AppendUint32(frame, number)
-	return append(frame, payload...)
-}
-
-const (
-	frameMessage = 8
-	frameCancel  = 9
-	frameAnswer  = 10
-	frameStop    = 11
-	frameTarget  = 12
-
-	// The tokens of processes of these tests: one is less than that of the library's
-	// process, nearly always, and one greater.
-	lesserToken  = "\x00\x0023456789abcdef"
-	greaterToken = "\xff\xff23456789abcdef"
-)
-
-// readFrame reads a frame.
-func readFrame(conn net.Conn) (kind, number uint32, payload string, err error) {
-	var header [8]byte
-	if _, err := io.ReadFull(conn, header[:]); err != nil {
-		return 0, 0, "", err
-	}
-	word := binary.BigEndian.Uint32(header[:])
-	data := make([]byte, word&(1<<28-1))
-	_, err = io.ReadFull(conn, data)
-	return word >> 28, binary.BigEndian.Uint32(header[4:]), string(data), err
-}
-
-// rawListener is a listener of the test that speaks the protocol, as it likes.
-type rawListener struct {
-	t testing.TB
-	net.Listener
-	addr *url.URL
-}
-
-func newRawListener(t testing.TB) *rawListener {
-	t.Helper()
-	processWithSessions(t)
-	path := filepath.Join(shortDir(t), "s.sock")
-	l, err := net.Listen("unix", path)
-	require.NoError(t, err)
-	t.Cleanup(func() { l.Close() })
-	return &rawListener{t, l, unixURL(path)}
-}
-
-// accept takes a connection and its first message.
-func (l *rawListener) accept() (net.Conn, note) {
-	l.t.Helper()
-	require.NoError(l.t, l.Listener.(*net.UnixListener).SetDeadline(time.Now().Add(patience)))
-	conn, err := l.Accept()
-	require.NoError(l.t, err)
-	l.t.Cleanup(func() { conn.Close() })
-	require.NoError(l.t, conn.SetDeadline(time.Now().Add(patience)))
-	var n note
-	require.NoError(l.t, acomm.UnmarshalConnData(conn, &n))
-	return conn, n
-}
-
-// offer has a plain exchange, and acknowledges that there may be a session.
-func (l *rawListener) offer() {
-	l.t.Helper()
-	sent := sendAsync(l.addr, note{ID: -1})
-	conn, _ := l.accept()
-	l.write(conn, plainFrame(`{"error":"","sessions":1}`))
-	require.NoError(l.t, within(l.t, sent, "the plain exchange"))
-	require.ErrorIs(l.t, readOne(conn), io.EOF, "that connection stays a plain one")
-	require.NoError(l.t, conn.Close())
-}
-
-// acceptSession takes the connection that is to be a session.
-func (l *rawListener) acceptSession() net.Conn {
-	l.t.Helper()
-	require.NoError(l.t, l.Listener.(*net.UnixListener).SetDeadline(time.Now().Add(patience)))
-	conn, err := l.Accept()
-	require.NoError(l.t, err)
-	l.t.Cleanup(func() { conn.Close() })
-	require.NoError(l.t, conn.SetDeadline(time.Now().Add(patience)))
-	require.True(l.t, strings.HasPrefix(conn.RemoteAddr().String(), acomm.SessionName), conn.RemoteAddr())
-	return conn
-}
-
-// open has a plain exchange, and the session that follows.
-func (l *rawListener) open() net.Conn {
-	l.t.Helper()
-	return l.openWith(lesserToken)
-}
-
-// openNext is open after another session has ended.
-func (l *rawListener) openNext() net.Conn {
-	l.t.Helper()
-	await(l.t, "the end of the session before", func() bool { return !acomm.SessionTo(l.addr.Path).Known })
-	return l.open()
-}
-
-// openWith is open with another token.
-func (l *rawListener) openWith(token string) net.Conn {
-	l.t.Helper()
-	l.offer()
-	conn := l.acceptSession()
-	l.write(conn, []byte(acomm.Greeting+token))
-	greeting := make([]byte, len(acomm.Greeting)+len(lesserToken))
-	_, err := io.ReadFull(conn, greeting)
-	require.NoError(l.t, err)
-	require.Equal(l.t, acomm.Greeting, string(greeting[:len(acomm.Greeting)]))
-	await(l.t, "the session", func() bool { return acomm.SessionTo(l.addr.Path).Open })
-	return conn
-}
-
-// requireClosing reads that the session is over, and closes it.
-func requireClosing(t testing.TB, conn net.Conn) {
-	t.Helper()
-	requireFrame(t, conn, frameStop, 0)
-	require.NoError(t, conn.Close())
-}
-
-// message reads a message.
-func (l *rawListener) message(conn net.Conn) (number uint32, payload string) {
-	l.t.Helper()
-	kind, number, payload, err := readFrame(conn)
-	require.NoError(l.t, err)
-	require.EqualValues(l.t, frameMessage, kind)
-	return number, payload
-}
-
-// accepted is a plain frame that acknowledges.
-var accepted = string(plainFrame(`{"error":""}`))
-
-func (l *rawListener) write(conn net.Conn, data []byte) {
-	l.t.Helper()
-	_, err := conn.Write(data)
-	require.NoError(l.t, err)
-}
-
-// serveAlone answers one message on a connection of its own.
-func (l *rawListener) serveAlone() note {
-	l.t.Helper()
-	conn, n := l.accept()
-	l.write(conn, []byte(accepted))
-	conn.Close()
-	return n
 }
 
 func TestSession_ConnectionLostBeforeAMessageIsReplaced(t *testing.T) {
@@ -1086,36 +738,6 @@ func TestSession_ListenersOfIllWillDoNoHarm(t *testing.T) {
 	}
 }
 
-// openRaw opens a session to the listener, as PROTOCOL.md says.
-func openRaw(t testing.TB, path string) *net.UnixConn {
-	t.Helper()
-	return openRawWith(t, path, lesserToken)
-}
-
-// openRawWith is openRaw with another token.
-func openRawWith(t testing.TB, path, own string) *net.UnixConn {
-	t.Helper()
-	conn := dialNamed(t, path, acomm.SessionName)
-	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
-	token, err := greet(conn, own)
-	require.NoError(t, err)
-	require.NotEqual(t, strings.Repeat("\x00", len(token)), token)
-	return conn
-}
-
-// greet reads the listener's greeting, and returns the sender's.
-func greet(conn net.Conn, own string) (token string, err error) {
-	greeting := make([]byte, len(acomm.Greeting)+len(lesserToken))
-	if _, err := io.ReadFull(conn, greeting); err != nil {
-		return "", err
-	}
-	if string(greeting[:len(acomm.Greeting)]) != acomm.Greeting {
-		return "", fmt.Errorf("greeted with %q", greeting)
-	}
-	_, err = io.WriteString(conn, acomm.Greeting+own)
-	return string(greeting[len(acomm.Greeting):]), err
-}
-
 func TestSession_SendersOfIllWillDoNoHarm(t *testing.T) {
 	release := make(chan struct{})
 	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]handling{
@@ -1230,15 +852,6 @@ func TestSession_NothingIsLeftAfterTheLastTracker(t *testing.T) {
 		await(t, fmt.Sprintf("all descriptors to be closed, round %d", i), func() bool { return openFiles(t) <= before })
 		require.Zero(t, acomm.SessionTo("").Opened)
 	}
-}
-
-func newRawListenerOf(t testing.TB) *rawListener {
-	t.Helper()
-	path := filepath.Join(shortDir(t), "s.sock")
-	l, err := net.Listen("unix", path)
-	require.NoError(t, err)
-	t.Cleanup(func() { l.Close() })
-	return &rawListener{t, l, unixURL(path)}
 }
 
 func TestSession_PathDecides(t *testing.T) {

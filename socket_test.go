@@ -683,32 +683,6 @@ func refuseToReplace(t *testing.T, path string) {
 	}
 }
 
-// leaveDeadSocket makes a socket file that nobody listens on, as a process that
-// was killed leaves it.
-func leaveDeadSocket(t *testing.T, path string) {
-	t.Helper()
-	require.NoError(t, listenPlain(t, path).Close())
-}
-
-// listenPlain listens without the library. Close leaves the file.
-func listenPlain(t *testing.T, path string) *net.UnixListener {
-	t.Helper()
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-	require.NoError(t, err)
-	l.SetUnlinkOnClose(false)
-	return l
-}
-
-// bindOnly makes a stream socket that does not listen yet.
-func bindOnly(t *testing.T, path string) int {
-	t.Helper()
-	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
-	require.NoError(t, err)
-	syscall.CloseOnExec(fd)
-	require.NoError(t, syscall.Bind(fd, &syscall.SockaddrUnix{Name: path}))
-	return fd
-}
-
 // locked reports whether somebody holds the lock on the directory.
 func locked(t *testing.T, dir string) bool {
 	t.Helper()
@@ -737,11 +711,6 @@ func snapshot(t *testing.T, dir string) []string {
 		files = append(files, line)
 	}
 	return files
-}
-
-func writeFile(t *testing.T, path string) {
-	t.Helper()
-	require.NoError(t, os.WriteFile(path, []byte("precious"), 0o600))
 }
 
 func inodeOf(t *testing.T, path string) uint64 {

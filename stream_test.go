@@ -56,14 +56,6 @@ func randomBytes(n int) []byte {
 	return data
 }
 
-func dialStream(t testing.TB, u *url.URL) net.Conn {
-	t.Helper()
-	conn, err := net.Dial("unix", u.Path)
-	require.NoError(t, err)
-	t.Cleanup(func() { conn.Close() })
-	return conn
-}
-
 func TestStream_CarriesAllBytes(t *testing.T) {
 	tracker := newTracker(t)
 	for _, size := range []int{0, 1, 32 << 10, 32<<10 + 1, 4 << 20} {

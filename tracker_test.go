@@ -27,36 +27,6 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// answerTo returns a response to the request.
-func answerTo(t testing.TB, req *acomm.Request, result any, err error) *acomm.Response {
-	t.Helper()
-	resp, newErr := acomm.NewResponse(req, result, nil, err)
-	require.NoError(t, newErr)
-	return resp
-}
-
-// dialTracker connects to the tracker's response socket.
-func dialTracker(t testing.TB, tracker *acomm.Tracker) *net.UnixConn {
-	t.Helper()
-	conn, err := net.Dial("unix", tracker.Addr())
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = conn.Close() })
-	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
-	return conn.(*net.UnixConn)
-}
-
-// requireWorking fails unless a response on the socket reaches its handler. As
-// connections are taken in their order, all earlier ones have been then.
-func requireWorking(t testing.TB, tracker *acomm.Tracker) {
-	t.Helper()
-	req, responses := newRequest(t, tracker.URL(), nil)
-	require.NoError(t, tracker.TrackRequest(req, patience))
-	require.NoError(t, req.Respond(answerTo(t, req, "works", nil)))
-	resp := within(t, responses, "the response")
-	require.NoError(t, resp.Error)
-	require.JSONEq(t, `"works"`, string(*resp.Result))
-}
-
 // waitStopping returns once Stop has begun. A request must be tracked or a
 // handler run, so that it can't end.
 func waitStopping(t testing.TB, tracker *acomm.Tracker) {

@@ -24,10 +24,6 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// moment is long enough for what must not happen to happen. No order depends on
-// it: where it is too short, a fault is missed, and nothing fails.
-const moment = 30 * time.Millisecond
-
 func TestUnixListener_RelativePathKeepsAddrAndGetsAbsoluteURL(t *testing.T) {
 	dir := shortDir(t)
 	t.Chdir(dir)
@@ -702,83 +698,6 @@ type writerFunc func([]byte) (int, error)
 
 func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
-// What the tests of the sockets have in common.
-
-// startListener returns a started listener. It is stopped with the test.
-func startListener(t testing.TB, path string, limit int) *acomm.UnixListener {
-	t.Helper()
-	ul := acomm.NewUnixListener(path, limit)
-	require.NoError(t, ul.Start())
-	t.Cleanup(func() { // also after a test that has failed halfway
-		stopped := async(func() { ul.Stop(time.Nanosecond) })
-		for conn := ul.NextConn(); conn != nil; conn = ul.NextConn() {
-			ul.DoneConn(conn)
-		}
-		<-stopped
-	})
-	return ul
-}
-
-// take returns the next connection. It is done at the latest with the test.
-func take(t testing.TB, ul *acomm.UnixListener) net.Conn {
-	t.Helper()
-	conns := make(chan net.Conn, 1)
-	go func() { conns <- ul.NextConn() }()
-	conn := within(t, conns, "a connection")
-	require.NotNil(t, conn)
-	t.Cleanup(func() { ul.DoneConn(conn) })
-	return conn
-}
-
-// dial connects to the listener. The connection is closed with the test.
-func dial(t testing.TB, ul *acomm.UnixListener) net.Conn {
-	t.Helper()
-	conn, err := net.Dial("unix", ul.URL().Path)
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = conn.Close() })
-	return conn
-}
-
-// readByte reads one byte, within patience.
-func readByte(conn net.Conn) (byte, error) {
-	var b [1]byte
-	if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
-		return 0, err
-	}
-	_, err := io.ReadFull(conn, b[:])
-	return b[0], err
-}
-
-// exchange sends something to the URL, where the listener has to receive it.
-func exchange(ul *acomm.UnixListener, addr *url.URL) error {
-	sent := make(chan error, 1)
-	go func() { sent <- acomm.Send(addr, "payload") }()
-	received := make(chan error, 1)
-	go func() {
-		conn := ul.NextConn()
-		if conn == nil {
-			received <- net.ErrClosed
-			return
-		}
-		defer ul.DoneConn(conn)
-		var payload string
-		if err := acomm.UnmarshalConnData(conn, &payload); err != nil || payload != "payload" {
-			received <- fmt.Errorf("received %q: %w", payload, err)
-			return
-		}
-		received <- acomm.SendConnData(conn, &acomm.Response{})
-	}()
-	select {
-	case err := <-sent:
-		if err != nil {
-			return err // the receiver ends with the listener
-		}
-	case <-time.After(patience):
-		return errors.New("nothing came of sending")
-	}
-	return <-received
-}
-
 // awaitAccepted waits until the listener has accepted, in all, the number of
 // connections that are still open. The kernel knows: it lists them under the
 // listener's path, connected as opposed to connecting.
@@ -799,52 +718,4 @@ func awaitAccepted(t testing.TB, ul *acomm.UnixListener, number int) {
 		}
 		return accepted == number
 	})
-}
-
-// awaitBlocked waits until the number of goroutines wait inside the function.
-func awaitBlocked(t testing.TB, function string, number int) {
-	t.Helper()
-	await(t, fmt.Sprintf("%d goroutines blocked in %s", number, function), func() bool {
-		return blockedIn(function) == number
-	})
-}
-
-// blockedIn counts the goroutines that wait inside the function.
-func blockedIn(function string) (number int) {
-	buf := make([]byte, 1<<20)
-	for stack := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
-		head, rest, _ := strings.Cut(stack, "\n")
-		if strings.Contains(rest, function+"(") && !strings.Contains(head, "[run") && !strings.Contains(head, "[sync.Mutex") {
-			number++
-		}
-	}
-	return number
-}
-
-// await asks again and again until the answer is yes.
-func await(t testing.TB, what string, reached func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(patience); !reached(); time.Sleep(time.Millisecond) {
-		require.True(t, time.Now().Before(deadline), "timed out waiting for %s", what)
-	}
-}
-
-// setUmask sets the umask of the process until the test ends.
-func setUmask(t *testing.T, mask int) {
-	old := syscall.Umask(mask)
-	t.Cleanup(func() { syscall.Umask(old) })
-}
-
-func mode(t testing.TB, path string) fs.FileMode {
-	t.Helper()
-	info, err := os.Lstat(path)
-	require.NoError(t, err)
-	return info.Mode()
-}
-
-func list(t testing.TB, dir string) []os.DirEntry {
-	t.Helper()
-	entries, err := os.ReadDir(dir)
-	require.NoError(t, err)
-	return entries
 }
