@@ -2,7 +2,6 @@ package acomm_test
 
 import (
 	"bufio"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -388,39 +387,6 @@ func answers(answer string, taken bool) hookStep {
 		_, _ = io.WriteString(call.conn, "HTTP/1.1 "+answer)
 		return taken && ok
 	}
-}
-
-// refusals tells of connections that http.DefaultTransport could not make because
-// nobody listens.
-type refusals struct {
-	mu    sync.Mutex
-	addrs map[string]chan struct{}
-}
-
-// of returns the channel that has a value for each refusal at the address.
-func (r *refusals) of(addr string) chan struct{} {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.addrs[addr] == nil {
-		r.addrs[addr] = make(chan struct{}, 1000)
-	}
-	return r.addrs[addr]
-}
-
-func watchRefusals(t testing.TB) *refusals {
-	r := &refusals{addrs: make(map[string]chan struct{})}
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	dial := transport.DialContext
-	transport.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
-		conn, err := dial(ctx, network, addr)
-		if errors.Is(err, syscall.ECONNREFUSED) {
-			r.of(addr) <- struct{}{}
-		}
-		return conn, err
-	}
-	t.Cleanup(transport.CloseIdleConnections)
-	replaceTransport(t, transport)
-	return r
 }
 
 func TestFault_HookIsForwardedToAtMostOnce(t *testing.T) {
