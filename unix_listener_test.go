@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math"
 	"net"
 	"net/url"
 	"os"
@@ -397,107 +396,6 @@ func TestUnixListener_DoneConnOfAnEarlierRunIsIgnored(t *testing.T) {
 	require.ErrorIs(t, err, io.EOF)
 }
 
-func TestUnixListener_AcceptsAsManyAsItsLimit(t *testing.T) {
-	const limit = 3
-	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), limit)
-	for range 2 { // the second run has the whole limit again
-		require.NoError(t, ul.Start())
-		for range limit {
-			dial(t, ul)
-		}
-		var conns []net.Conn
-		for range limit {
-			conns = append(conns, take(t, ul))
-		}
-		require.Nil(t, ul.NextConn(), "all were taken, none can come")
-		require.Nil(t, ul.NextConn())
-		_, err := net.Dial("unix", ul.Addr())
-		require.Error(t, err)
-		require.NoFileExists(t, ul.Addr())
-
-		stopped := async(func() { ul.Stop(0) })
-		for _, conn := range conns {
-			select {
-			case <-stopped:
-				require.FailNow(t, "Stop did not wait")
-			default:
-			}
-			ul.DoneConn(conn)
-		}
-		within(t, stopped, "Stop")
-	}
-}
-
-func TestUnixListener_NobodyGetsInBehindTheLast(t *testing.T) {
-	// The hazard: whoever connects between the last accept and the end of
-	// listening takes the listener for alive.
-	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 1)
-	for range 300 {
-		require.NoError(t, ul.Start())
-		first, err := net.Dial("unix", ul.Addr())
-		require.NoError(t, err)
-		conn := ul.NextConn()
-		second, err := net.Dial("unix", ul.Addr())
-		ul.DoneConn(conn)
-		ul.Stop(0)
-		require.NoError(t, first.Close())
-		if err == nil {
-			require.NoError(t, second.Close())
-		}
-		require.Error(t, err)
-	}
-}
-
-func TestUnixListener_StopsAtItsLimitWithNothingOpen(t *testing.T) {
-	// The hazard: nobody is left to tell Stop that the last connection is done.
-	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 2)
-	require.NoError(t, exchange(ul, ul.URL()))
-	require.NoError(t, exchange(ul, ul.URL()))
-	require.Nil(t, ul.NextConn())
-	within(t, async(func() { ul.Stop(0) }), "Stop")
-}
-
-func TestUnixListener_LimitTurnsAwayWhoeverComesLate(t *testing.T) {
-	const limit = 2
-	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), limit)
-	var served, refused atomic.Int32
-	var peers sync.WaitGroup
-	for range 10 {
-		peers.Go(func() {
-			conn, err := net.Dial("unix", ul.Addr())
-			if err != nil {
-				refused.Add(1)
-				return
-			}
-			defer conn.Close()
-			if _, err := readByte(conn); err != nil { // not left to wait
-				refused.Add(1)
-				return
-			}
-			served.Add(1)
-		})
-	}
-	for range limit {
-		conn := take(t, ul)
-		_, err := conn.Write([]byte{7})
-		require.NoError(t, err)
-		ul.DoneConn(conn)
-	}
-	require.Nil(t, ul.NextConn())
-	within(t, async(peers.Wait), "every peer's answer")
-	require.EqualValues(t, limit, served.Load())
-	require.EqualValues(t, 10-limit, refused.Load())
-}
-
-func TestUnixListener_WithoutALimitItGoesOn(t *testing.T) {
-	for _, limit := range []int{0, -1, math.MinInt} {
-		ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), limit)
-		for range 20 {
-			require.NoError(t, exchange(ul, ul.URL()))
-		}
-	}
-}
-
 func TestUnixListener_ConnsGiveAccessToTheirSocket(t *testing.T) {
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
 	dial(t, ul)
@@ -507,107 +405,6 @@ func TestUnixListener_ConnsGiveAccessToTheirSocket(t *testing.T) {
 	require.True(t, ok)
 	_, err := raw.SyscallConn()
 	require.NoError(t, err)
-}
-
-func TestUnixListener_PrivateSocketIsTheUsersOnly(t *testing.T) {
-	for _, mask := range []int{0, 0o022, 0o077, 0o777} {
-		t.Run(fmt.Sprintf("umask %03o", mask), func(t *testing.T) {
-			temp := shortDir(t)
-			t.Setenv("TMPDIR", temp)
-			setUmask(t, mask)
-			ul := acomm.NewUnixListener("", 0)
-			require.Empty(t, list(t, temp), "nothing is touched before Start")
-			path := ul.Addr()
-			require.Equal(t, path, ul.URL().Path)
-			require.Equal(t, temp, filepath.Dir(filepath.Dir(path)))
-			for range 2 {
-				require.NoError(t, ul.Start())
-				require.Equal(t, path, ul.Addr())
-				require.Equal(t, fs.ModeDir|0o700, mode(t, filepath.Dir(path)))
-				require.Equal(t, fs.ModeSocket|0o600, mode(t, path))
-				require.NoError(t, exchange(ul, ul.URL()))
-				ul.Stop(0)
-				require.Empty(t, list(t, temp), "Stop removes what Start made")
-			}
-		})
-	}
-}
-
-func TestUnixListener_PrivateSocketIsNeverWider(t *testing.T) {
-	// The hazard: a socket that is made with the umask's permissions and narrowed
-	// a moment later can be connected to in between.
-	if runtime.GOOS != "linux" {
-		t.Skip("elsewhere only the directory keeps others out from the first moment")
-	}
-	t.Setenv("TMPDIR", shortDir(t))
-	setUmask(t, 0)
-	ul := acomm.NewUnixListener("", 0)
-	quit, quitted := make(chan struct{}), make(chan struct{})
-	var wider atomic.Uint32
-	go func() {
-		defer close(quitted)
-		for {
-			select {
-			case <-quit:
-				return
-			default:
-			}
-			for _, path := range []string{ul.Addr(), filepath.Dir(ul.Addr())} {
-				if info, err := os.Lstat(path); err == nil && info.Mode().Perm()&0o077 != 0 {
-					wider.Store(uint32(info.Mode()))
-				}
-			}
-		}
-	}()
-	for range 300 {
-		require.NoError(t, ul.Start())
-		ul.Stop(0)
-	}
-	close(quit)
-	within(t, quitted, "the watcher")
-	require.Zero(t, fs.FileMode(wider.Load()))
-}
-
-func TestUnixListener_PrivateNamesCantBeGuessed(t *testing.T) {
-	t.Setenv("TMPDIR", "/t")
-	// The bits of a name are those of its characters that vary, each as much as
-	// it was seen to.
-	const names = 1000
-	seen := make(map[string]bool)
-	var alphabets []map[byte]bool
-	for range names {
-		name := acomm.NewUnixListener("", 0).Addr()
-		seen[name] = true
-		for i := range len(name) {
-			if i == len(alphabets) {
-				alphabets = append(alphabets, make(map[byte]bool))
-			}
-			alphabets[i][name[i]] = true
-		}
-	}
-	require.Len(t, seen, names)
-	var bits float64
-	for _, alphabet := range alphabets {
-		bits += math.Log2(float64(len(alphabet)))
-	}
-	require.GreaterOrEqual(t, bits, 128.0)
-}
-
-func TestUnixListener_UmaskDecidesWhereTheCallerNamesThePath(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("the permissions of a new socket differ")
-	}
-	for _, mask := range []int{0, 0o022, 0o027, 0o077} {
-		t.Run(fmt.Sprintf("umask %03o", mask), func(t *testing.T) {
-			dir := shortDir(t)
-			setUmask(t, mask)
-			ul := startListener(t, filepath.Join(dir, "a", "b", "s.sock"), 0)
-			perm := fs.FileMode(0o777 &^ mask)
-			require.Equal(t, fs.ModeSocket|perm, mode(t, ul.Addr()))
-			require.Equal(t, fs.ModeDir|perm, mode(t, filepath.Join(dir, "a")))
-			require.Equal(t, fs.ModeDir|perm, mode(t, filepath.Join(dir, "a", "b")))
-		})
-	}
 }
 
 func TestUnixListener_ParentDirectoriesAreCreated(t *testing.T) {
@@ -718,4 +515,85 @@ func awaitAccepted(t testing.TB, ul *acomm.UnixListener, number int) {
 		}
 		return accepted == number
 	})
+}
+
+// Hazard: a loop on NextConn that begins before Start is over at once, and nobody
+// serves.
+func TestUnixListener_NextConnWaitsForTheFirstStart(t *testing.T) {
+	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 0)
+	served := async(func() { serveAll(ul) })
+	awaitBlocked(t, "acomm.(*UnixListener).NextConn", 1)
+	require.NoError(t, ul.Start())
+	require.NoError(t, acomm.Send(ul.URL(), &acomm.Response{ID: "1"}))
+	ul.Stop(0)
+	within(t, served, "the loop, after Stop")
+	require.Nil(t, ul.NextConn(), "after Stop")
+}
+
+func TestUnixListener_StopReleasesWhoWaitsForTheFirstStart(t *testing.T) {
+	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 0)
+	served := async(func() { serveAll(ul) })
+	awaitBlocked(t, "acomm.(*UnixListener).NextConn", 1)
+	ul.Stop(0)
+	within(t, served, "the loop, after a Stop without a Start")
+}
+
+// wrapped is a connection with something around it, which counts its calls.
+type wrapped struct {
+	net.Conn
+	reads, writes, closes *counter
+}
+
+func (w wrapped) NetConn() net.Conn { return w.Conn }
+
+func (w wrapped) Read(p []byte) (int, error) {
+	w.reads.add()
+	return w.Conn.Read(p)
+}
+
+func (w wrapped) Write(p []byte) (int, error) {
+	w.writes.add()
+	return w.Conn.Write(p)
+}
+
+func (w wrapped) Close() error {
+	w.closes.add()
+	return w.Conn.Close()
+}
+
+func wrap(conn net.Conn) wrapped { return wrapped{conn, &counter{}, &counter{}, &counter{}} }
+
+// wrapsItself is what DoneConn must not follow for ever.
+type wrapsItself struct{ net.Conn }
+
+func (w wrapsItself) NetConn() net.Conn { return w }
+
+// Hazard: the connection stays open, and Stop waits for it for ever.
+func TestUnixListener_DoneConnCompletesWhatAWrapperWraps(t *testing.T) {
+	for name, senders := range map[string]func(*acomm.UnixListener){
+		"a connection of its own": func(ul *acomm.UnixListener) {
+			conn, err := net.Dial("unix", ul.Addr())
+			require.NoError(t, err)
+			t.Cleanup(func() { _ = conn.Close() })
+		},
+		"a sender of this library": func(ul *acomm.UnixListener) {
+			go func() { _ = acomm.Send(ul.URL(), &acomm.Response{ID: "1"}) }()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ul, other := startListener(t, "", 0), startListener(t, "", 0)
+			senders(ul)
+			conn := take(t, ul)
+			ul.DoneConn(wrapsItself{conn})
+			ul.DoneConn(wrap(nil))
+			other.DoneConn(wrap(conn))
+			require.NoError(t, stillOpen(conn))
+			outer := wrap(wrap(conn))
+			ul.DoneConn(outer)
+			ul.DoneConn(outer)
+			require.ErrorIs(t, stillOpen(conn), net.ErrClosed)
+			require.Equal(t, 1, outer.closes.load(), "as in 2016: it may have something to write yet")
+			within(t, async(func() { ul.Stop(0) }), "Stop")
+		})
+	}
 }
