@@ -40,6 +40,22 @@ func TestSocket_FileOfAKilledProcessIsReplaced(t *testing.T) {
 	}
 }
 
+func init() {
+	roles["socket hold"] = func() {
+		orExit(acomm.NewUnixListener(os.Getenv("SOCKET"), 0).Start())
+		fmt.Println("holding")
+		<-commands
+	}
+	roles["socket hold as in 2016"] = func() {
+		l, err := net.Listen("unix", os.Getenv("SOCKET"))
+		orExit(err)
+		defer l.Close()
+		fmt.Println("holding")
+		<-commands
+	}
+	roles["socket contend"] = socketContend
+}
+
 func TestSocket_DeadFilesOfAnyKindAreReplaced(t *testing.T) {
 	for name, leave := range map[string]func(t *testing.T, path string){
 		"stream": leaveDeadSocket,

@@ -3,7 +3,6 @@ package acomm_test
 import (
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -16,22 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func init() {
-	roles["socket hold"] = func() {
-		orExit(acomm.NewUnixListener(os.Getenv("SOCKET"), 0).Start())
-		fmt.Println("holding")
-		<-commands
-	}
-	roles["socket hold as in 2016"] = func() {
-		l, err := net.Listen("unix", os.Getenv("SOCKET"))
-		orExit(err)
-		defer l.Close()
-		fmt.Println("holding")
-		<-commands
-	}
-	roles["socket contend"] = socketContend
-	roles["socket lock"] = socketLock
-}
+func init() { roles["socket lock"] = socketLock }
 
 func TestSocket_StopLeavesWhatReplacedItsFile(t *testing.T) {
 	for name, replace := range map[string]func(t *testing.T, path string){

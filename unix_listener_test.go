@@ -483,18 +483,6 @@ func TestUnixListener_LeaksNoDescriptors(t *testing.T) {
 	require.LessOrEqual(t, openFiles(t), before)
 }
 
-func cpuTime() time.Duration {
-	var usage syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
-		panic(err)
-	}
-	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
-}
-
-type writerFunc func([]byte) (int, error)
-
-func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
-
 // awaitAccepted waits until the listener has accepted, in all, the number of
 // connections that are still open. The kernel knows: it lists them under the
 // listener's path, connected as opposed to connecting.
