@@ -84,8 +84,11 @@ func acceptMessage(t testing.TB, conn net.Conn, number uint32) {
 	require.NoError(t, err)
 }
 
-// accepted is a plain frame that acknowledges.
-var accepted = string(plainFrame(`{"error":""}`))
+// Plain frames that acknowledge; the other one says that there may be a session.
+var (
+	accepted = string(plainFrame(`{"error":""}`))
+	offering = string(plainFrame(`{"error":"","sessions":1}`))
+)
 
 // requireFrame reads a frame and returns its payload.
 func requireFrame(t testing.TB, conn net.Conn, kind, number uint32) string {
@@ -109,15 +112,22 @@ func requireClosing(t testing.TB, conn net.Conn) {
 	require.NoError(t, conn.Close())
 }
 
-// requirePlain has an exchange as of 2016, to the byte.
-func requirePlain(t testing.TB, conn net.Conn, golden []byte) {
+// accepted2016 is the frame that acknowledges, to the byte, as of 2016.
+func accepted2016(t testing.TB) string {
 	t.Helper()
-	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
+	golden, err := os.ReadFile(filepath.Join("testdata", "wire", "ack-accepted.bin"))
+	require.NoError(t, err)
+	return string(golden)
+}
+
+// requirePlain has an exchange as of 2016, to the byte.
+func requirePlain(t testing.TB, conn net.Conn) {
+	t.Helper()
 	_, err := conn.Write(plainFrame(`{"id":1}`))
 	require.NoError(t, err)
 	all, err := io.ReadAll(conn)
 	require.NoError(t, err)
-	require.Equal(t, string(golden), string(all))
+	require.Equal(t, accepted2016(t), string(all))
 }
 
 var socketNames atomic.Int64
@@ -127,10 +137,7 @@ var socketNames atomic.Int64
 func dialNamed(t testing.TB, path, name string) *net.UnixConn {
 	t.Helper()
 	name = fmt.Sprintf("%stest-%d-%d", name, os.Getpid(), socketNames.Add(1))
-	conn, err := net.DialUnix("unix", &net.UnixAddr{Name: name, Net: "unix"}, &net.UnixAddr{Name: path, Net: "unix"})
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = conn.Close() })
-	return conn
+	return dialFrom(t, &net.UnixAddr{Name: name, Net: "unix"}, path)
 }
 
 // openRaw opens a session to the listener, as PROTOCOL.md says.
@@ -143,7 +150,6 @@ func openRaw(t testing.TB, path string) *net.UnixConn {
 func openRawWith(t testing.TB, path, own string) *net.UnixConn {
 	t.Helper()
 	conn := dialNamed(t, path, acomm.SessionName)
-	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
 	token, err := greet(conn, own)
 	require.NoError(t, err)
 	require.NotEqual(t, strings.Repeat("\x00", len(token)), token)
@@ -161,6 +167,17 @@ func greet(conn net.Conn, own string) (token string, err error) {
 	}
 	_, err = io.WriteString(conn, acomm.Greeting+own)
 	return string(greeting[len(acomm.Greeting):]), err
+}
+
+// greetSender writes the listener's greeting, and reads the sender's.
+func greetSender(t testing.TB, conn net.Conn, own string) {
+	t.Helper()
+	_, err := io.WriteString(conn, acomm.Greeting+own)
+	require.NoError(t, err)
+	greeting := make([]byte, len(acomm.Greeting)+len(own))
+	_, err = io.ReadFull(conn, greeting)
+	require.NoError(t, err)
+	require.Equal(t, acomm.Greeting, string(greeting[:len(acomm.Greeting)]))
 }
 
 // rawListener is a listener of the test that speaks the protocol, as it likes.
@@ -188,7 +205,7 @@ func (l *rawListener) offer() {
 	l.t.Helper()
 	sent := sendAsync(l.addr, note{ID: -1})
 	conn, _ := l.accept()
-	l.write(conn, plainFrame(`{"error":"","sessions":1}`))
+	l.write(conn, []byte(offering))
 	require.NoError(l.t, within(l.t, sent, "the plain exchange"))
 	require.ErrorIs(l.t, readOne(conn), io.EOF, "that connection stays a plain one")
 	require.NoError(l.t, conn.Close())
@@ -224,11 +241,7 @@ func (l *rawListener) openWith(token string) net.Conn {
 	l.t.Helper()
 	l.offer()
 	conn := l.acceptSession()
-	l.write(conn, []byte(acomm.Greeting+token))
-	greeting := make([]byte, len(acomm.Greeting)+len(lesserToken))
-	_, err := io.ReadFull(conn, greeting)
-	require.NoError(l.t, err)
-	require.Equal(l.t, acomm.Greeting, string(greeting[:len(acomm.Greeting)]))
+	greetSender(l.t, conn, token)
 	await(l.t, "the session", func() bool { return acomm.SessionTo(l.addr.Path).Open })
 	return conn
 }
@@ -257,17 +270,15 @@ func (l *rawListener) serveAlone() note {
 	return n
 }
 
+// newRawListener lets this process have sessions, too.
 func newRawListener(t testing.TB) *rawListener {
 	t.Helper()
 	processWithSessions(t)
-	path := filepath.Join(shortDir(t), "s.sock")
-	l, err := net.Listen("unix", path)
-	require.NoError(t, err)
-	t.Cleanup(func() { l.Close() })
-	return &rawListener{t, l, unixURL(path)}
+	return newRawListenerAlone(t)
 }
 
-func newRawListenerOf(t testing.TB) *rawListener {
+// newRawListenerAlone is where the test, or another process, sees to that.
+func newRawListenerAlone(t testing.TB) *rawListener {
 	t.Helper()
 	path := filepath.Join(shortDir(t), "s.sock")
 	l, err := net.Listen("unix", path)

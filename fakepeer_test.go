@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -27,7 +28,8 @@ import (
 // as they are told, services as users write them, and the peer of 2016, which is written
 // from PROTOCOL.md and uses nothing of the library.
 
-func frame(payload string) []byte {
+// plainFrame is the payload as a frame: its length in four bytes, and itself.
+func plainFrame(payload string) []byte {
 	return append(binary.BigEndian.AppendUint32(nil, uint32(len(payload))), payload...)
 }
 
@@ -48,40 +50,26 @@ func connPair(t testing.TB) (*net.UnixConn, *net.UnixConn) {
 	return ends[0], ends[1]
 }
 
-// dial connects to the listener. The connection is closed with the test.
-func dial(t testing.TB, ul *acomm.UnixListener) net.Conn {
+// dial connects to a unix socket. The connection is closed with the test.
+func dial(t testing.TB, path string) *net.UnixConn {
 	t.Helper()
-	conn, err := net.Dial("unix", ul.URL().Path)
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = conn.Close() })
-	return conn
+	return dialFrom(t, nil, path)
 }
 
-func dialStream(t testing.TB, u *url.URL) net.Conn {
+// dialFrom is dial from a socket with an address of its own.
+func dialFrom(t testing.TB, local *net.UnixAddr, path string) *net.UnixConn {
 	t.Helper()
-	conn, err := net.Dial("unix", u.Path)
-	require.NoError(t, err)
-	t.Cleanup(func() { conn.Close() })
-	return conn
-}
-
-// dialTracker connects to the tracker's response socket.
-func dialTracker(t testing.TB, tracker *acomm.Tracker) *net.UnixConn {
-	t.Helper()
-	conn, err := net.Dial("unix", tracker.Addr())
+	conn, err := net.DialUnix("unix", local, &net.UnixAddr{Name: path, Net: "unix"})
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = conn.Close() })
 	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
-	return conn.(*net.UnixConn)
+	return conn
 }
 
-// unixPeer is a unix socket that treats each connection as it is told.
-func unixPeer(t testing.TB, treat func(net.Conn)) *url.URL {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "peer.sock")
-	l, err := net.Listen("unix", path)
-	require.NoError(t, err)
-	served := async(func() {
+// treatEach treats the connections of a listener, one after the other, and closes them.
+// The listener is closed with the test.
+func treatEach(t testing.TB, l net.Listener, treat func(net.Conn)) {
+	treated := async(func() {
 		for {
 			conn, err := l.Accept()
 			if err != nil {
@@ -92,10 +80,19 @@ func unixPeer(t testing.TB, treat func(net.Conn)) *url.URL {
 		}
 	})
 	t.Cleanup(func() {
-		l.Close()
-		<-served
+		_ = l.Close()
+		<-treated
 	})
-	return &url.URL{Scheme: "unix", Path: path}
+}
+
+// unixPeer is a unix socket that treats each connection as it is told.
+func unixPeer(t testing.TB, treat func(net.Conn)) *url.URL {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "peer.sock")
+	l, err := net.Listen("unix", path)
+	require.NoError(t, err)
+	treatEach(t, l, treat)
+	return unixURL(path)
 }
 
 // listenPlain listens without the library. Close leaves the file.
@@ -160,8 +157,8 @@ type forwardHook struct {
 	bodies chan []byte // every body it was sent
 }
 
-func (h *forwardHook) handler(answer http.HandlerFunc) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+func (h *forwardHook) handler(answer http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
 		body, err := io.ReadAll(r.Body)
 		if err != nil {
 			body = []byte(err.Error())
@@ -173,18 +170,14 @@ func (h *forwardHook) handler(answer http.HandlerFunc) http.Handler {
 		if answer != nil {
 			answer(w, r)
 		}
-	})
+	}
 }
 
 // newForwardHook starts a hook that answers as the handler does; nil accepts.
 func newForwardHook(t testing.TB, answer http.HandlerFunc) *forwardHook {
 	t.Helper()
 	hook := &forwardHook{bodies: make(chan []byte, 100)}
-	server := httptest.NewServer(hook.handler(answer))
-	t.Cleanup(server.Close)
-	var err error
-	hook.url, err = url.Parse(server.URL + "/hook")
-	require.NoError(t, err)
+	hook.url = httpPeer(t, hook.handler(answer))
 	return hook
 }
 
@@ -256,29 +249,18 @@ func newVictim(t testing.TB, network, address string) *victim {
 	t.Helper()
 	l, err := net.Listen(network, address)
 	require.NoError(t, err)
-	v := &victim{t: t, listener: l, url: &url.URL{Scheme: "unix", Path: address}}
+	v := &victim{t: t, listener: l, url: unixURL(address)}
 	if network == "tcp" {
 		v.url = &url.URL{Scheme: "http", Host: l.Addr().String(), Path: "/metadata"}
 	}
-	served := async(func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			v.accepted.Add(1)
-			if network == "tcp" {
-				_ = conn.SetReadDeadline(time.Now().Add(patience))
-				_, _ = http.ReadRequest(bufio.NewReader(conn))
-				fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n", len(secret))
-			}
-			_, _ = io.WriteString(conn, secret)
-			conn.Close()
+	treatEach(t, l, func(conn net.Conn) {
+		v.accepted.Add(1)
+		if network == "tcp" {
+			_ = conn.SetReadDeadline(time.Now().Add(patience))
+			_, _ = http.ReadRequest(bufio.NewReader(conn))
+			fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n", len(secret))
 		}
-	})
-	t.Cleanup(func() {
-		_ = l.Close()
-		<-served
+		_, _ = io.WriteString(conn, secret)
 	})
 	return v
 }
@@ -386,7 +368,9 @@ func read2016(conn net.Conn, dest any) error {
 	}
 	data := make([]byte, binary.BigEndian.Uint32(header))
 	if len(data) > oneSend {
-		awaitBytes(conn, len(data))
+		if err := awaitBytes(conn, len(data)); err != nil {
+			return err
+		}
 	}
 	if _, err := conn.Read(data); err != nil {
 		return err
@@ -394,20 +378,24 @@ func read2016(conn net.Conn, dest any) error {
 	return json.Unmarshal(data, dest)
 }
 
-// awaitBytes waits until so many bytes can be read, and reads none.
-func awaitBytes(conn net.Conn, size int) {
+// awaitBytes waits until so many bytes can be read, or none will come, and reads none.
+func awaitBytes(conn net.Conn, size int) error {
 	raw, err := conn.(*net.UnixConn).SyscallConn()
-	must(err)
+	if err != nil {
+		return err
+	}
 	buf := make([]byte, size)
-	must(raw.Read(func(fd uintptr) bool {
-		n, _, err := syscall.Recvfrom(int(fd), buf, syscall.MSG_PEEK)
-		return n == size || err != nil && err != syscall.EAGAIN
-	}))
+	var peekErr error
+	err = raw.Read(func(fd uintptr) bool {
+		var n int
+		n, _, peekErr = syscall.Recvfrom(int(fd), buf, syscall.MSG_PEEK)
+		return n == size || n == 0 && peekErr == nil || peekErr != nil && peekErr != syscall.EAGAIN
+	})
+	return errors.Join(err, peekErr)
 }
 
 func write2016(conn net.Conn, payload any) error {
-	data := encode(payload)
-	_, err := conn.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(data))), data...))
+	_, err := conn.Write(plainFrame(string(encode(payload))))
 	return err
 }
 
@@ -436,18 +424,18 @@ func send2016(addr *url.URL, payload any) (ack response2016, err error) {
 func serve2016(name string, handle func(net.Conn)) *url.URL {
 	path := filepath.Join(os.TempDir(), name+".sock")
 	l, err := net.Listen("unix", path)
-	must(err)
+	orExit(err)
 	go func() {
 		for {
 			conn, err := l.Accept()
-			must(err)
+			orExit(err)
 			go func() {
 				defer conn.Close()
 				handle(conn)
 			}()
 		}
 	}()
-	return &url.URL{Scheme: "unix", Path: path}
+	return unixURL(path)
 }
 
 // receive2016 is a response socket. Each response is acknowledged, then handled.

@@ -198,7 +198,7 @@ func faultDiskInNamespace() {
 }
 
 func TestFault_FullDiskIsAnError(t *testing.T) {
-	child := startProcess(t, "fault disk", "DIR="+shortDir(t), quickExit)
+	child := startProcess(t, "fault disk", "DIR="+shortDir(t))
 	if line := child.ReadLine(); line != "ready" {
 		t.Skip("can't mount a small disk here: " + line)
 	}

@@ -31,9 +31,6 @@ func init() {
 	roles["fault coordinator"] = faultCoordinator
 }
 
-// quickExit is for a process with the race detector, which takes a second to end.
-var quickExit = "GORACE=atexit_sleep_ms=0 " + os.Getenv("GORACE")
-
 // whySendFailed names the documented reason of a failed send; empty: it has none.
 func whySendFailed(err error) string {
 	for _, sentinel := range []error{
@@ -211,7 +208,7 @@ func TestFault_KilledCoordinatorResumesAndHandlesNothingTwice(t *testing.T) {
 		kills = 40
 	}
 	dir := shortDir(t)
-	provider := startProcess(t, "fault provider", "DIR="+dir, quickExit)
+	provider := startProcess(t, "fault provider", "DIR="+dir)
 	require.Equal(t, "ready", provider.ReadLine())
 	var took, posts tally // by id
 	var count counter
@@ -296,7 +293,7 @@ func TestFault_KilledCoordinatorResumesAndHandlesNothingTwice(t *testing.T) {
 			}
 		}
 		requireReached(t, &failed, before+requesters, "senders to find nobody")
-		coordinator := startProcess(t, "fault coordinator", "DIR="+dir, quickExit)
+		coordinator := startProcess(t, "fault coordinator", "DIR="+dir)
 		require.Equal(t, "ready", coordinator.ReadLine(), "on the paths of the one killed")
 		starts.add()
 		if killed < kills {

@@ -58,21 +58,7 @@ func watchRefusals(t testing.TB) *refusals {
 
 func TestForward_WaitsForAHookThatNobodyServesYet(t *testing.T) {
 	addr, listen := unboundPort(t)
-	refused := make(chan struct{}, 1000)
-	standard := http.DefaultTransport
-	defer func() { http.DefaultTransport = standard }()
-	transport := standard.(*http.Transport).Clone()
-	dial := transport.DialContext
-	transport.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
-		conn, err := dial(ctx, network, addr)
-		if errors.Is(err, syscall.ECONNREFUSED) {
-			refused <- struct{}{}
-		}
-		return conn, err
-	}
-	http.DefaultTransport = transport
-	defer transport.CloseIdleConnections()
-
+	refused := watchRefusals(t).of(addr)
 	tracker := newTracker(t)
 	log := captureLog(t)
 	req, proxied := proxy(t, tracker, &url.URL{Scheme: "http", Host: addr, Path: "/"}, patience)
@@ -425,11 +411,12 @@ func relay(w http.ResponseWriter, host string) {
 // connect to may come back, a redirect that leads nowhere is given up.
 func TestForward_AfterARedirect(t *testing.T) {
 	captureLog(t)
+	nobody, _ := unboundPort(t)
 	for name, test := range map[string]struct {
 		location string
 		again    bool
 	}{
-		"nobody listens":    {"http://" + freePort(t) + "/", true},
+		"nobody listens":    {"http://" + nobody + "/", true},
 		"in a circle":       {"/", false},
 		"to another scheme": {"ftp://localhost/", false},
 	} {
@@ -456,14 +443,6 @@ func TestForward_AfterARedirect(t *testing.T) {
 			}
 		})
 	}
-}
-
-// freePort is an address where nobody listens.
-func freePort(t *testing.T) string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	require.NoError(t, l.Close())
-	return l.Addr().String()
 }
 
 // Hazard: a transport that does not say whether it had a connection is taken to have

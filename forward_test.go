@@ -30,7 +30,7 @@ func proxy(t testing.TB, tracker *acomm.Tracker, hook *url.URL, timeout time.Dur
 
 func TestProxyUnix_UnixHookReturnsTheRequest(t *testing.T) {
 	tracker := newTracker(t)
-	req, _ := newRequest(t, &url.URL{Scheme: "unix", Path: "/provider.sock"}, nil)
+	req, _ := newRequest(t, unixURL("/provider.sock"), nil)
 	proxied, err := tracker.ProxyUnix(req, patience)
 	require.NoError(t, err)
 	require.Same(t, req, proxied)

@@ -104,7 +104,7 @@ func TestSend_WaitingForATurnEndsInTime(t *testing.T) {
 	hung, arrived, answer := hangingHook(t)
 	sent := async(func() { sendAtOnce(t, hung, acomm.MaxPosts) })
 	requireReached(t, arrived, acomm.MaxPosts, "the hook")
-	err := sendSoon(t, hung, 1, 20*time.Millisecond)
+	err := sendSoon(hung, 1, 20*time.Millisecond)
 	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
 	require.True(t, acomm.NotDelivered(err))
 	answer()

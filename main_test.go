@@ -2,6 +2,7 @@ package acomm_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -169,11 +170,7 @@ func openFiles(t testing.TB) int {
 // with the test.
 func newTracker(t testing.TB) *acomm.Tracker {
 	t.Helper()
-	tracker, err := acomm.NewTracker("", nil, patience)
-	require.NoError(t, err)
-	require.NoError(t, tracker.Start())
-	t.Cleanup(tracker.Stop)
-	return tracker
+	return newStreamTracker(t, nil)
 }
 
 // newRequest returns a request with a hook; both handlers send to the channel.
@@ -412,23 +409,16 @@ func requireWorking(t testing.TB, tracker *acomm.Tracker) {
 }
 
 // sendSoon sends with less patience than a minute.
-func sendSoon(t testing.TB, addr *url.URL, payload any, d time.Duration) error {
-	t.Helper()
+func sendSoon(addr *url.URL, payload any, d time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), d)
 	defer cancel()
 	return acomm.SendContext(ctx, addr, payload)
 }
 
+// sendWithin is sendSoon from a goroutine; zero is patience.
 func sendWithin(addr *url.URL, payload any, d time.Duration) <-chan error {
 	sent := make(chan error, 1)
-	if d == 0 {
-		d = patience
-	}
-	go func() {
-		ctx, cancel := context.WithTimeout(context.Background(), d)
-		defer cancel()
-		sent <- acomm.SendContext(ctx, addr, payload)
-	}()
+	go func() { sent <- sendSoon(addr, payload, cmp.Or(d, patience)) }()
 	return sent
 }
 

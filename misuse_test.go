@@ -140,7 +140,6 @@ func misuses(t *testing.T) map[string][]misuse {
 	require.NoError(t, live.TrackRequest(tracked, time.Hour))
 	t.Cleanup(func() { live.RemoveRequest(tracked) })
 	none := filepath.Join(shortDir(t), "none")
-	unix := func(path string) *url.URL { return &url.URL{Scheme: "unix", Path: path} }
 	proxied := func(tracker *acomm.Tracker, req *acomm.Request) error {
 		out, err := tracker.ProxyUnix(req, 0)
 		if err != nil && out != nil {
@@ -262,14 +261,14 @@ func misuses(t *testing.T) map[string][]misuse {
 			{"payload that is no JSON", errAny, func(*testing.T) error { return acomm.Send(live.URL(), make(chan int)) }},
 			{"zero URL", errors.ErrUnsupported, func(*testing.T) error { return acomm.Send(&url.URL{}, 1) }},
 			{"unknown scheme", errors.ErrUnsupported, func(*testing.T) error { return acomm.Send(&url.URL{Scheme: "gopher", Host: "h"}, 1) }},
-			{"unix without a path", fs.ErrInvalid, func(*testing.T) error { return acomm.Send(unix(""), 1) }},
+			{"unix without a path", fs.ErrInvalid, func(*testing.T) error { return acomm.Send(unixURL(""), 1) }},
 			{"unix with an opaque path", fs.ErrInvalid, func(*testing.T) error { return acomm.Send(&url.URL{Scheme: "unix", Opaque: ul.Addr()}, 1) }},
 			{"http without a host", fs.ErrInvalid, func(*testing.T) error { return acomm.Send(&url.URL{Scheme: "http", Path: "/"}, 1) }},
 			{"https without a host", fs.ErrInvalid, func(*testing.T) error { return acomm.Send(&url.URL{Scheme: "https", Opaque: "x"}, 1) }},
-			{"NUL in the path", fs.ErrInvalid, func(*testing.T) error { return acomm.Send(unix(none+"\x00"), 1) }},
-			{"abstract socket", fs.ErrInvalid, func(*testing.T) error { return acomm.Send(unix("@none"), 1) }},
-			{"long path", syscall.ENAMETOOLONG, func(*testing.T) error { return acomm.Send(unix(none+strings.Repeat("x", 200)), 1) }},
-			{"nobody there", fs.ErrNotExist, func(*testing.T) error { return acomm.Send(unix(none), 1) }},
+			{"NUL in the path", fs.ErrInvalid, func(*testing.T) error { return acomm.Send(unixURL(none+"\x00"), 1) }},
+			{"abstract socket", fs.ErrInvalid, func(*testing.T) error { return acomm.Send(unixURL("@none"), 1) }},
+			{"long path", syscall.ENAMETOOLONG, func(*testing.T) error { return acomm.Send(unixURL(none+strings.Repeat("x", 200)), 1) }},
+			{"nobody there", fs.ErrNotExist, func(*testing.T) error { return acomm.Send(unixURL(none), 1) }},
 			{"stopped tracker", fs.ErrNotExist, func(*testing.T) error { return acomm.Send(stopped.URL(), &acomm.Response{}) }},
 			{"request to a tracker", nil, func(*testing.T) error { return acomm.Send(live.URL(), request()) }}, // reads as a response nobody waits for
 		},
@@ -288,13 +287,13 @@ func misuses(t *testing.T) map[string][]misuse {
 			{"closed connection", net.ErrClosed, func(*testing.T) error { return acomm.UnmarshalConnData(closed, new(any)) }},
 		},
 		"Stream": {
-			{"nil destination", fs.ErrInvalid, func(*testing.T) error { return acomm.Stream(nil, unix(none)) }},
+			{"nil destination", fs.ErrInvalid, func(*testing.T) error { return acomm.Stream(nil, unixURL(none)) }},
 			{"nil URL", fs.ErrInvalid, func(*testing.T) error { return acomm.Stream(io.Discard, nil) }},
 			{"zero URL", errors.ErrUnsupported, func(*testing.T) error { return acomm.Stream(io.Discard, &url.URL{}) }},
-			{"unix without a path", fs.ErrInvalid, func(*testing.T) error { return acomm.Stream(io.Discard, unix("")) }},
+			{"unix without a path", fs.ErrInvalid, func(*testing.T) error { return acomm.Stream(io.Discard, unixURL("")) }},
 			{"http without a host", fs.ErrInvalid, func(*testing.T) error { return acomm.Stream(io.Discard, &url.URL{Scheme: "http", Path: "/"}) }},
 			{"unknown scheme", errors.ErrUnsupported, func(*testing.T) error { return acomm.Stream(io.Discard, &url.URL{Scheme: "gopher", Host: "h"}) }},
-			{"nobody there", fs.ErrNotExist, func(*testing.T) error { return acomm.Stream(io.Discard, unix(none)) }},
+			{"nobody there", fs.ErrNotExist, func(*testing.T) error { return acomm.Stream(io.Discard, unixURL(none)) }},
 			{"a second time", fs.ErrNotExist, func(t *testing.T) error {
 				u, err := live.NewStreamUnix("", bytesSource(nil))
 				if err != nil {
@@ -473,13 +472,13 @@ func misuses(t *testing.T) map[string][]misuse {
 			{"stopped", net.ErrClosed, func(*testing.T) error { return proxied(stopped, request()) }},
 			{"tracked already", fs.ErrExist, func(*testing.T) error { return proxied(live, tracked) }},
 			{"unix hook, stopped", nil, func(*testing.T) error {
-				return proxied(stopped, &acomm.Request{ID: "x", Task: "t", ResponseHook: unix(none)})
+				return proxied(stopped, &acomm.Request{ID: "x", Task: "t", ResponseHook: unixURL(none)})
 			}},
 		},
 		"Tracker.ProxyStreamHTTPURL": {
 			{"nil address", fs.ErrInvalid, func(*testing.T) error { return second(streams.ProxyStreamHTTPURL(nil)) }},
-			{"no stream URL", fs.ErrInvalid, func(*testing.T) error { return second(live.ProxyStreamHTTPURL(unix(none))) }},
-			{"zero value", fs.ErrInvalid, func(*testing.T) error { return second(new(acomm.Tracker).ProxyStreamHTTPURL(unix(none))) }},
+			{"no stream URL", fs.ErrInvalid, func(*testing.T) error { return second(live.ProxyStreamHTTPURL(unixURL(none))) }},
+			{"zero value", fs.ErrInvalid, func(*testing.T) error { return second(new(acomm.Tracker).ProxyStreamHTTPURL(unixURL(none))) }},
 			{"zero address", nil, func(*testing.T) error {
 				u, err := streams.ProxyStreamHTTPURL(&url.URL{})
 				if err != nil {
@@ -554,7 +553,7 @@ func misuses(t *testing.T) map[string][]misuse {
 			{"foreign type", nil, func(*testing.T) error { ul.DoneConn(unhashableConn{Conn: open}); return stillOpen(open) }},
 			{"twice", nil, func(t *testing.T) error {
 				listener := startListener(t, "", 0)
-				dial(t, listener)
+				dial(t, listener.Addr())
 				conn := listener.NextConn()
 				listener.DoneConn(conn)
 				listener.DoneConn(conn)

@@ -2,7 +2,6 @@ package acomm_test
 
 import (
 	"context"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -121,8 +120,7 @@ func (l *modelListener) answer(conn net.Conn, done func(), id, how string, respo
 	case "pieces":
 		data, err := json.Marshal(ack)
 		orExit(err)
-		frame := append(binary.BigEndian.AppendUint32(nil, uint32(len(data))), data...)
-		for part := range slices.Chunk(frame, 7) {
+		for part := range slices.Chunk(plainFrame(string(data)), 7) {
 			_, _ = conn.Write(part)
 		}
 		return

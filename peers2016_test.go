@@ -77,7 +77,7 @@ type verdict struct {
 func converse(ask asker, read consumer) {
 	for line := range commands {
 		var c conversation
-		must(json.Unmarshal([]byte(line), &c))
+		orExit(json.Unmarshal([]byte(line), &c))
 		errs := make([]error, c.AtOnce)
 		var answered atomic.Int64
 		var talking sync.WaitGroup
@@ -96,7 +96,7 @@ func converse(ask asker, read consumer) {
 // talk sends one request of each kind and checks its answer.
 func (c conversation) talk(ask asker, read consumer, i int, answered *atomic.Int64) error {
 	target, err := url.Parse(c.Targets[i%len(c.Targets)])
-	must(err)
+	orExit(err)
 	text := fmt.Sprintf("%d: %s", i, strings.Repeat("x", c.Sizes[i%len(c.Sizes)]))
 	stream := int64(i * 1000)
 	for task, want := range map[string]answer{
@@ -143,15 +143,9 @@ func (c conversation) checkStream(u *url.URL, read consumer, size int64) error {
 	return nil
 }
 
-func must(err error) {
-	if err != nil {
-		panic(err)
-	}
-}
-
 func encode(v any) json.RawMessage {
 	data, err := json.Marshal(v)
-	must(err)
+	orExit(err)
 	return data
 }
 
@@ -177,7 +171,7 @@ func eitherScheme(unix consumer) consumer {
 // serveHTTP starts an HTTP server of a process.
 func serveHTTP(handler http.Handler) *url.URL {
 	u, err := url.Parse(httptest.NewServer(handler).URL)
-	must(err)
+	orExit(err)
 	return u
 }
 
@@ -192,7 +186,7 @@ func requester2016() (asker, consumer) {
 		"unix": receive2016("requester", handle),
 		"http": serveHTTP(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			var resp response2016
-			must(json.NewDecoder(r.Body).Decode(&resp))
+			orExit(json.NewDecoder(r.Body).Decode(&resp))
 			_, _ = w.Write(encode(response2016{}))
 			handle(resp)
 		})),
@@ -255,23 +249,23 @@ func provider2016() {
 // stream2016 serves a stream to one consumer.
 func stream2016(size json.RawMessage) *url.URL {
 	n, err := strconv.ParseInt(string(size), 10, 64)
-	must(err)
+	orExit(err)
 	path := filepath.Join(os.TempDir(), rand.Text()+".sock")
 	l, err := net.Listen("unix", path)
-	must(err)
+	orExit(err)
 	go func() {
 		conn, err := l.Accept()
-		must(err)
+		orExit(err)
 		defer conn.Close()
 		l.Close()
 		_, _ = io.Copy(conn, newPatternSource(whole(n), nil))
 	}()
-	return &url.URL{Scheme: "unix", Path: path}
+	return unixURL(path)
 }
 
 func coordinator2016() {
 	provider, err := url.Parse(os.Getenv("PROVIDER"))
-	must(err)
+	orExit(err)
 	var base *url.URL
 	var hooks sync.Map // the requesters', by id
 	responses := receive2016("coordinator", func(resp response2016) {
@@ -289,7 +283,7 @@ func coordinator2016() {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/task", func(w http.ResponseWriter, r *http.Request) {
 		var req request2016
-		must(json.NewDecoder(r.Body).Decode(&req))
+		orExit(json.NewDecoder(r.Body).Decode(&req))
 		if req.ResponseHook.Scheme != "unix" {
 			hooks.Store(req.ID, req.ResponseHook)
 			req.ResponseHook = responses
@@ -302,7 +296,7 @@ func coordinator2016() {
 	})
 	mux.HandleFunc("/stream", func(w http.ResponseWriter, r *http.Request) {
 		addr, err := url.Parse(r.URL.Query().Get("addr"))
-		must(err)
+		orExit(err)
 		_ = consumer2016(w, addr)
 	})
 	base = serveHTTP(mux)
@@ -315,8 +309,8 @@ func coordinator2016() {
 
 func startTracker(streamURL *url.URL) *acomm.Tracker {
 	tracker, err := acomm.NewTracker("", streamURL, patience)
-	must(err)
-	must(tracker.Start())
+	orExit(err)
+	orExit(tracker.Start())
 	return tracker
 }
 
@@ -326,7 +320,7 @@ func requesterToday() (asker, consumer) {
 		"unix": tracker.URL(),
 		"http": serveHTTP(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 			resp := &acomm.Response{}
-			must(json.NewDecoder(r.Body).Decode(resp))
+			orExit(json.NewDecoder(r.Body).Decode(resp))
 			tracker.HandleResponse(resp)
 		})),
 	}
@@ -334,8 +328,8 @@ func requesterToday() (asker, consumer) {
 		responses := make(chan *acomm.Response, 1)
 		handle := func(_ *acomm.Request, resp *acomm.Response) { responses <- resp }
 		req, err := acomm.NewRequest(task, hooks[hookScheme].String(), args, handle, handle)
-		must(err)
-		must(tracker.TrackRequest(req, 0))
+		orExit(err)
+		orExit(tracker.TrackRequest(req, 0))
 		if err := acomm.Send(target, req); err != nil {
 			tracker.RemoveRequest(req)
 			return answer{refusal: err.Error()}, nil
@@ -356,7 +350,7 @@ func requesterToday() (asker, consumer) {
 func providerToday() {
 	tracker := startTracker(nil)
 	listener := acomm.NewUnixListener("", 0)
-	must(listener.Start())
+	orExit(listener.Start())
 	fmt.Println(listener.URL())
 	for {
 		conn := listener.NextConn()
@@ -383,16 +377,16 @@ func providerToday() {
 				failure = errors.New(text)
 			case taskStream:
 				var size int64
-				must(req.UnmarshalArgs(&size))
+				orExit(req.UnmarshalArgs(&size))
 				u, err := tracker.NewStreamUnix("", newPatternSource(whole(size), nil))
-				must(err)
+				orExit(err)
 				stream = u
 				fallthrough
 			default:
 				result = req.Args
 			}
 			resp, err := acomm.NewResponse(req, result, stream, failure)
-			must(err)
+			orExit(err)
 			_ = req.Respond(resp)
 		}()
 	}
@@ -400,13 +394,13 @@ func providerToday() {
 
 func coordinatorToday() {
 	provider, err := url.Parse(os.Getenv("PROVIDER"))
-	must(err)
+	orExit(err)
 	var tracker *acomm.Tracker
 	mux := http.NewServeMux()
 	mux.HandleFunc("/stream", acomm.ProxyStreamHandler)
 	mux.HandleFunc("/task", func(w http.ResponseWriter, r *http.Request) {
 		req := &acomm.Request{}
-		must(json.NewDecoder(r.Body).Decode(req))
+		orExit(json.NewDecoder(r.Body).Decode(req))
 		proxied, err := tracker.ProxyUnix(req, 0)
 		if err == nil {
 			if err = acomm.Send(provider, proxied); err != nil {

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"io/fs"
 	"math"
-	"net/url"
 	"testing"
 
 	"github.com/mistifyio/acomm"
@@ -56,7 +55,7 @@ func TestNewRequest_RefusesBadInput(t *testing.T) {
 }
 
 func TestRequest_ValidateNamesWhatIsMissing(t *testing.T) {
-	hook := &url.URL{Scheme: "unix", Path: "/a"}
+	hook := unixURL("/a")
 	for want, req := range map[string]*acomm.Request{
 		"is nil":           nil,
 		"has no id":        {Task: "t", ResponseHook: hook},
@@ -101,7 +100,7 @@ func TestRequest_HandleResponseWithoutHandlerDoesNothing(t *testing.T) {
 }
 
 func TestRequest_RespondRefusesNil(t *testing.T) {
-	hook := &url.URL{Scheme: "unix", Path: "/a"}
+	hook := unixURL("/a")
 	require.ErrorIs(t, (*acomm.Request)(nil).Respond(&acomm.Response{}), fs.ErrInvalid)
 	require.ErrorIs(t, (&acomm.Request{ResponseHook: hook}).Respond(nil), fs.ErrInvalid)
 	require.ErrorIs(t, (&acomm.Request{ID: "1"}).Respond(&acomm.Response{}), fs.ErrInvalid)

@@ -15,7 +15,7 @@ import (
 
 func TestNewResponse_KeepsWhatItIsGiven(t *testing.T) {
 	req := &acomm.Request{ID: "1"}
-	stream := &url.URL{Scheme: "unix", Path: "/s"}
+	stream := unixURL("/s")
 	resp, err := acomm.NewResponse(req, map[string]int{"n": 1}, stream, nil)
 	require.NoError(t, err)
 	require.Equal(t, "1", resp.ID)
@@ -85,7 +85,7 @@ func TestResponse_DecodesWhatPeersSend(t *testing.T) {
 
 	for _, stream := range []string{`{"Scheme":"unix","Path":"/a b%?#"}`, `"unix:///a%20b%25%3F%23"`} {
 		require.NoError(t, json.Unmarshal([]byte(`{"stream_url":`+stream+`}`), &resp), stream)
-		require.Equal(t, &url.URL{Scheme: "unix", Path: "/a b%?#"}, &url.URL{Scheme: resp.StreamURL.Scheme, Path: resp.StreamURL.Path})
+		require.Equal(t, unixURL("/a b%?#"), &url.URL{Scheme: resp.StreamURL.Scheme, Path: resp.StreamURL.Path})
 	}
 	var nested struct {
 		Value   acomm.Response

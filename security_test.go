@@ -42,7 +42,7 @@ func TestProxyStreamHandler_AttacksAreRefused(t *testing.T) {
 	// A stream of our own in the same directory, and a published address.
 	own, err := tracker.NewStreamUnix(dir, bytesSource([]byte("own")))
 	require.NoError(t, err)
-	published := &url.URL{Scheme: "unix", Path: filepath.Join(dir, "published.sock")}
+	published := unixURL(filepath.Join(dir, "published.sock"))
 	signature := signatureIn(t, tracker, published)
 	used, err := tracker.NewStreamUnix(dir, bytesSource([]byte("used")))
 	require.NoError(t, err)
@@ -247,7 +247,7 @@ func TestSecurity_SignsElsewhere(t *testing.T) {
 
 func TestProxyStreamHTTPURL_EachProcessHasAKeyOfItsOwn(t *testing.T) {
 	tracker, _ := streamProxy(t)
-	addr := &url.URL{Scheme: "unix", Path: "/x"}
+	addr := unixURL("/x")
 	here, there := signatureIn(t, tracker, addr), signElsewhere(t, addr)
 	require.Len(t, here, 43, "256 bits")
 	require.Len(t, there, 43)

@@ -61,15 +61,9 @@ func TestSend_EarlyRefusalIsHeard(t *testing.T) {
 // the documentation names.
 func TestSend_ErrorsMatchTheirSentinel(t *testing.T) {
 	dir := t.TempDir()
-	unix := func(path string) *url.URL { return &url.URL{Scheme: "unix", Path: path} }
 	dead := filepath.Join(dir, "dead.sock")
-	l, err := net.Listen("unix", dead)
-	require.NoError(t, err)
-	l.(*net.UnixListener).SetUnlinkOnClose(false)
-	require.NoError(t, l.Close())
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	require.NoError(t, free.Close())
+	leaveDeadSocket(t, dead)
+	free, _ := unboundPort(t)
 	silence := make(chan struct{})
 	defer close(silence) // before the peers are waited for
 	silent := func(conn net.Conn) { <-silence }
@@ -82,20 +76,20 @@ func TestSend_ErrorsMatchTheirSentinel(t *testing.T) {
 		want    error
 	}{
 		"nil URL":              {nil, 1, fs.ErrInvalid},
-		"nil payload":          {unix(dead), nil, fs.ErrInvalid},
-		"empty path":           {unix(""), 1, fs.ErrInvalid},
-		"NUL in the path":      {unix(dead + "\x00"), 1, fs.ErrInvalid},
-		"abstract socket":      {unix("@dead"), 1, fs.ErrInvalid},
+		"nil payload":          {unixURL(dead), nil, fs.ErrInvalid},
+		"empty path":           {unixURL(""), 1, fs.ErrInvalid},
+		"NUL in the path":      {unixURL(dead + "\x00"), 1, fs.ErrInvalid},
+		"abstract socket":      {unixURL("@dead"), 1, fs.ErrInvalid},
 		"unknown scheme":       {&url.URL{Scheme: "gopher", Host: "h"}, 1, errors.ErrUnsupported},
 		"no scheme":            {&url.URL{Path: dead}, 1, errors.ErrUnsupported},
-		"no such socket":       {unix(filepath.Join(dir, "none")), 1, fs.ErrNotExist},
-		"nobody listens":       {unix(dead), 1, syscall.ECONNREFUSED},
-		"nobody listens, tcp":  {&url.URL{Scheme: "http", Host: free.Addr().String()}, 1, syscall.ECONNREFUSED},
-		"path too long":        {unix(long), 1, syscall.ENAMETOOLONG},
-		"payload too large":    {unix(dead), make([]byte, acomm.MaxPayload/4*3), syscall.EMSGSIZE},
+		"no such socket":       {unixURL(filepath.Join(dir, "none")), 1, fs.ErrNotExist},
+		"nobody listens":       {unixURL(dead), 1, syscall.ECONNREFUSED},
+		"nobody listens, tcp":  {&url.URL{Scheme: "http", Host: free}, 1, syscall.ECONNREFUSED},
+		"path too long":        {unixURL(long), 1, syscall.ENAMETOOLONG},
+		"payload too large":    {unixURL(dead), make([]byte, acomm.MaxPayload/4*3), syscall.EMSGSIZE},
 		"closed without ack":   {unixPeer(t, closing), 1, io.ErrUnexpectedEOF},
 		"closed while writing": {unixPeer(t, func(net.Conn) {}), make([]byte, 4<<20), io.ErrUnexpectedEOF},
-		"half an ack":          {unixPeer(t, func(c net.Conn) { closing(c); _, _ = c.Write(frame("{}")[:5]) }), 1, io.ErrUnexpectedEOF},
+		"half an ack":          {unixPeer(t, func(c net.Conn) { closing(c); _, _ = c.Write(plainFrame("{}")[:5]) }), 1, io.ErrUnexpectedEOF},
 		"ack too large":        {unixPeer(t, func(c net.Conn) { closing(c); _, _ = c.Write([]byte("\xff\xff\xff\xff")) }), 1, syscall.EMSGSIZE},
 		"hung up, http":        {httpPeer(t, func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }), 1, io.ErrUnexpectedEOF},
 		"answer cut off, http": {httpPeer(t, func(w http.ResponseWriter, _ *http.Request) {
@@ -112,7 +106,7 @@ func TestSend_ErrorsMatchTheirSentinel(t *testing.T) {
 			if row.want == os.ErrDeadlineExceeded {
 				timeout = 50 * time.Millisecond
 			}
-			err := sendSoon(t, row.addr, row.payload, timeout)
+			err := sendSoon(row.addr, row.payload, timeout)
 			require.ErrorIs(t, err, row.want)
 			if row.want == syscall.ENAMETOOLONG {
 				require.ErrorContains(t, err, long)
@@ -142,7 +136,7 @@ func TestSend_IsBoundedByAMinute(t *testing.T) {
 func TestSend_NullAcknowledgementAccepts(t *testing.T) {
 	peer := unixPeer(t, func(conn net.Conn) {
 		_ = acomm.UnmarshalConnData(conn, new(any))
-		_, _ = conn.Write(frame("null"))
+		_, _ = conn.Write(plainFrame("null"))
 	})
 	require.NoError(t, acomm.Send(peer, 1))
 }
@@ -151,7 +145,7 @@ func TestSend_GarbageIsNoAcknowledgement(t *testing.T) {
 	for _, ack := range []string{"", "{", "7", `"ok"`, "[]", "<html>"} {
 		peer := unixPeer(t, func(conn net.Conn) {
 			_ = acomm.UnmarshalConnData(conn, new(any))
-			_, _ = conn.Write(frame(ack))
+			_, _ = conn.Write(plainFrame(ack))
 		})
 		require.Error(t, acomm.Send(peer, 1), ack)
 	}
@@ -159,20 +153,16 @@ func TestSend_GarbageIsNoAcknowledgement(t *testing.T) {
 
 func TestSend_FullBacklogIsRetried(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "full.sock")
-	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
-	require.NoError(t, err)
-	require.NoError(t, syscall.Bind(fd, &syscall.SockaddrUnix{Name: path}))
+	fd := bindOnly(t, path)
 	require.NoError(t, syscall.Listen(fd, 0))
 	f := os.NewFile(uintptr(fd), path)
 	defer f.Close()
-	first, err := net.Dial("unix", path) // the one that a backlog of 0 holds
-	require.NoError(t, err)
-	defer first.Close()
-	addr := &url.URL{Scheme: "unix", Path: path}
-	require.ErrorIs(t, sendSoon(t, addr, 1, 50*time.Millisecond), os.ErrDeadlineExceeded)
+	dial(t, path) // the one that a backlog of 0 holds
+	addr := unixURL(path)
+	require.ErrorIs(t, sendSoon(addr, 1, 50*time.Millisecond), os.ErrDeadlineExceeded)
 
 	sent := make(chan error, 1)
-	go func() { sent <- sendSoon(t, addr, 1, patience) }()
+	go func() { sent <- sendSoon(addr, 1, patience) }()
 	l, err := net.FileListener(f)
 	require.NoError(t, err)
 	defer l.Close()

@@ -287,7 +287,7 @@ func TestSessionBoth_AcknowledgementsWaitForNoHandler(t *testing.T) {
 // that nothing could be written to, and those who waited for answers on it.
 func TestSessionBoth_TakingNothingEndsTheConnection(t *testing.T) {
 	const limit = 200 * time.Millisecond
-	defer acomm.SetSessionWriteTimeout(acomm.SetSessionWriteTimeout(limit))
+	setWriteTimeout(t, limit)
 	refusal := strings.Repeat("y", 1<<20) // more than a socket holds
 	b := newRawB(t, map[string]handling{"large": func(conn net.Conn, _ note) {
 		_ = acomm.SendConnData(conn, &acomm.Response{Error: errors.New(refusal)})

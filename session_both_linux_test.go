@@ -160,6 +160,6 @@ func TestSessionBoth_AfterAFailedWriteAnswersAreRead(t *testing.T) {
 	second := sendAsync(b.l.addr, note{ID: 2})
 	require.Equal(t, 2, b.l.serveAlone().ID, "it goes elsewhere")
 	require.NoError(t, within(t, second, "the second"))
-	b.l.write(b.x, rawFrame(frameAnswer, uint32(len(accepted)), number, accepted))
+	acceptMessage(t, b.x, number)
 	require.NoError(t, within(t, first, "the first"))
 }

@@ -213,7 +213,7 @@ type fuzzHub struct {
 }
 
 func newFuzzHub(f *testing.F) *fuzzHub {
-	h := &fuzzHub{rawListener: newRawListenerOf(f), sessions: make(chan net.Conn, 1), served: make(map[int]int)}
+	h := &fuzzHub{rawListener: newRawListenerAlone(f), sessions: make(chan net.Conn, 1), served: make(map[int]int)}
 	accepting := async(func() {
 		for conn, err := h.Accept(); err == nil; conn, err = h.Accept() {
 			if strings.HasPrefix(conn.RemoteAddr().String(), acomm.SessionName) {
@@ -227,7 +227,7 @@ func newFuzzHub(f *testing.F) *fuzzHub {
 				h.mu.Unlock()
 				answer := accepted
 				if h.offering.Load() {
-					answer = string(plainFrame(`{"error":"","sessions":1}`))
+					answer = offering
 				}
 				_, _ = io.WriteString(conn, answer)
 			}
@@ -249,9 +249,7 @@ func (h *fuzzHub) open(t *testing.T) net.Conn {
 	conn := within(t, h.sessions, "the session")
 	t.Cleanup(func() { _ = conn.Close() })
 	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
-	h.write(t, conn, []byte(acomm.Greeting+lesserToken))
-	_, err := io.ReadFull(conn, make([]byte, len(acomm.Greeting)+len(lesserToken)))
-	require.NoError(t, err)
+	greetSender(t, conn, lesserToken)
 	soon(t, "the session", func() bool { return acomm.SessionTo(h.addr.Path).Open })
 	return conn
 }

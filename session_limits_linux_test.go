@@ -36,7 +36,7 @@ func TestSession_IdleSessionIsClosedByWhoOpenedIt(t *testing.T) {
 	require.ErrorIs(t, readOne(conn), os.ErrDeadlineExceeded)
 	require.True(t, acomm.SessionTo(l.addr.Path).Open, "the next message goes there")
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(patience)))
-	l.write(conn, rawFrame(frameAnswer, uint32(len(accepted)), number, accepted))
+	acceptMessage(t, conn, number)
 	require.NoError(t, within(t, sent, "the acknowledgement"))
 	requireClosing(t, conn)
 	await(t, "the connection to be forgotten", func() bool { return !acomm.SessionTo(l.addr.Path).Known })
@@ -45,32 +45,19 @@ func TestSession_IdleSessionIsClosedByWhoOpenedIt(t *testing.T) {
 func TestSession_IdleSessionIsClosedByWhoAcceptedIt(t *testing.T) {
 	const idle = 100 * time.Millisecond
 	setIdleTimeout(t, idle)
-	release := make(chan struct{})
-	hold := func(conn net.Conn, _ note) {
-		<-release
-		_ = acomm.SendConnData(conn, &acomm.Response{})
-	}
+	hold, release := holdThenAccept()
+	defer release()
 	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]handling{"hold": hold})
 	conn := openRaw(t, s.Addr())
-	message := `{"how":"hold"}`
-	_, err := conn.Write(rawFrame(frameMessage, uint32(len(message)), 1, message))
-	require.NoError(t, err)
+	writeMessage(t, conn, 1, `{"how":"hold"}`)
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(8*idle)))
 	require.ErrorIs(t, readOne(conn), os.ErrDeadlineExceeded, "an exchange is in hand")
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(patience)))
-	_, err = conn.Write(rawFrame(frameMessage, 2, 2, `{}`))
-	require.NoError(t, err)
-	for _, number := range []uint32{2, 1} {
-		kind, answered, _, err := readFrame(conn)
-		require.NoError(t, err)
-		require.Equal(t, []uint32{frameAnswer, number}, []uint32{kind, answered})
-		if number == 2 {
-			close(release)
-		}
-	}
-	kind, number, _, err := readFrame(conn)
-	require.NoError(t, err)
-	require.Equal(t, []uint32{frameStop, 2}, []uint32{kind, number}, "what comes now is not read")
+	writeMessage(t, conn, 2, `{}`)
+	requireAccepted(t, conn, 2)
+	release()
+	requireAccepted(t, conn, 1)
+	requireFrame(t, conn, frameStop, 2) // what comes now is not read
 	require.ErrorIs(t, readOne(conn), io.EOF)
 }
 
@@ -79,9 +66,7 @@ func TestSession_ListenerAcceptsSoManyAndNoMore(t *testing.T) {
 	for range acomm.MaxSessions {
 		openRaw(t, s.Addr())
 	}
-	golden, err := os.ReadFile(filepath.Join("testdata", "wire", "ack-accepted.bin"))
-	require.NoError(t, err)
-	requirePlain(t, dialNamed(t, s.Addr(), acomm.SenderName), golden)
+	requirePlain(t, dialNamed(t, s.Addr(), acomm.SenderName))
 }
 
 func TestSession_ProcessOpensSoManyAndNoMore(t *testing.T) {
@@ -141,7 +126,7 @@ func TestSession_StopIsUnderstoodAcrossZero(t *testing.T) {
 		require.NotContains(t, before, l.serveAlone().ID, "it is served where it is")
 	}
 	for _, n := range before {
-		l.write(conn, rawFrame(frameAnswer, uint32(len(accepted)), n, accepted))
+		acceptMessage(t, conn, n)
 	}
 	for range number {
 		require.NoError(t, within(t, results, "an acknowledgement"))
@@ -263,8 +248,7 @@ func TestSession_SenderThatReadsNothingIsServedNoFurther(t *testing.T) {
 	sent := uint32(0)
 	send := func() {
 		sent++
-		_, err := conn.Write(rawFrame(frameMessage, uint32(len(message)), sent, message))
-		require.NoError(t, err)
+		writeMessage(t, conn, sent, message)
 	}
 	require.Equal(t, 20<<20, acomm.MaxUnsentAnswers)
 	for acomm.SessionTo(s.Addr()).UnsentAnswers <= acomm.MaxUnsentAnswers {

@@ -1,7 +1,6 @@
 package acomm_test
 
 import (
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -60,23 +59,15 @@ func TestSession_NoneIsOpenedWithoutAListener(t *testing.T) {
 	require.ErrorIs(t, err, io.EOF)
 }
 
-// plainFrame is a frame with JSON of the text.
-func plainFrame(text string) []byte {
-	frame := binary.BigEndian.AppendUint32(nil, uint32(len(text)))
-	return append(frame, text...)
-}
-
 func TestSession_PeersOf2016NoticeNothing(t *testing.T) {
-	golden, err := os.ReadFile(filepath.Join("testdata", "wire", "ack-accepted.bin"))
-	require.NoError(t, err)
 
 	t.Run("sender", func(t *testing.T) {
 		s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
-		requirePlain(t, dial(t, s.UnixListener), golden)
+		requirePlain(t, dial(t, s.Addr()))
 	})
 	t.Run("named sender, accept limit", func(t *testing.T) {
 		s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 2, nil)
-		requirePlain(t, dialNamed(t, s.URL().Path, acomm.SenderName), golden)
+		requirePlain(t, dialNamed(t, s.URL().Path, acomm.SenderName))
 		require.NoError(t, acomm.Send(s.URL(), note{}))
 		require.Zero(t, acomm.SessionTo("").Opened)
 		require.ErrorIs(t, acomm.Send(s.URL(), note{}), fs.ErrNotExist)
@@ -93,7 +84,7 @@ func TestSession_PeersOf2016NoticeNothing(t *testing.T) {
 			require.NoError(t, err)
 			require.True(t, strings.HasPrefix(conn.RemoteAddr().String(), acomm.SenderName))
 			require.NoError(t, acomm.UnmarshalConnData(conn, &note{}))
-			_, err = conn.Write(golden)
+			_, err = io.WriteString(conn, accepted2016(t))
 			require.NoError(t, err)
 			require.NoError(t, within(t, sent, "the acknowledgement"))
 			rest, err := io.ReadAll(conn) // until the sender has closed
@@ -182,7 +173,7 @@ func TestSession_LargeAnswersArrive(t *testing.T) {
 // that connection, whose senders waited in vain.
 func TestSession_AFullSocketIsForgotten(t *testing.T) {
 	const limit = 2 * time.Second // of a write; the socket is empty long before
-	defer acomm.SetSessionWriteTimeout(acomm.SetSessionWriteTimeout(limit))
+	setWriteTimeout(t, limit)
 	text := strings.Repeat("y", 1<<20)
 	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, map[string]handling{
 		"large": func(conn net.Conn, _ note) {
@@ -192,8 +183,7 @@ func TestSession_AFullSocketIsForgotten(t *testing.T) {
 	defer s.Stop(0) // before the limit is what it was
 	conn := openRaw(t, s.URL().Path)
 	ask := func(number uint32, text string) {
-		_, err := conn.Write(rawFrame(frameMessage, uint32(len(text)), number, text))
-		require.NoError(t, err)
+		writeMessage(t, conn, number, text)
 	}
 	ask(1, `{"id":1,"how":"large"}`)
 	awaitBlocked(t, "acomm.(*session).writeRest", 1)
@@ -260,8 +250,7 @@ func TestSession_SlowReaderOfALargeAnswerIsServed(t *testing.T) {
 	conn := openRaw(t, s.Addr())
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(patience)))
 	message := `{"how":"large"}`
-	_, err := conn.Write(rawFrame(frameMessage, uint32(len(message)), 1, message))
-	require.NoError(t, err)
+	writeMessage(t, conn, 1, message)
 	buf := make([]byte, 128<<10)
 	for read := 0; read < 3<<20; {
 		time.Sleep(pause) // a slow peer: it takes longer in all than the patience

@@ -8,7 +8,6 @@ import (
 	"net"
 	"runtime"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/mistifyio/acomm"
@@ -38,7 +37,7 @@ func TestSession_MessageIsNotSentAgainOnceItMayHaveBeenRead(t *testing.T) {
 			l.message(conn)
 		} else {
 			await(t, "the message", func() bool { return acomm.SessionTo(l.addr.Path).InFlight == 1 })
-			require.NoError(t, readable(conn))
+			require.NoError(t, awaitBytes(conn, 1))
 		}
 		conn.Close()
 		require.ErrorIs(t, within(t, sent, "an outcome"), io.ErrUnexpectedEOF)
@@ -121,7 +120,7 @@ func TestSession_WhatIsInTheSocketIsServedAndTheRestSentAgain(t *testing.T) {
 		var message note
 		require.NoError(t, json.Unmarshal([]byte(payload), &message))
 		handled[message.ID]++
-		l.write(conn, rawFrame(frameAnswer, uint32(len(accepted)), n, accepted))
+		acceptMessage(t, conn, n)
 	}
 	require.NotEmpty(t, handled)
 	require.Less(t, len(handled), number)
@@ -136,20 +135,6 @@ func TestSession_WhatIsInTheSocketIsServedAndTheRestSentAgain(t *testing.T) {
 	}
 	_, _, _, err := readFrame(conn)
 	require.ErrorIs(t, err, io.EOF)
-}
-
-// readable waits until there is something to read, and leaves it.
-func readable(conn net.Conn) error {
-	raw, err := conn.(*net.UnixConn).SyscallConn()
-	if err != nil {
-		return err
-	}
-	var peekErr error
-	err = raw.Read(func(fd uintptr) bool {
-		_, _, peekErr = syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK)
-		return peekErr != syscall.EAGAIN
-	})
-	return errors.Join(err, peekErr)
 }
 
 func TestSession_WhatWasStoppedBeforeIsSentAgainOnce(t *testing.T) {
@@ -176,7 +161,7 @@ func TestSession_WhatWasStoppedBeforeIsSentAgainOnce(t *testing.T) {
 	}
 	require.Empty(t, results, "the others wait")
 	for i := range served {
-		l.write(conn, rawFrame(frameAnswer, uint32(len(accepted)), uint32(i+1), accepted))
+		acceptMessage(t, conn, uint32(i+1))
 		require.NoError(t, within(t, results, "an answer after the stop"))
 	}
 	want := make(map[string]int)
@@ -194,7 +179,7 @@ func TestSession_StoppedWithoutAClosedConnectionIsClosed(t *testing.T) {
 	conn := l.open()
 	sent := sendAsync(l.addr, note{})
 	number, _ := l.message(conn)
-	l.write(conn, rawFrame(frameAnswer, uint32(len(accepted)), number, accepted))
+	acceptMessage(t, conn, number)
 	require.NoError(t, within(t, sent, "an exchange"))
 	l.write(conn, rawFrame(frameStop, 0, number, ""))
 	requireFrame(t, conn, frameStop, 0)

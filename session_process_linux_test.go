@@ -132,9 +132,7 @@ func TestSession_KilledProvidersHandleNothingTwice(t *testing.T) {
 		senders.Go(func() {
 			for ctx.Err() == nil {
 				id := int(next.Add(1))
-				sendCtx, done := context.WithTimeout(context.Background(), patience)
-				err := acomm.SendContext(sendCtx, addr, note{ID: id})
-				done()
+				err := sendSoon(addr, note{ID: id}, patience)
 				mu.Lock()
 				results[id] = err
 				mu.Unlock()

@@ -10,7 +10,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -90,9 +89,6 @@ func (s *noteService) handled(id int) int {
 // say how they are handled.
 func startNotes(t testing.TB, path string, limit int, how map[string]handling) *noteService {
 	t.Helper()
-	if runtime.GOOS != "linux" {
-		t.Skip("there are sessions on Linux")
-	}
 	s := &noteService{
 		UnixListener: acomm.NewUnixListener(path, limit),
 		peers:        make(map[string]int),
@@ -131,15 +127,11 @@ func sendMany(t testing.TB, addr *url.URL, first, number int) {
 	}
 }
 
-// processWithSessions lets this process keep connections while the test runs.
+// processWithSessions lets this process have sessions while the test runs: it has a
+// listener.
 func processWithSessions(t testing.TB) {
 	t.Helper()
-	if runtime.GOOS != "linux" {
-		t.Skip("there are sessions on Linux")
-	}
-	ul := acomm.NewUnixListener("", 0)
-	require.NoError(t, ul.Start())
-	t.Cleanup(func() { ul.Stop(0) })
+	startListener(t, "", 0)
 }
 
 // holdThenAccept is what a handler does that waits to be released.

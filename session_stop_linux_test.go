@@ -148,8 +148,7 @@ func TestSession_SlowReaderHoldsUpStopForOneWriteTimeout(t *testing.T) {
 	conn := openRaw(t, s.Addr())
 	message := `{"how":"large"}`
 	for i := range uint32(number) {
-		_, err := conn.Write(rawFrame(frameMessage, uint32(len(message)), i+1, message))
-		require.NoError(t, err)
+		writeMessage(t, conn, i+1, message)
 	}
 	for range number {
 		within(t, answered, "an answer to be queued")
@@ -194,7 +193,7 @@ func TestSession_NothingIsLeftAfterTheLastStop(t *testing.T) {
 
 // The same for a process that keeps connections to others only.
 func TestSession_NothingIsLeftAfterTheLastTracker(t *testing.T) {
-	l := newRawListenerOf(t)
+	l := newRawListenerAlone(t)
 	before := openFiles(t)
 	for i := range 50 {
 		tracker, err := acomm.NewTracker("", nil, patience)

@@ -262,18 +262,16 @@ func TestSessionBoth_PeersWithoutAPidAreNeverThePeer(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("only root can make a pid namespace")
 	}
-	l := newRawListenerOf(t)
+	l := newRawListenerAlone(t)
 	socket := filepath.Join(shortDir(t), "a.sock")
 	isolated := startProcessAs(t, &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID}, "isolated sender", "SOCKET="+socket)
 	require.Equal(t, "ready", isolated.ReadLine())
 	require.NoError(t, isolated.WriteLine(l.addr.Path))
 	plain, _ := l.accept()
-	l.write(plain, plainFrame(`{"error":"","sessions":1}`))
+	l.write(plain, []byte(offering))
 	require.Equal(t, "<nil>", isolated.ReadLine())
 	b := &rawB{l: l, x: l.acceptSession()}
-	l.write(b.x, []byte(acomm.Greeting+greaterToken))
-	_, err := io.ReadFull(b.x, make([]byte, len(acomm.Greeting)+len(greaterToken)))
-	require.NoError(t, err)
+	greetSender(t, b.x, greaterToken)
 	b.y = openRawWith(t, socket, greaterToken)
 	b.settle(t, b.y, 1)
 	b.l.write(b.x, targetFrame(fileAt(t, socket)))

@@ -158,7 +158,7 @@ func (s *soakRun) book(seq int, change func(*soakEntry)) {
 // start starts a provider, again or for the first time.
 func (s *soakRun) start(p *soakPeer) {
 	p.scope = newScope(s.t)
-	p.process = startProcess(p.scope, "soak provider", "SOCKET="+filepath.Join(s.dir, p.name), quickExit)
+	p.process = startProcess(p.scope, "soak provider", "SOCKET="+filepath.Join(s.dir, p.name))
 	require.Equal(s.t, "ready", p.process.ReadLine())
 	proc := p.process
 	p.collected = async(func() { s.collect(p, proc.Lines()) })
@@ -455,7 +455,7 @@ func TestSoak(t *testing.T) {
 	start := measure()
 
 	processes := newScope(t)
-	coordinator := startProcess(processes, "soak coordinator", "DIR="+s.dir, quickExit)
+	coordinator := startProcess(processes, "soak coordinator", "DIR="+s.dir)
 	s.coordinator = &url.URL{Scheme: "http", Host: coordinator.ReadLine(), Path: "/request"}
 	askCoordinator := func() (pending string, u usage) {
 		transport.CloseIdleConnections()

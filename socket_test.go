@@ -69,7 +69,7 @@ func TestSocket_StopOfOneLeavesTheFileOfTheNext(t *testing.T) {
 			return func() { ul.Stop(0) }
 		},
 		"it is stopping": func(t *testing.T, ul *acomm.UnixListener) func() {
-			dial(t, ul)
+			dial(t, ul.Addr())
 			conn := take(t, ul)
 			stopped := async(func() { ul.Stop(0) })
 			require.Nil(t, ul.NextConn(), "Stop has begun")
@@ -268,7 +268,7 @@ func TestSocket_FailedStartRemovesThePrivateDirectory(t *testing.T) {
 func TestSocket_StopAfterItsDirectoryIsGone(t *testing.T) {
 	dir := shortDir(t)
 	ul := startListener(t, filepath.Join(dir, "a", "s.sock"), 0)
-	conn := dial(t, ul)
+	conn := dial(t, ul.Addr())
 	require.NoError(t, os.RemoveAll(filepath.Join(dir, "a")))
 	taken := take(t, ul)
 	_, err := taken.Write([]byte{7})

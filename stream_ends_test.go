@@ -194,7 +194,7 @@ func streamProvider2016() {
 		if err != nil {
 			panic(err)
 		}
-		fmt.Println(&url.URL{Scheme: "unix", Path: path})
+		fmt.Println(unixURL(path))
 		serving.Go(func() {
 			conn, err := l.Accept()
 			l.Close()

@@ -11,7 +11,6 @@ import (
 	"net/url"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/mistifyio/acomm"
@@ -29,11 +28,7 @@ func streamProxy(t testing.TB) (*acomm.Tracker, *httptest.Server) {
 	t.Cleanup(server.Close)
 	base, err := url.Parse(server.URL + "/stream?keep=1")
 	require.NoError(t, err)
-	tracker, err := acomm.NewTracker("", base, patience)
-	require.NoError(t, err)
-	require.NoError(t, tracker.Start())
-	t.Cleanup(tracker.Stop)
-	return tracker, server
+	return newStreamTracker(t, base), server
 }
 
 // get returns the status and the body of a GET.
@@ -48,7 +43,7 @@ func get(t testing.TB, u *url.URL) (int, []byte, error) {
 
 func TestProxyStreamHTTPURL_AddsToTheTrackersURL(t *testing.T) {
 	tracker, server := streamProxy(t)
-	addr := &url.URL{Scheme: "unix", Path: "/a b?c#d%"}
+	addr := unixURL("/a b?c#d%")
 	u, err := tracker.ProxyStreamHTTPURL(addr)
 	require.NoError(t, err)
 	require.True(t, strings.HasPrefix(u.String(), server.URL+"/stream?"), u)
@@ -147,7 +142,7 @@ func TestProxyStreamHandler_ServesWhatThisProcessPublished(t *testing.T) {
 	touched := make(chan struct{}, 100)
 	other := unixPeer(t, func(net.Conn) { touched <- struct{}{} })
 	internal := httpPeer(t, func(http.ResponseWriter, *http.Request) { touched <- struct{}{} })
-	signed, err := tracker.ProxyStreamHTTPURL(&url.URL{Scheme: "unix", Path: "/other"})
+	signed, err := tracker.ProxyStreamHTTPURL(unixURL("/other"))
 	require.NoError(t, err)
 	signature := signed.Query().Get("signature")
 
@@ -340,7 +335,7 @@ func TestProxyStreamHandler_FlushesBeforeEachPause(t *testing.T) {
 func TestProxyStreamHandler_FailureBehindDataIsSeen(t *testing.T) {
 	onlyLinux(t)
 	tracker, _ := streamProxy(t)
-	addr := &url.URL{Scheme: "unix", Path: filepath.Join(shortDir(t), "x.eof")}
+	addr := unixURL(filepath.Join(shortDir(t), "x.eof"))
 	l, err := net.Listen("unix", addr.Path)
 	require.NoError(t, err)
 	defer l.Close()
@@ -348,12 +343,7 @@ func TestProxyStreamHandler_FailureBehindDataIsSeen(t *testing.T) {
 	w, ended := serveHeld(t, tracker, addr, func() { <-failed })
 	conn, err := l.Accept()
 	require.NoError(t, err)
-	raw, err := conn.(*net.UnixConn).SyscallConn()
-	require.NoError(t, err)
-	require.NoError(t, raw.Read(func(fd uintptr) bool { // the consumer's byte is there, and stays
-		n, _, err := syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK)
-		return n == 1 || err != syscall.EAGAIN
-	}))
+	require.NoError(t, awaitBytes(conn, 1), "the consumer's byte is there, and stays")
 	_, err = conn.Write([]byte("half"))
 	require.NoError(t, err)
 	require.NoError(t, conn.Close())

@@ -90,7 +90,7 @@ func TestNewStreamUnix_OneConsumer(t *testing.T) {
 	src := newSource()
 	u, err := tracker.NewStreamUnix("", src)
 	require.NoError(t, err)
-	first := dialStream(t, u)
+	first := dial(t, u.Path)
 	_, err = src.feed.Write([]byte("x")) // taken, so the first has been accepted
 	require.NoError(t, err)
 	require.Error(t, acomm.Stream(io.Discard, u))
@@ -108,7 +108,7 @@ func TestNewStreamUnix_SourceIsReleasedWhenTheConsumerLeaves(t *testing.T) {
 		src := newSource() // silent: nothing is ever fed
 		u, err := tracker.NewStreamUnix("", src)
 		require.NoError(t, err)
-		conn := dialStream(t, u)
+		conn := dial(t, u.Path)
 		if sends {
 			_, err := conn.Write([]byte{1})
 			require.NoError(t, err)
@@ -127,7 +127,7 @@ func TestNewStreamUnix_SourceIsReleasedWhenTheConsumerLeavesInTheMiddle(t *testi
 		src := newSource()
 		u, err := tracker.NewStreamUnix("", src)
 		require.NoError(t, err)
-		conn := dialStream(t, u)
+		conn := dial(t, u.Path)
 		_, err = conn.Write([]byte{0})
 		require.NoError(t, err)
 		fed := async(func() {
@@ -171,13 +171,13 @@ func TestNewStreamUnix_UnclaimedIsClosedInTime(t *testing.T) {
 }
 
 func TestStream_ErrorsMatchTheirSentinel(t *testing.T) {
-	gone := &url.URL{Scheme: "unix", Path: filepath.Join(t.TempDir(), "gone.sock")}
+	gone := unixURL(filepath.Join(t.TempDir(), "gone.sock"))
 	var got bytes.Buffer
 	require.ErrorIs(t, acomm.Stream(nil, gone), fs.ErrInvalid)
 	require.ErrorIs(t, acomm.Stream(&got, nil), fs.ErrInvalid)
 	require.ErrorIs(t, acomm.Stream(&got, gone), fs.ErrNotExist)
 	require.ErrorIs(t, acomm.Stream(&got, &url.URL{Scheme: "gopher", Host: "h"}), errors.ErrUnsupported)
-	require.ErrorIs(t, acomm.Stream(&got, &url.URL{Scheme: "unix", Path: "@x"}), fs.ErrInvalid)
+	require.ErrorIs(t, acomm.Stream(&got, unixURL("@x")), fs.ErrInvalid)
 
 	tracker := newTracker(t)
 	u, err := tracker.NewStreamUnix("", bytesSource(make([]byte, 1<<20)))

@@ -74,8 +74,8 @@ func TestTracker_PayloadsStayOutOfTheLog(t *testing.T) {
 		`"` + secret + `"`,
 		secret,
 	} {
-		conn := dialTracker(t, tracker)
-		_, err := conn.Write(frameOf(text))
+		conn := dial(t, tracker.Addr())
+		_, err := conn.Write(plainFrame(text))
 		require.NoError(t, err)
 		_, err = io.ReadAll(conn)
 		require.NoError(t, err)

@@ -33,7 +33,7 @@ func TestTracker_SilentPeerIsClosedInTime(t *testing.T) {
 	tracker.SetExchangeTimeout(10 * time.Millisecond)
 	require.NoError(t, tracker.Start())
 	t.Cleanup(tracker.Stop)
-	silent, half := dialTracker(t, tracker), dialTracker(t, tracker)
+	silent, half := dial(t, tracker.Addr()), dial(t, tracker.Addr())
 	_, _ = half.Write([]byte{0, 0}) // fails if the time is up already
 	requireClosed(t, silent)
 	requireClosed(t, half)
@@ -100,27 +100,22 @@ func TestTracker_UnknownIDIsAcknowledgedLoggedDropped(t *testing.T) {
 	require.Contains(t, log.String(), "addr="+tracker.Addr())
 }
 
-// frameOf returns the text as a frame.
-func frameOf(text string) []byte {
-	return append(binary.BigEndian.AppendUint32(nil, uint32(len(text))), text...)
-}
-
 func TestTracker_BrokenFrameIsAnsweredByClosing(t *testing.T) {
 	for name, frame := range map[string][]byte{
 		"nothing":        {},
 		"half a header":  {0, 0},
-		"cut payload":    frameOf(`{"id":"x"}`)[:8],
-		"empty payload":  frameOf(""),
-		"bad JSON":       frameOf(`{"id":`),
-		"not an object":  frameOf(`["id"]`),
-		"a wrong member": frameOf(`{"id":7}`),
-		"not a URL":      frameOf(`{"id":"x","stream_url":"http://%zz"}`),
+		"cut payload":    plainFrame(`{"id":"x"}`)[:8],
+		"empty payload":  plainFrame(""),
+		"bad JSON":       plainFrame(`{"id":`),
+		"not an object":  plainFrame(`["id"]`),
+		"a wrong member": plainFrame(`{"id":7}`),
+		"not a URL":      plainFrame(`{"id":"x","stream_url":"http://%zz"}`),
 		"too large":      binary.BigEndian.AppendUint32(nil, acomm.MaxPayload+1),
 		"4 GiB":          {255, 255, 255, 255},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tracker := newTracker(t)
-			conn := dialTracker(t, tracker)
+			conn := dial(t, tracker.Addr())
 			_, err := conn.Write(frame)
 			require.NoError(t, err)
 			if !strings.HasPrefix(name, "too") && name != "4 GiB" { // these are refused without an end
@@ -141,8 +136,8 @@ func TestTracker_NullFrameIsAnEmptyResponse(t *testing.T) {
 	require.NoError(t, tracker.TrackRequest(req, patience))
 	log := captureLog(t)
 	for _, text := range []string{"null", "{}", `{"id":null,"result":null,"error":null,"stream_url":null}`} {
-		conn := dialTracker(t, tracker)
-		_, err := conn.Write(frameOf(text))
+		conn := dial(t, tracker.Addr())
+		_, err := conn.Write(plainFrame(text))
 		require.NoError(t, err)
 		var ack acomm.Response
 		require.NoError(t, acomm.UnmarshalConnData(conn, &ack))

@@ -68,7 +68,7 @@ func TestTracker_RestartsOnTheSamePath(t *testing.T) {
 			for range 3 {
 				require.NoError(t, tracker.Start())
 				require.Equal(t, addr, tracker.Addr())
-				require.Equal(t, &url.URL{Scheme: "unix", Path: addr}, tracker.URL())
+				require.Equal(t, unixURL(addr), tracker.URL())
 				requireWorking(t, tracker)
 				tracker.Stop()
 				require.NoFileExists(t, addr)
@@ -197,7 +197,7 @@ func TestTracker_StopEndsWithTheTimeouts(t *testing.T) {
 // ever.
 func TestTracker_StopDoesNotWaitForSilentPeers(t *testing.T) {
 	tracker := newTracker(t)
-	silent, half := dialTracker(t, tracker), dialTracker(t, tracker)
+	silent, half := dial(t, tracker.Addr()), dial(t, tracker.Addr())
 	_, err := half.Write([]byte{0, 0, 0, 9, '{'})
 	require.NoError(t, err)
 	requireWorking(t, tracker)
@@ -279,7 +279,7 @@ func TestTracker_StopWaitsForStreamsThatMove(t *testing.T) {
 	src := newSource()
 	u, err := tracker.NewStreamUnix("", src)
 	require.NoError(t, err)
-	conn := dialStream(t, u)
+	conn := dial(t, u.Path)
 	_, err = src.feed.Write([]byte("a"))
 	require.NoError(t, err)
 	stopped := async(tracker.Stop)
@@ -312,7 +312,7 @@ func TestTracker_StopCutsOffStreamsThatStall(t *testing.T) {
 		src := newSource()
 		u, err := tracker.NewStreamUnix("", src)
 		require.NoError(t, err)
-		prepare(src, dialStream(t, u))
+		prepare(src, dial(t, u.Path))
 		within(t, async(tracker.Stop), "Stop")
 		src.requireClosedOnce(t)
 	}
@@ -352,7 +352,7 @@ func TestTracker_StopLetsAWholeStreamEnd(t *testing.T) {
 	src := slowToClose{newSource(), make(chan struct{}), make(chan struct{})}
 	u, err := tracker.NewStreamUnix("", src)
 	require.NoError(t, err)
-	conn := dialStream(t, u)
+	conn := dial(t, u.Path)
 	_, err = conn.Write([]byte{0})
 	require.NoError(t, err)
 	_, err = src.feed.Write([]byte("x"))
@@ -398,7 +398,7 @@ func TestTracker_StopDoesNotHangOnAStubbornSource(t *testing.T) {
 	src := stubborn{make(chan struct{}), make(chan struct{})}
 	u, err := tracker.NewStreamUnix("", src)
 	require.NoError(t, err)
-	dialStream(t, u)
+	dial(t, u.Path)
 	within(t, src.reading, "the first read")
 	within(t, async(tracker.Stop), "Stop")
 	require.Contains(t, lines.String(), "does not return from Read")

@@ -20,7 +20,7 @@ func TestUnixListener_AcceptsAsManyAsItsLimit(t *testing.T) {
 	for range 2 { // the second run has the whole limit again
 		require.NoError(t, ul.Start())
 		for range limit {
-			dial(t, ul)
+			dial(t, ul.Addr())
 		}
 		var conns []net.Conn
 		for range limit {

@@ -7,7 +7,6 @@ import (
 	"io"
 	"io/fs"
 	"net"
-	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -28,7 +27,7 @@ func TestUnixListener_RelativePathKeepsAddrAndGetsAbsoluteURL(t *testing.T) {
 	t.Chdir(dir)
 	ul := acomm.NewUnixListener("sub/../s.sock", 0)
 	require.Equal(t, "sub/../s.sock", ul.Addr())
-	require.Equal(t, &url.URL{Scheme: "unix", Path: filepath.Join(dir, "s.sock")}, ul.URL())
+	require.Equal(t, unixURL(filepath.Join(dir, "s.sock")), ul.URL())
 
 	// It is the directory of then that counts.
 	t.Chdir(shortDir(t))
@@ -113,7 +112,7 @@ func TestUnixListener_OneOfManyStartsWins(t *testing.T) {
 
 func TestUnixListener_StartWhileStoppingIsAnError(t *testing.T) {
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
-	dial(t, ul)
+	dial(t, ul.Addr())
 	conn := take(t, ul)
 	stopped := async(func() { ul.Stop(0) })
 	require.Nil(t, ul.NextConn(), "Stop has begun")
@@ -159,7 +158,7 @@ func TestUnixListener_StopWithoutARunDoesNoHarm(t *testing.T) {
 func TestUnixListener_SecondStopWaitsForTheFirst(t *testing.T) {
 	// Known fault: two calls of Stop panicked, or the second didn't wait.
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
-	dial(t, ul)
+	dial(t, ul.Addr())
 	conn := take(t, ul)
 
 	const callers = 5
@@ -236,7 +235,7 @@ func TestUnixListener_StopHandsOutWhatWasAccepted(t *testing.T) {
 	const number = 3
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
 	for i := range number {
-		_, err := dial(t, ul).Write([]byte{byte(i)})
+		_, err := dial(t, ul.Addr()).Write([]byte{byte(i)})
 		require.NoError(t, err)
 	}
 	awaitAccepted(t, ul, number)
@@ -269,7 +268,7 @@ func TestUnixListener_StopHandsOutWhatWasAccepted(t *testing.T) {
 func TestUnixListener_StopClosesWhatIsOpenAfterItsTimeout(t *testing.T) {
 	// Known fault: the timeout was ignored, one silent peer blocked Stop for ever.
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
-	peers := []net.Conn{dial(t, ul), dial(t, ul)}
+	peers := []net.Conn{dial(t, ul.Addr()), dial(t, ul.Addr())}
 	awaitAccepted(t, ul, len(peers))
 	taken := take(t, ul) // the other one nobody takes
 	read := make(chan error)
@@ -295,7 +294,7 @@ func TestUnixListener_StopClosesWhatIsOpenAfterItsTimeout(t *testing.T) {
 
 func TestUnixListener_StopReturnsBeforeItsTimeoutWhenAllIsDone(t *testing.T) {
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
-	dial(t, ul)
+	dial(t, ul.Addr())
 	conn := take(t, ul)
 	stopped := async(func() { ul.Stop(100 * patience) })
 	awaitBlocked(t, "acomm.(*UnixListener).Stop", 1)
@@ -305,7 +304,7 @@ func TestUnixListener_StopReturnsBeforeItsTimeoutWhenAllIsDone(t *testing.T) {
 
 func TestUnixListener_StopWithANegativeTimeoutWaits(t *testing.T) {
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
-	peer := dial(t, ul)
+	peer := dial(t, ul.Addr())
 	conn := take(t, ul)
 	stopped := async(func() { ul.Stop(-time.Second) })
 	awaitBlocked(t, "acomm.(*UnixListener).Stop", 1)
@@ -330,7 +329,7 @@ func TestUnixListener_DoneConnIgnoresWhatIsNotItsOwn(t *testing.T) {
 	dir := shortDir(t)
 	ul := startListener(t, filepath.Join(dir, "s.sock"), 0)
 	other := startListener(t, filepath.Join(dir, "other.sock"), 0)
-	peer, otherPeer := dial(t, ul), dial(t, other)
+	peer, otherPeer := dial(t, ul.Addr()), dial(t, other.Addr())
 	conn, foreign := take(t, ul), take(t, other)
 	near, far := net.Pipe()
 	defer near.Close()
@@ -376,11 +375,11 @@ func TestUnixListener_DoneConnIgnoresWhatIsNotItsOwn(t *testing.T) {
 
 func TestUnixListener_DoneConnOfAnEarlierRunIsIgnored(t *testing.T) {
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
-	dial(t, ul)
+	dial(t, ul.Addr())
 	old := take(t, ul)
 	ul.Stop(time.Nanosecond)
 	require.NoError(t, ul.Start())
-	peer := dial(t, ul)
+	peer := dial(t, ul.Addr())
 	conn := take(t, ul)
 	stopped := async(func() { ul.Stop(0) })
 	awaitBlocked(t, "acomm.(*UnixListener).Stop", 1)
@@ -398,7 +397,7 @@ func TestUnixListener_DoneConnOfAnEarlierRunIsIgnored(t *testing.T) {
 
 func TestUnixListener_ConnsGiveAccessToTheirSocket(t *testing.T) {
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
-	dial(t, ul)
+	dial(t, ul.Addr())
 	conn := take(t, ul)
 	defer ul.DoneConn(conn)
 	raw, ok := conn.(syscall.Conn)
@@ -470,7 +469,7 @@ func TestUnixListener_LeaksNoDescriptors(t *testing.T) {
 		for range n {
 			require.NoError(t, ul.Start())
 			require.NoError(t, exchange(ul, ul.URL()))
-			conn := dial(t, ul)
+			conn := dial(t, ul.Addr())
 			take(t, ul) // nobody is done with it
 			ul.Stop(time.Nanosecond)
 			require.NoError(t, conn.Close())

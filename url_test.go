@@ -61,14 +61,7 @@ func TestSend_PathsBehindUnixSlashSlashAreFound(t *testing.T) {
 }
 
 func TestStream_PathsBehindUnixSlashSlashAreFound(t *testing.T) {
-	coordinator := httptest.NewServer(http.HandlerFunc(acomm.ProxyStreamHandler))
-	defer coordinator.Close()
-	base, err := url.Parse(coordinator.URL + "/stream")
-	require.NoError(t, err)
-	tracker, err := acomm.NewTracker("", base, patience)
-	require.NoError(t, err)
-	require.NoError(t, tracker.Start())
-	t.Cleanup(tracker.Stop)
+	tracker, _ := streamProxy(t)
 	direct := func(addr *url.URL) (*url.URL, error) { return addr, nil }
 	for _, name := range oddNames {
 		t.Run(name, func(t *testing.T) {
@@ -96,9 +89,7 @@ func TestSend_RawPathOfAnotherPathLeadsNowhere(t *testing.T) {
 	other := startListener(t, filepath.Join(dir, "other.sock"), 0)
 	for _, raw := range []string{other.Addr(), strings.Replace(other.Addr(), "other", "o%74her", 1)} {
 		hook := &url.URL{Scheme: "unix", Path: filepath.Join(dir, "allowed.sock"), RawPath: raw}
-		ctx, cancel := context.WithTimeout(t.Context(), patience)
-		defer cancel()
-		require.ErrorIs(t, acomm.SendContext(ctx, hook, 1), fs.ErrNotExist)
+		require.ErrorIs(t, sendSoon(hook, 1, patience), fs.ErrNotExist)
 		require.ErrorIs(t, acomm.Stream(io.Discard, hook), fs.ErrNotExist)
 	}
 }
@@ -201,7 +192,7 @@ func TestUnixHook_IsAnAbsolutePathAndNothingElse(t *testing.T) {
 		require.ErrorIs(t, acomm.Send(addr, &acomm.Response{ID: "1"}), fs.ErrInvalid)
 		require.ErrorIs(t, acomm.Stream(&bytes.Buffer{}, addr), fs.ErrInvalid)
 	}
-	req := &acomm.Request{ID: "1", Task: "task", ResponseHook: &url.URL{Scheme: "unix", Path: "r.sock"}}
+	req := &acomm.Request{ID: "1", Task: "task", ResponseHook: unixURL("r.sock")}
 	require.ErrorIs(t, req.Validate(), fs.ErrInvalid)
 	require.ErrorIs(t, acomm.Send(tracker.URL(), req), fs.ErrInvalid)
 	require.ErrorIs(t, req.Respond(&acomm.Response{ID: "1"}), fs.ErrInvalid, "it would be taken from the provider's directory")
@@ -230,7 +221,7 @@ func TestURLWithoutASlash_IsRequestedAsItsTextSays(t *testing.T) {
 
 		tracker, err := acomm.NewTracker("", joined, 0)
 		require.NoError(t, err)
-		published, err := tracker.ProxyStreamHTTPURL(&url.URL{Scheme: "unix", Path: "/a"})
+		published, err := tracker.ProxyStreamHTTPURL(unixURL("/a"))
 		require.NoError(t, err)
 		again, err := url.Parse(published.String())
 		require.NoError(t, err)
