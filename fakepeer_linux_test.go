@@ -187,6 +187,23 @@ type rawListener struct {
 	addr *url.URL
 }
 
+// newRawListener lets this process have sessions, too.
+func newRawListener(t testing.TB) *rawListener {
+	t.Helper()
+	processWithSessions(t)
+	return newRawListenerAlone(t)
+}
+
+// newRawListenerAlone is where the test, or another process, sees to that.
+func newRawListenerAlone(t testing.TB) *rawListener {
+	t.Helper()
+	path := filepath.Join(shortDir(t), "s.sock")
+	l, err := net.Listen("unix", path)
+	require.NoError(t, err)
+	t.Cleanup(func() { l.Close() })
+	return &rawListener{t, l, unixURL(path)}
+}
+
 // accept takes a connection and its first message.
 func (l *rawListener) accept() (net.Conn, note) {
 	l.t.Helper()
@@ -270,29 +287,21 @@ func (l *rawListener) serveAlone() note {
 	return n
 }
 
-// newRawListener lets this process have sessions, too.
-func newRawListener(t testing.TB) *rawListener {
-	t.Helper()
-	processWithSessions(t)
-	return newRawListenerAlone(t)
-}
-
-// newRawListenerAlone is where the test, or another process, sees to that.
-func newRawListenerAlone(t testing.TB) *rawListener {
-	t.Helper()
-	path := filepath.Join(shortDir(t), "s.sock")
-	l, err := net.Listen("unix", path)
-	require.NoError(t, err)
-	t.Cleanup(func() { l.Close() })
-	return &rawListener{t, l, unixURL(path)}
-}
-
 // rawB is a test that plays B.
 type rawB struct {
 	l *rawListener // of B
 	s *noteService // of A
 	x net.Conn
 	y *net.UnixConn
+}
+
+func newRawB(t testing.TB, how map[string]handling) *rawB {
+	t.Helper()
+	b := &rawB{l: newRawListener(t)}
+	b.s = startNotes(t, filepath.Join(shortDir(t), "a.sock"), 0, how)
+	b.x = b.l.openWith(greaterToken)
+	b.openY(t)
+	return b
 }
 
 // openY opens Y, and has an exchange there: so the greeting was read.
@@ -331,15 +340,6 @@ func (b *rawB) requireBackward(t testing.TB) {
 	require.NoError(t, within(t, sent, "the acknowledgement"))
 }
 
-func newRawB(t testing.TB, how map[string]handling) *rawB {
-	t.Helper()
-	b := &rawB{l: newRawListener(t)}
-	b.s = startNotes(t, filepath.Join(shortDir(t), "a.sock"), 0, how)
-	b.x = b.l.openWith(greaterToken)
-	b.openY(t)
-	return b
-}
-
 // rawA is a test that plays A.
 type rawA struct {
 	l    *rawListener // of A, the hook
@@ -347,6 +347,15 @@ type rawA struct {
 	x    *net.UnixConn
 	y    net.Conn
 	last uint32 // number of the last request
+}
+
+func newRawA(t testing.TB) *rawA {
+	t.Helper()
+	a := &rawA{l: newRawListener(t)}
+	a.r = startResponder(t, respond, nil)
+	a.y = a.l.open()
+	a.x = openRaw(t, a.r.Addr())
+	return a
 }
 
 // request sends one on X and reads its acknowledgement.
@@ -382,13 +391,4 @@ func (a *rawA) requireTarget(t testing.TB) {
 	t.Helper()
 	require.Equal(t, string(targetFrame(fileAt(t, a.l.addr.Path))[8:]), requireFrame(t, a.x, frameTarget, 0))
 	require.True(t, acomm.SessionTo(a.l.addr.Path).Carried)
-}
-
-func newRawA(t testing.TB) *rawA {
-	t.Helper()
-	a := &rawA{l: newRawListener(t)}
-	a.r = startResponder(t, respond, nil)
-	a.y = a.l.open()
-	a.x = openRaw(t, a.r.Addr())
-	return a
 }

@@ -157,6 +157,14 @@ type forwardHook struct {
 	bodies chan []byte // every body it was sent
 }
 
+// newForwardHook starts a hook that answers as the handler does; nil accepts.
+func newForwardHook(t testing.TB, answer http.HandlerFunc) *forwardHook {
+	t.Helper()
+	hook := &forwardHook{bodies: make(chan []byte, 100)}
+	hook.url = httpPeer(t, hook.handler(answer))
+	return hook
+}
+
 func (h *forwardHook) handler(answer http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		body, err := io.ReadAll(r.Body)
@@ -171,14 +179,6 @@ func (h *forwardHook) handler(answer http.HandlerFunc) http.HandlerFunc {
 			answer(w, r)
 		}
 	}
-}
-
-// newForwardHook starts a hook that answers as the handler does; nil accepts.
-func newForwardHook(t testing.TB, answer http.HandlerFunc) *forwardHook {
-	t.Helper()
-	hook := &forwardHook{bodies: make(chan []byte, 100)}
-	hook.url = httpPeer(t, hook.handler(answer))
-	return hook
 }
 
 // unboundPort reserves a TCP port where nobody listens until listen is called.
@@ -229,22 +229,6 @@ type victim struct {
 	accepted atomic.Int64
 }
 
-// requireUntouched fails if anybody else has connected. Connections are accepted
-// in their order, so ours is the last.
-func (v *victim) requireUntouched() {
-	v.t.Helper()
-	conn, err := net.Dial(v.listener.Addr().Network(), v.listener.Addr().String())
-	require.NoError(v.t, err)
-	defer conn.Close()
-	if v.url.Scheme == "http" {
-		_, err := io.WriteString(conn, "GET / HTTP/1.0\r\n\r\n")
-		require.NoError(v.t, err)
-	}
-	got, _ := io.ReadAll(conn)
-	require.Contains(v.t, string(got), secret)
-	require.EqualValues(v.t, 1, v.accepted.Load(), "%s was connected to", v.url)
-}
-
 func newVictim(t testing.TB, network, address string) *victim {
 	t.Helper()
 	l, err := net.Listen(network, address)
@@ -265,15 +249,42 @@ func newVictim(t testing.TB, network, address string) *victim {
 	return v
 }
 
+// requireUntouched fails if anybody else has connected. Connections are accepted
+// in their order, so ours is the last.
+func (v *victim) requireUntouched() {
+	v.t.Helper()
+	conn, err := net.Dial(v.listener.Addr().Network(), v.listener.Addr().String())
+	require.NoError(v.t, err)
+	defer conn.Close()
+	if v.url.Scheme == "http" {
+		_, err := io.WriteString(conn, "GET / HTTP/1.0\r\n\r\n")
+		require.NoError(v.t, err)
+	}
+	got, _ := io.ReadAll(conn)
+	require.Contains(v.t, string(got), secret)
+	require.EqualValues(v.t, 1, v.accepted.Load(), "%s was connected to", v.url)
+}
+
 // serveAll acknowledges everything that can be read.
 func serveAll(ul *acomm.UnixListener) {
-	for conn := ul.NextConn(); conn != nil; conn = ul.NextConn() {
-		var message json.RawMessage
-		if err := acomm.UnmarshalConnData(conn, &message); err == nil {
-			_ = acomm.SendConnData(conn, &acomm.Response{})
-		}
-		ul.DoneConn(conn)
+	for serveOne(ul) {
+		continue
 	}
+}
+
+// serveOne acknowledges the next message, if it can be read. It reports whether there was
+// a connection.
+func serveOne(ul *acomm.UnixListener) bool {
+	conn := ul.NextConn()
+	if conn == nil {
+		return false
+	}
+	defer ul.DoneConn(conn)
+	var message json.RawMessage
+	if acomm.UnmarshalConnData(conn, &message) == nil {
+		_ = acomm.SendConnData(conn, &acomm.Response{})
+	}
+	return true
 }
 
 // takeRequest reads a request from the connection, does what is to be done
@@ -449,6 +460,25 @@ func receive2016(name string, handle func(response2016)) *url.URL {
 		_ = write2016(conn, response2016{})
 		handle(resp)
 	})
+}
+
+// serveOnce2016 serves one connection on a socket, and closes the channel.
+func serveOnce2016(name string, handle func(*net.UnixConn)) (*url.URL, <-chan struct{}) {
+	path := filepath.Join(os.TempDir(), name+".sock")
+	l, err := net.Listen("unix", path)
+	orExit(err)
+	return unixURL(path), async(func() {
+		conn, err := l.Accept()
+		l.Close()
+		orExit(err)
+		defer conn.Close()
+		handle(conn.(*net.UnixConn))
+	})
+}
+
+// stream2016 serves a stream to one consumer.
+func stream2016(name string, src io.Reader) (*url.URL, <-chan struct{}) {
+	return serveOnce2016(name, func(conn *net.UnixConn) { _, _ = io.Copy(conn, src) })
 }
 
 // consumer2016 is one that knows only the protocol of 2016: it sends nothing and

@@ -26,10 +26,7 @@ func init() {
 	roles["fault service"] = faultService
 }
 
-const (
-	fewDescriptors = 64
-	manyPeers      = 300
-)
+const manyPeers = 300
 
 // faultFewDescriptors is a service whose descriptors run out. It prints how long
 // it took to log as often as it is told to that they have, and what that cost,
@@ -42,10 +39,7 @@ func faultFewDescriptors() {
 		lines.add()
 		return len(p), nil
 	}))
-	var limit syscall.Rlimit
-	orExit(syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
-	limit.Cur = fewDescriptors
-	orExit(syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit))
+	leaveFewDescriptors()
 
 	stop := startFewDescriptors()
 	fmt.Println("ready")
@@ -223,6 +217,13 @@ type remoteService struct {
 	exchanges int
 }
 
+func startService(t testing.TB, kind, path string) *remoteService {
+	t.Helper()
+	s := &remoteService{process: startProcess(t, "fault service", "KIND="+kind, "SOCKET="+path)}
+	s.addr = s.ReadLine()
+	return s
+}
+
 func (s *remoteService) command(line, answer string) {
 	s.t.Helper()
 	require.NoError(s.t, s.WriteLine(line))
@@ -251,13 +252,6 @@ func (s *remoteService) inUseOrDone(how string) string {
 		return "in use"
 	}
 	return "done"
-}
-
-func startService(t testing.TB, kind, path string) *remoteService {
-	t.Helper()
-	s := &remoteService{process: startProcess(t, "fault service", "KIND="+kind, "SOCKET="+path)}
-	s.addr = s.ReadLine()
-	return s
 }
 
 func TestFault_RemovedDirectoryIsMadeAgain(t *testing.T) {

@@ -30,16 +30,6 @@ type refusals struct {
 	addrs map[string]chan struct{}
 }
 
-// of returns the channel that has a value for each refusal at the address.
-func (r *refusals) of(addr string) chan struct{} {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.addrs[addr] == nil {
-		r.addrs[addr] = make(chan struct{}, 1000)
-	}
-	return r.addrs[addr]
-}
-
 func watchRefusals(t testing.TB) *refusals {
 	r := &refusals{addrs: make(map[string]chan struct{})}
 	transport := http.DefaultTransport.(*http.Transport).Clone()
@@ -54,6 +44,16 @@ func watchRefusals(t testing.TB) *refusals {
 	t.Cleanup(transport.CloseIdleConnections)
 	replaceTransport(t, transport)
 	return r
+}
+
+// of returns the channel that has a value for each refusal at the address.
+func (r *refusals) of(addr string) chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.addrs[addr] == nil {
+		r.addrs[addr] = make(chan struct{}, 1000)
+	}
+	return r.addrs[addr]
 }
 
 func TestForward_WaitsForAHookThatNobodyServesYet(t *testing.T) {

@@ -16,16 +16,9 @@ import (
 	"github.com/mistifyio/acomm"
 )
 
-// sendAtOnce sends a number of payloads and waits until all are acknowledged.
-func sendAtOnce(t testing.TB, addr *url.URL, number int) {
+func sendNumbers(t testing.TB, addr *url.URL, number int) {
 	t.Helper()
-	errs := make(chan error, number)
-	for i := range number {
-		go func() { errs <- acomm.Send(addr, i) }()
-	}
-	for range number {
-		require.NoError(t, within(t, errs, "the acknowledgement"))
-	}
+	sendAtOnce(t, addr, number, func(i int) any { return i })
 }
 
 // countingHook is a hook that takes so long, and counts its connections.
@@ -60,7 +53,7 @@ func TestSend_BurstsKeepTheirConnectionsHoweverSlowTheHookIs(t *testing.T) {
 				bursts = 10
 			}
 			for range bursts {
-				sendAtOnce(t, addr, 32)
+				sendNumbers(t, addr, 32)
 			}
 			require.LessOrEqual(t, opened.load(), acomm.MaxPosts)
 		})
@@ -87,10 +80,10 @@ func TestSend_AHookThatHangsTakesItsShareAndNoMore(t *testing.T) {
 	newTransport(t)
 	const number = 3 * acomm.MaxPosts
 	hung, arrived, answer := hangingHook(t)
-	sent := async(func() { sendAtOnce(t, hung, number) })
+	sent := async(func() { sendNumbers(t, hung, number) })
 	requireReached(t, arrived, acomm.MaxPosts, "the hook that hangs")
 	healthy := httpPeer(t, func(http.ResponseWriter, *http.Request) {})
-	sendAtOnce(t, healthy, 200)
+	sendNumbers(t, healthy, 200)
 	require.Equal(t, acomm.MaxPosts, arrived.load(), "the others wait")
 	answer()
 	within(t, sent, "the hook that hung")
@@ -102,7 +95,7 @@ func TestSend_AHookThatHangsTakesItsShareAndNoMore(t *testing.T) {
 func TestSend_WaitingForATurnEndsInTime(t *testing.T) {
 	newTransport(t)
 	hung, arrived, answer := hangingHook(t)
-	sent := async(func() { sendAtOnce(t, hung, acomm.MaxPosts) })
+	sent := async(func() { sendNumbers(t, hung, acomm.MaxPosts) })
 	requireReached(t, arrived, acomm.MaxPosts, "the hook")
 	err := sendSoon(hung, 1, 20*time.Millisecond)
 	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
@@ -122,7 +115,7 @@ func TestSend_MoreIdleConnectionsAreMorePosts(t *testing.T) {
 			set(newTransport(t))
 			var missing sync.WaitGroup
 			missing.Add(number)
-			sendAtOnce(t, httpPeer(t, func(http.ResponseWriter, *http.Request) {
+			sendNumbers(t, httpPeer(t, func(http.ResponseWriter, *http.Request) {
 				missing.Done()
 				missing.Wait()
 			}), number)

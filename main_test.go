@@ -422,6 +422,19 @@ func sendWithin(addr *url.URL, payload any, d time.Duration) <-chan error {
 	return sent
 }
 
+// sendAtOnce sends a number of payloads at the same time, and waits until all are
+// acknowledged.
+func sendAtOnce(t testing.TB, addr *url.URL, number int, payload func(i int) any) {
+	t.Helper()
+	errs := make(chan error, number)
+	for i := range number {
+		go func() { errs <- acomm.Send(addr, payload(i)) }()
+	}
+	for range number {
+		require.NoError(t, within(t, errs, "an acknowledgement"))
+	}
+}
+
 // sendAsync sends from a goroutine.
 func sendAsync(addr *url.URL, payload any) <-chan error {
 	sent := make(chan error, 1)

@@ -13,8 +13,6 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
-	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -235,7 +233,9 @@ func provider2016() {
 		case taskFail:
 			resp.Error = text
 		case taskStream:
-			resp.StreamURL = stream2016(*req.Args)
+			var size int64
+			orExit(json.Unmarshal(*req.Args, &size))
+			resp.StreamURL, _ = stream2016(rand.Text(), newPatternSource(whole(size), nil))
 			fallthrough
 		default:
 			resp.Result = req.Args
@@ -244,23 +244,6 @@ func provider2016() {
 	}))
 	for range commands {
 	}
-}
-
-// stream2016 serves a stream to one consumer.
-func stream2016(size json.RawMessage) *url.URL {
-	n, err := strconv.ParseInt(string(size), 10, 64)
-	orExit(err)
-	path := filepath.Join(os.TempDir(), rand.Text()+".sock")
-	l, err := net.Listen("unix", path)
-	orExit(err)
-	go func() {
-		conn, err := l.Accept()
-		orExit(err)
-		defer conn.Close()
-		l.Close()
-		_, _ = io.Copy(conn, newPatternSource(whole(n), nil))
-	}()
-	return unixURL(path)
 }
 
 func coordinator2016() {

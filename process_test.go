@@ -214,3 +214,13 @@ func orExit(err error) {
 		os.Exit(1)
 	}
 }
+
+const fewDescriptors = 64
+
+// leaveFewDescriptors leaves a process few descriptors.
+func leaveFewDescriptors() {
+	var limit syscall.Rlimit
+	orExit(syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
+	limit.Cur = fewDescriptors
+	orExit(syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit))
+}

@@ -11,7 +11,6 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -219,30 +218,23 @@ func TestProxyStreamHandler_EveryTamperedByteIsRefused(t *testing.T) {
 	require.Equal(t, 200, call(text, signature), "as it was published")
 }
 
+func init() { roles["signer"] = signer }
+
+// signer prints the signature of an address.
+func signer() {
+	addr, err := url.Parse(os.Getenv("ADDRESS"))
+	orExit(err)
+	tracker, err := acomm.NewTracker("", &url.URL{Scheme: "http", Host: "h"}, 0)
+	orExit(err)
+	u, err := tracker.ProxyStreamHTTPURL(addr)
+	orExit(err)
+	fmt.Println(u.Query().Get("signature"))
+}
+
 // signElsewhere has another process of this very program sign the address.
 func signElsewhere(t testing.TB, addr *url.URL) string {
 	t.Helper()
-	cmd := exec.Command(os.Args[0], "-test.run=^TestSecurity_SignsElsewhere$")
-	cmd.Env = append(os.Environ(), "ACOMM_TEST_SIGN="+addr.String(),
-		"GORACE=atexit_sleep_ms=0 "+os.Getenv("GORACE")) // the race detector would take a second to end
-	out, err := cmd.CombinedOutput()
-	require.NoError(t, err, "%s", out)
-	_, signature, found := strings.Cut(string(out), "signature: ")
-	require.True(t, found, "%s", out)
-	return strings.Fields(signature)[0]
-}
-
-// TestSecurity_SignsElsewhere is no test: it is what signElsewhere runs.
-func TestSecurity_SignsElsewhere(t *testing.T) {
-	text := os.Getenv("ACOMM_TEST_SIGN")
-	if text == "" {
-		t.Skip("runs in a process of its own, started by other tests")
-	}
-	addr, err := url.Parse(text)
-	require.NoError(t, err)
-	tracker, err := acomm.NewTracker("", &url.URL{Scheme: "http", Host: "h"}, 0)
-	require.NoError(t, err)
-	fmt.Println("signature:", signatureIn(t, tracker, addr))
+	return startProcess(t, "signer", "ADDRESS="+addr.String()).ReadLine()
 }
 
 func TestProxyStreamHTTPURL_EachProcessHasAKeyOfItsOwn(t *testing.T) {

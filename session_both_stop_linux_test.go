@@ -42,12 +42,7 @@ func TestSessionBoth_ListenerOutOfTimeSaysWhatWasHandedOut(t *testing.T) {
 	l, ul := newRawListener(t), startListener(t, filepath.Join(shortDir(t), "a.sock"), 0)
 	b := &rawB{l: l, x: l.openWith(greaterToken), y: openRawWith(t, ul.Addr(), greaterToken)}
 	await(t, "the session", func() bool { return acomm.SessionTo(ul.Addr()).Accepted == 1 })
-	first := async(func() {
-		conn := ul.NextConn()
-		_ = acomm.UnmarshalConnData(conn, &note{})
-		_ = acomm.SendConnData(conn, &acomm.Response{})
-		ul.DoneConn(conn)
-	})
+	first := async(func() { serveOne(ul) })
 	b.settle(t, b.y, 1)
 	within(t, first, "the first exchange")
 	b.l.write(b.x, targetFrame(fileAt(t, ul.Addr())))

@@ -111,10 +111,7 @@ func FuzzSessionSender(f *testing.F) {
 				text.Data = strings.Repeat("large", 1000) // is not copied
 			}
 			sent := sendAsync(hub.addr, text)
-			kind, got, payload, err := readFrame(conn)
-			require.NoError(t, err)
-			require.Equal(t, []uint32{frameMessage, n}, []uint32{kind, got})
-			require.JSONEq(t, string(encode(text)), payload)
+			require.JSONEq(t, string(encode(text)), requireFrame(t, conn, frameMessage, n))
 			return sent
 		}
 		sent := make(map[uint32]<-chan error)

@@ -167,10 +167,7 @@ func init() { roles["few sender"] = fewSender }
 
 // fewSender has few descriptors, and sends to each of many sockets.
 func fewSender() {
-	var limit syscall.Rlimit
-	orExit(syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
-	limit.Cur = 64
-	orExit(syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit))
+	leaveFewDescriptors()
 	ul := acomm.NewUnixListener(filepath.Join(os.TempDir(), "own.sock"), 0) // so that there are sessions
 	orExit(ul.Start())
 	failed := 0
@@ -197,10 +194,7 @@ func init() { roles["few listener"] = fewListener }
 
 // fewListener serves with few descriptors.
 func fewListener() {
-	var limit syscall.Rlimit
-	orExit(syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
-	limit.Cur = 64
-	orExit(syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit))
+	leaveFewDescriptors()
 	ul := acomm.NewUnixListener(os.Getenv("SOCKET"), 0)
 	orExit(ul.Start())
 	fmt.Println("ready")
@@ -228,7 +222,7 @@ func TestSession_ListenerUsesAnEighthOfItsDescriptors(t *testing.T) {
 			opened++
 		}
 	}
-	require.Equal(t, 64/8, opened)
+	require.Equal(t, fewDescriptors/8, opened)
 	require.NoError(t, acomm.Send(unixURL(socket), note{}), "one who comes after them")
 }
 
@@ -287,12 +281,7 @@ func TestSession_CancelledMessagesAheadOfHandlersAreBounded(t *testing.T) {
 	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 0)
 	require.NoError(t, ul.Start())
 	t.Cleanup(func() { ul.Stop(time.Nanosecond) })
-	go func() { // the first exchange, and no other
-		conn := ul.NextConn()
-		_ = acomm.UnmarshalConnData(conn, &note{})
-		_ = acomm.SendConnData(conn, &acomm.Response{})
-		ul.DoneConn(conn)
-	}()
+	go serveOne(ul) // the first exchange, and no other
 	conn := openRaw(t, ul.Addr())
 	message := strings.Repeat("x", 60<<10)
 	const number = 3 * acomm.MaxInFlightBytes / (60 << 10)

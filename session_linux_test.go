@@ -187,16 +187,12 @@ func TestSession_AFullSocketIsForgotten(t *testing.T) {
 	}
 	ask(1, `{"id":1,"how":"large"}`)
 	awaitBlocked(t, "acomm.(*session).writeRest", 1)
-	_, _, payload, err := readFrame(conn)
-	require.NoError(t, err)
-	require.Greater(t, len(payload), len(text))
+	require.Greater(t, len(requireFrame(t, conn, frameAnswer, 1)), len(text))
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(limit)))
 	require.ErrorIs(t, readOne(conn), os.ErrDeadlineExceeded, "it stays open while the limit passes")
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(patience)))
 	ask(2, `{"id":2}`)
-	_, answered, _, err := readFrame(conn)
-	require.NoError(t, err)
-	require.EqualValues(t, 2, answered)
+	requireFrame(t, conn, frameAnswer, 2)
 	require.NoError(t, conn.Close())
 }
 

@@ -46,6 +46,21 @@ type noteService struct {
 	order []string       // peers as they came
 }
 
+// startNotes starts a listener whose handlers acknowledge, except for notes that
+// say how they are handled.
+func startNotes(t testing.TB, path string, limit int, how map[string]handling) *noteService {
+	t.Helper()
+	s := &noteService{
+		UnixListener: acomm.NewUnixListener(path, limit),
+		peers:        make(map[string]int),
+		ids:          make(map[int]int),
+	}
+	require.NoError(t, s.Start())
+	s.serve(how)
+	t.Cleanup(func() { s.Stop(time.Nanosecond) })
+	return s
+}
+
 func (s *noteService) serve(how map[string]handling) {
 	var handlers sync.WaitGroup
 	s.served = async(func() {
@@ -85,21 +100,6 @@ func (s *noteService) handled(id int) int {
 	return s.ids[id]
 }
 
-// startNotes starts a listener whose handlers acknowledge, except for notes that
-// say how they are handled.
-func startNotes(t testing.TB, path string, limit int, how map[string]handling) *noteService {
-	t.Helper()
-	s := &noteService{
-		UnixListener: acomm.NewUnixListener(path, limit),
-		peers:        make(map[string]int),
-		ids:          make(map[int]int),
-	}
-	require.NoError(t, s.Start())
-	s.serve(how)
-	t.Cleanup(func() { s.Stop(time.Nanosecond) })
-	return s
-}
-
 // openTo sends until there is a session to the listener.
 func openTo(t testing.TB, addr *url.URL) {
 	t.Helper()
@@ -118,13 +118,7 @@ func openTo(t testing.TB, addr *url.URL) {
 // test.
 func sendMany(t testing.TB, addr *url.URL, first, number int) {
 	t.Helper()
-	errs := make(chan error, number)
-	for i := range number {
-		go func() { errs <- acomm.Send(addr, note{ID: first + i}) }()
-	}
-	for range number {
-		require.NoError(t, within(t, errs, "an acknowledgement"))
-	}
+	sendAtOnce(t, addr, number, func(i int) any { return note{ID: first + i} })
 }
 
 // processWithSessions lets this process have sessions while the test runs: it has a
@@ -292,6 +286,16 @@ type sending struct {
 	errs map[int]error // by id
 }
 
+func sendOn(t testing.TB, addr *url.URL, payload func(id int) any) *sending {
+	o := &sending{ended: make(chan struct{}), errs: make(map[int]error)}
+	o.stop = sync.OnceFunc(func() { close(o.ended) })
+	t.Cleanup(o.stop)
+	for range 16 {
+		o.senders.Go(func() { o.send(addr, payload) })
+	}
+	return o
+}
+
 func (o *sending) send(addr *url.URL, payload func(id int) any) {
 	for {
 		select {
@@ -317,16 +321,6 @@ func (o *sending) end(t testing.TB) map[int]error {
 	o.stop()
 	within(t, async(o.senders.Wait), "the senders")
 	return o.errs
-}
-
-func sendOn(t testing.TB, addr *url.URL, payload func(id int) any) *sending {
-	o := &sending{ended: make(chan struct{}), errs: make(map[int]error)}
-	o.stop = sync.OnceFunc(func() { close(o.ended) })
-	t.Cleanup(o.stop)
-	for range 16 {
-		o.senders.Go(func() { o.send(addr, payload) })
-	}
-	return o
 }
 
 func noteOf(id int) any { return note{ID: id} }

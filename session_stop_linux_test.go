@@ -79,10 +79,7 @@ func TestSession_StopWithATimeoutTellsWhatWasNotRead(t *testing.T) {
 	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 0)
 	require.NoError(t, ul.Start())
 	sent := sendAsync(ul.URL(), note{})
-	conn := take(t, ul)
-	require.NoError(t, acomm.UnmarshalConnData(conn, &note{}))
-	require.NoError(t, acomm.SendConnData(conn, &acomm.Response{}))
-	ul.DoneConn(conn)
+	within(t, async(func() { serveOne(ul) }), "the first exchange")
 	require.NoError(t, within(t, sent, "the first"))
 	await(t, "the session", func() bool { return acomm.SessionTo(ul.URL().Path).Open })
 

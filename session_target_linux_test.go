@@ -243,13 +243,7 @@ func init() { roles["isolated sender"] = isolatedSender }
 func isolatedSender() {
 	ul := acomm.NewUnixListener(os.Getenv("SOCKET"), 0)
 	orExit(ul.Start())
-	go func() {
-		for conn := ul.NextConn(); conn != nil; conn = ul.NextConn() {
-			_ = acomm.UnmarshalConnData(conn, &note{})
-			_ = acomm.SendConnData(conn, &acomm.Response{})
-			ul.DoneConn(conn)
-		}
-	}()
+	go serveAll(ul)
 	fmt.Println("ready")
 	for line := range commands {
 		fmt.Println(acomm.Send(unixURL(line), note{}))

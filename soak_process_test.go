@@ -77,6 +77,15 @@ type droppedResponses struct {
 	suppressed int
 }
 
+// watchDropped begins to read the log of this process, until the end is called.
+func watchDropped() (d *droppedResponses, end func()) {
+	d = &droppedResponses{ids: make(map[string]bool)}
+	hooks := logrus.LevelHooks{}
+	hooks.Add(d)
+	old := logrus.StandardLogger().ReplaceHooks(hooks)
+	return d, func() { logrus.StandardLogger().ReplaceHooks(old) }
+}
+
 func (d *droppedResponses) Levels() []logrus.Level { return []logrus.Level{logrus.WarnLevel} }
 
 func (d *droppedResponses) Fire(line *logrus.Entry) error {
@@ -133,15 +142,6 @@ func (d *droppedResponses) readDropped(line string) error {
 		d.ids[id] = true
 	}
 	return nil
-}
-
-// watchDropped begins to read the log of this process, until the end is called.
-func watchDropped() (d *droppedResponses, end func()) {
-	d = &droppedResponses{ids: make(map[string]bool)}
-	hooks := logrus.LevelHooks{}
-	hooks.Add(d)
-	old := logrus.StandardLogger().ReplaceHooks(hooks)
-	return d, func() { logrus.StandardLogger().ReplaceHooks(old) }
 }
 
 // soakProvider prints the number of each request before it acknowledges it. It

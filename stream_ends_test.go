@@ -90,6 +90,10 @@ type patternSource struct {
 	closing sync.Once
 }
 
+func newPatternSource(spec streamSpec, claimed func()) *patternSource {
+	return &patternSource{streamSpec: spec, claimed: claimed, closed: make(chan struct{})}
+}
+
 func (s *patternSource) Read(b []byte) (int, error) {
 	if s.claimed != nil {
 		s.claimed()
@@ -132,10 +136,6 @@ var pattern = sync.OnceValue(func() []byte {
 
 var errDisk = errors.New("disk on fire")
 
-func newPatternSource(spec streamSpec, claimed func()) *patternSource {
-	return &patternSource{streamSpec: spec, claimed: claimed, closed: make(chan struct{})}
-}
-
 // sums has the SHA-256 of each size, once it was asked for.
 var sums sync.Map
 
@@ -155,25 +155,16 @@ func patternSum(size int64) string {
 // soon as the tracker has stopped.
 func streamProvider() {
 	tracker, err := acomm.NewTracker("", nil, 0)
-	if err == nil {
-		err = tracker.Start()
-	}
+	orExit(err)
+	orExit(tracker.Start())
 	var claims sync.WaitGroup
-	for err == nil {
-		line := <-commands
-		if line == "stop" {
-			break
-		}
+	for line := <-commands; line != "stop"; line = <-commands {
 		var spec streamSpec
-		if err = json.Unmarshal([]byte(line), &spec); err == nil {
-			var u *url.URL
-			claims.Add(1)
-			u, err = tracker.NewStreamUnix("", newPatternSource(spec, claims.Done))
-			fmt.Println(u)
-		}
-	}
-	if err != nil {
-		panic(err)
+		orExit(json.Unmarshal([]byte(line), &spec))
+		claims.Add(1)
+		u, err := tracker.NewStreamUnix("", newPatternSource(spec, claims.Done))
+		orExit(err)
+		fmt.Println(u)
 	}
 	claims.Wait()
 	tracker.Stop()
@@ -183,39 +174,28 @@ func streamProvider() {
 // 2016: bare bytes, then the end of the connection, and nothing is read from it.
 // At "listen" instead of a streamSpec it reads after all, to print what came.
 func streamProvider2016() {
-	var serving sync.WaitGroup
-	for i := 0; ; i++ {
-		line := <-commands
-		if line == "stop" {
-			break
-		}
-		path := filepath.Join(os.TempDir(), fmt.Sprintf("stream-%d.sock", i))
-		l, err := net.Listen("unix", path)
-		if err != nil {
-			panic(err)
-		}
-		fmt.Println(unixURL(path))
-		serving.Go(func() {
-			conn, err := l.Accept()
-			l.Close()
-			if err != nil {
-				panic(err)
-			}
-			defer conn.Close()
-			if line == "listen" {
-				_ = conn.(*net.UnixConn).CloseWrite()
+	var serving []<-chan struct{}
+	for line := <-commands; line != "stop"; line = <-commands {
+		var u *url.URL
+		var served <-chan struct{}
+		name := fmt.Sprint("stream-", len(serving))
+		if line == "listen" {
+			u, served = serveOnce2016(name, func(conn *net.UnixConn) {
+				_ = conn.CloseWrite()
 				n, err := io.Copy(io.Discard, conn)
 				fmt.Println(n, err)
-				return
-			}
+			})
+		} else {
 			var spec streamSpec
-			if err := json.Unmarshal([]byte(line), &spec); err != nil {
-				panic(err)
-			}
-			_, _ = io.Copy(conn, newPatternSource(spec, nil))
-		})
+			orExit(json.Unmarshal([]byte(line), &spec))
+			u, served = stream2016(name, newPatternSource(spec, nil))
+		}
+		fmt.Println(u)
+		serving = append(serving, served)
 	}
-	serving.Wait()
+	for _, served := range serving {
+		<-served
+	}
 }
 
 // streamCoordinator publishes each URL it is given over HTTP and prints the
@@ -223,22 +203,14 @@ func streamProvider2016() {
 func streamCoordinator() {
 	server := httptest.NewServer(http.HandlerFunc(acomm.ProxyStreamHandler))
 	base, err := url.Parse(server.URL)
-	if err != nil {
-		panic(err)
-	}
+	orExit(err)
 	tracker, err := acomm.NewTracker("", base, 0)
-	if err != nil {
-		panic(err)
-	}
+	orExit(err)
 	for line := range commands {
 		addr, err := url.Parse(line)
-		if err != nil {
-			panic(err)
-		}
+		orExit(err)
 		u, err := tracker.ProxyStreamHTTPURL(addr)
-		if err != nil {
-			panic(err)
-		}
+		orExit(err)
 		fmt.Println(u)
 	}
 }

@@ -122,10 +122,7 @@ func TestSend_PathOfTheURLComesFirst(t *testing.T) {
 	require.NoError(t, err)
 	sent := make(chan error, 1)
 	go func() { sent <- acomm.Send(addr, &acomm.Response{ID: "1"}) }()
-	conn := take(t, meant)
-	require.NoError(t, acomm.UnmarshalConnData(conn, &acomm.Response{}))
-	require.NoError(t, acomm.SendConnData(conn, &acomm.Response{}))
-	meant.DoneConn(conn)
+	go serveOne(meant)
 	require.NoError(t, within(t, sent, "Send"))
 	other.Stop(0)
 }
