@@ -3,12 +3,10 @@ package acomm_test
 import (
 	"net"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/mistifyio/acomm"
 	"github.com/stretchr/testify/require"
@@ -149,40 +147,4 @@ func TestFault_TrackerStopAccountsForEachExchange(t *testing.T) {
 	t.Logf("stopped %d times; requests in: %d; out: %s; handlers run: %d", rounds, rounds*exchanges, &sends, handlers)
 	require.Equal(t, 2*rounds*exchanges, sends.total())
 	require.Equal(t, handlers, sends.get("acknowledged"))
-}
-
-// Hazard: Stop was told that the last request is gone a moment before it could
-// know that its handler is yet to run.
-func TestFault_TrackerStopWaitsForTheLastHandler(t *testing.T) {
-	rounds := 500
-	if *long {
-		rounds = 20000
-	}
-	tracker, err := acomm.NewTracker(filepath.Join(shortDir(t), "s.sock"), nil, patience)
-	require.NoError(t, err)
-	var handled atomic.Int64
-	count := func(*acomm.Request, *acomm.Response) {
-		for range 100 { // a handler that takes its time
-			runtime.Gosched()
-		}
-		handled.Add(1)
-	}
-	for i := range rounds {
-		require.NoError(t, tracker.Start())
-		req := &acomm.Request{ID: strconv.Itoa(i), SuccessHandler: count, ErrorHandler: count}
-		timeout := patience
-		if i%2 == 0 {
-			timeout = time.Microsecond
-		}
-		require.NoError(t, tracker.TrackRequest(req, timeout))
-		answered := async(func() {
-			if i%2 != 0 {
-				tracker.HandleResponse(&acomm.Response{ID: req.ID})
-			}
-		})
-		tracker.Stop()
-		require.EqualValues(t, i+1, handled.Load(), "Stop returned before the handler")
-		within(t, answered, "the response")
-	}
-	t.Logf("stopped %d times; requests in: %d; handlers run: %d", rounds, rounds, handled.Load())
 }

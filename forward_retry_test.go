@@ -125,38 +125,6 @@ func TestForward_TriesAgainWhenToldTo(t *testing.T) {
 	}
 }
 
-// Hazard: a gateway has passed the response on, and answers 503 because what came back
-// broke off: the hook handles it three times.
-func TestForward_A503WithoutRetryAfterIsNoReasonToTryAgain(t *testing.T) {
-	captureLog(t)
-	for name, test := range map[string]struct {
-		status     int
-		retryAfter string
-		tries      int
-	}{
-		"503":                   {http.StatusServiceUnavailable, "", 1},
-		"503 with a wrong time": {http.StatusServiceUnavailable, "soon", 1},
-		"503 with a time":       {http.StatusServiceUnavailable, "0", 3},
-		"429":                   {http.StatusTooManyRequests, "", 3},
-	} {
-		t.Run(name, func(t *testing.T) {
-			var tries counter
-			hook := httpPeer(t, func(w http.ResponseWriter, _ *http.Request) {
-				tries.add()
-				if tries.load() == 3 {
-					return
-				}
-				if test.retryAfter != "" {
-					w.Header().Set("Retry-After", test.retryAfter)
-				}
-				w.WriteHeader(test.status)
-			})
-			forwardOnce(t, hook)
-			require.Equal(t, test.tries, tries.load())
-		})
-	}
-}
-
 func TestForward_LastAttemptIsAtTheDeadline(t *testing.T) {
 	const timeout = 400 * time.Millisecond
 	for name, last := range map[string]int{"back": http.StatusOK, "not back": http.StatusServiceUnavailable} {
@@ -260,6 +228,13 @@ func TestForward_WhatMayHaveArrivedIsNotSentAgain(t *testing.T) {
 		"302": {func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, "/elsewhere", http.StatusFound)
 		}, "302 Found"},
+		"503 of a gateway, which has passed it on": {func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}, "503 Service Unavailable"},
+		"503 with a wrong Retry-After": {func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Retry-After", "soon")
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}, "503 Service Unavailable"},
 		"502 with Retry-After": {func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Retry-After", "0")
 			w.WriteHeader(http.StatusBadGateway)

@@ -240,7 +240,7 @@ func TestHostile_ForgedResponseIsDropped(t *testing.T) {
 
 func TestHostile_ReplayedResponseRunsTheHandlerOnce(t *testing.T) {
 	tracker := newTracker(t)
-	for range 10 {
+	for range 100 {
 		req, responses := newRequest(t, tracker.URL(), nil)
 		require.NoError(t, tracker.TrackRequest(req, patience))
 		var replaying sync.WaitGroup

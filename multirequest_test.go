@@ -444,11 +444,3 @@ func TestMultiRequest_ReplacesTheHandlers(t *testing.T) {
 	require.Same(t, resp, allResponses(t, multi)["test"])
 	requireSilent(t, own)
 }
-
-func TestMultiRequest_ZeroValueDoesNotPanic(t *testing.T) {
-	var multi acomm.MultiRequest
-	require.ErrorIs(t, multi.AddRequest("test", &acomm.Request{ID: "id"}), fs.ErrInvalid)
-	multi.RemoveRequest(&acomm.Request{ID: "id"})
-	multi.RemoveRequest(nil)
-	require.Empty(t, allResponses(t, &multi))
-}

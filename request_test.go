@@ -90,18 +90,3 @@ func TestRequest_UnmarshalArgs(t *testing.T) {
 	require.NoError(t, decoded.UnmarshalArgs(&args))
 	require.Nil(t, args)
 }
-
-func TestRequest_HandleResponseWithoutHandlerDoesNothing(t *testing.T) {
-	req := &acomm.Request{ID: "1"}
-	req.HandleResponse(&acomm.Response{})
-	req.HandleResponse(&acomm.Response{Error: fs.ErrNotExist})
-	req.HandleResponse(nil)
-	(*acomm.Request)(nil).HandleResponse(&acomm.Response{})
-}
-
-func TestRequest_RespondRefusesNil(t *testing.T) {
-	hook := unixURL("/a")
-	require.ErrorIs(t, (*acomm.Request)(nil).Respond(&acomm.Response{}), fs.ErrInvalid)
-	require.ErrorIs(t, (&acomm.Request{ResponseHook: hook}).Respond(nil), fs.ErrInvalid)
-	require.ErrorIs(t, (&acomm.Request{ID: "1"}).Respond(&acomm.Response{}), fs.ErrInvalid)
-}

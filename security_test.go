@@ -63,6 +63,12 @@ func TestProxyStreamHandler_AttacksAreRefused(t *testing.T) {
 		want  int
 	}
 	rows := map[string]row{
+		"nothing":                            {"", 400},
+		"no address":                         {"addr=", 400},
+		"signature alone":                    {"signature=xx", 400},
+		"address in a broken escape":         {"addr=%zz", 400},
+		"address that is no URL":             {"addr=://", 400},
+		"address in front of a semicolon":    {"addr=a;b=c", 400},
 		"another service's socket":           {addr(other.url.String()), 403},
 		"another service's stream, guessed":  {addr(unix(filepath.Join(dir, strings.Repeat("A", 26)+".eof"))), 403},
 		"internal HTTP":                      {addr(internal.url.String()), 403},
@@ -119,6 +125,7 @@ func TestProxyStreamHandler_AttacksAreRefused(t *testing.T) {
 		"line end":                           {addr("unix://\r\n" + other.url.Path), 400},
 		"space before":                       {addr(" " + unix(other.url.Path)), 400},
 		"host":                               {addr("unix://host" + other.url.Path), 403},
+		"host, signed":                       {signed("unix://host" + published.Path), 403},
 		"host that is the path":              {addr("unix://" + esc(other.url.Path)), 400},
 		"host that is part of the path":      {addr("unix://" + rest), 403},
 		"user":                               {addr("unix://user:password@" + other.url.Path), 403},

@@ -289,12 +289,6 @@ func TestSocket_StopLeavesWhatOthersPutIntoThePrivateDirectory(t *testing.T) {
 	ul.Stop(0)
 	require.NoFileExists(t, ul.Addr())
 	require.FileExists(t, filepath.Join(dir, "file"))
-
-	gone := startListener(t, "", 0)
-	require.NoError(t, os.RemoveAll(filepath.Dir(gone.Addr())))
-	within(t, async(func() { gone.Stop(0) }), "Stop")
-	require.NoError(t, gone.Start())
-	require.NoError(t, exchange(gone, gone.URL()))
 }
 
 func TestSocket_ManyStartAtOnceInOneDirectory(t *testing.T) {

@@ -136,50 +136,6 @@ func TestProxyStreamHandler_RefusesABody(t *testing.T) {
 	require.Equal(t, "still here", string(body))
 }
 
-// Hazard: any unix socket and any internal URL could be read through the handler.
-func TestProxyStreamHandler_ServesWhatThisProcessPublished(t *testing.T) {
-	tracker, server := streamProxy(t)
-	touched := make(chan struct{}, 100)
-	other := unixPeer(t, func(net.Conn) { touched <- struct{}{} })
-	internal := httpPeer(t, func(http.ResponseWriter, *http.Request) { touched <- struct{}{} })
-	signed, err := tracker.ProxyStreamHTTPURL(unixURL("/other"))
-	require.NoError(t, err)
-	signature := signed.Query().Get("signature")
-
-	for query, want := range map[string]int{
-		"":                              400,
-		"addr=":                         400,
-		"addr=%zz":                      400,
-		"addr=://":                      400,
-		"addr=a;b=c":                    400,
-		"signature=xx":                  400,
-		"addr=unix:///a&addr=unix:///b": 400,
-		"addr=unix:///" + strings.Repeat("x", 9<<10):                          400,
-		"addr=" + url.QueryEscape(other.String()):                             403,
-		"addr=" + url.QueryEscape(internal.String()):                          403,
-		"addr=" + url.QueryEscape(other.String()) + "&signature=" + signature: 403,
-		"addr=unix://host/other&signature=" + signature:                       403,
-	} {
-		u, err := url.Parse(server.URL + "/stream")
-		require.NoError(t, err)
-		u.RawQuery = query
-		status, _, err := get(t, u)
-		require.NoError(t, err)
-		require.Equal(t, want, status, query)
-	}
-	require.Empty(t, touched)
-
-	// A stream that a tracker of this process serves needs no signature.
-	addr, err := tracker.NewStreamUnix("", bytesSource([]byte("own")))
-	require.NoError(t, err)
-	u, err := url.Parse(server.URL + "/stream?addr=" + url.QueryEscape(addr.String()))
-	require.NoError(t, err)
-	status, body, err := get(t, u)
-	require.NoError(t, err)
-	require.Equal(t, http.StatusOK, status)
-	require.Equal(t, "own", string(body))
-}
-
 func TestProxyStreamHandler_SourceOverHTTP(t *testing.T) {
 	tracker, _ := streamProxy(t)
 	for status, want := range map[int]int{200: 200, 404: 404, 410: 404, 403: 502, 500: 502} {

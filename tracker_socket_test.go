@@ -63,26 +63,6 @@ func TestTracker_SlowHandlerDelaysNobody(t *testing.T) {
 	releaseOnce()
 }
 
-func TestTracker_SameResponseTwiceOverTheSocketRunsOnce(t *testing.T) {
-	tracker := newTracker(t)
-	for range 100 {
-		req, responses := newRequest(t, tracker.URL(), nil)
-		require.NoError(t, tracker.TrackRequest(req, patience))
-		resp := answerTo(t, req, "once", nil)
-		var senders sync.WaitGroup
-		for range 3 {
-			senders.Go(func() {
-				if err := req.Respond(resp); err != nil {
-					t.Error(err)
-				}
-			})
-		}
-		senders.Wait()
-		within(t, responses, "the response")
-		requireSilent(t, responses)
-	}
-}
-
 func TestTracker_UnknownIDIsAcknowledgedLoggedDropped(t *testing.T) {
 	tracker := newTracker(t)
 	req, responses := newRequest(t, tracker.URL(), nil)

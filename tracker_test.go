@@ -273,23 +273,6 @@ func TestTracker_HandleResponseReturnsAfterTheHandler(t *testing.T) {
 	}
 }
 
-func TestTracker_ZeroValueIsRefused(t *testing.T) {
-	var tracker acomm.Tracker
-	req, _ := newRequest(t, &url.URL{Scheme: "http", Host: "localhost:1"}, nil)
-	require.ErrorIs(t, tracker.Start(), fs.ErrInvalid)
-	require.ErrorIs(t, tracker.TrackRequest(req, patience), net.ErrClosed)
-	_, err := tracker.ProxyUnix(req, patience)
-	require.ErrorIs(t, err, net.ErrClosed)
-	_, err = tracker.NewStreamUnix("", io.NopCloser(strings.NewReader("")))
-	require.ErrorIs(t, err, net.ErrClosed)
-	require.False(t, tracker.RemoveRequest(req))
-	require.Zero(t, tracker.NumRequests())
-	require.Empty(t, tracker.Addr())
-	require.Equal(t, "unix", tracker.URL().Scheme)
-	tracker.HandleResponse(&acomm.Response{ID: req.ID})
-	tracker.Stop()
-}
-
 // Hazard: a request whose id the caller changes could not be found any more, and
 // Stop would wait for it for ever.
 func TestTracker_ChangedRequestStillEnds(t *testing.T) {

@@ -122,16 +122,6 @@ func TestUnixListener_StartWhileStoppingIsAnError(t *testing.T) {
 	require.NoError(t, ul.Start())
 }
 
-func TestUnixListener_ZeroValueDoesNoHarm(t *testing.T) {
-	var ul acomm.UnixListener
-	require.ErrorIs(t, ul.Start(), fs.ErrInvalid)
-	require.Nil(t, ul.NextConn())
-	require.Empty(t, ul.Addr())
-	require.NotNil(t, ul.URL())
-	ul.DoneConn(nil)
-	ul.Stop(0)
-}
-
 func TestUnixListener_StopWithoutARunDoesNoHarm(t *testing.T) {
 	// Known fault: Stop panicked before Start, after a failed one, and a second
 	// time.
@@ -205,14 +195,6 @@ func TestUnixListener_IdleStopIsQuick(t *testing.T) {
 			ul.Stop(0)
 		}
 	}), "60 times Start and Stop")
-}
-
-func TestUnixListener_NextConnWithoutARunIsNil(t *testing.T) {
-	require.Nil(t, new(acomm.UnixListener).NextConn(), "of what can't be started")
-	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 0)
-	require.NoError(t, ul.Start())
-	ul.Stop(0)
-	require.Nil(t, ul.NextConn(), "after Stop")
 }
 
 func TestUnixListener_StopEndsEveryBlockedNextConn(t *testing.T) {
