@@ -384,7 +384,7 @@ func relay(w http.ResponseWriter, host string) {
 
 // Who redirects a post has not kept it, so what follows decides: a hook that nobody can
 // connect to may come back, a redirect that leads nowhere is given up.
-func TestForward_AfterARedirect(t *testing.T) {
+func TestForward_AfterARedirectTheLastHostDecides(t *testing.T) {
 	captureLog(t)
 	nobody, _ := unboundPort(t)
 	for name, test := range map[string]struct {

@@ -55,7 +55,7 @@ func TestProxyUnix_HTTPHookIsReplaced(t *testing.T) {
 	}
 }
 
-func TestProxyUnix_Errors(t *testing.T) {
+func TestProxyUnix_RefusesWhatItCannotTrack(t *testing.T) {
 	tracker, err := acomm.NewTracker("", nil, patience)
 	require.NoError(t, err)
 	hook := &url.URL{Scheme: "http", Host: "localhost:1"}

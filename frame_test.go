@@ -81,7 +81,7 @@ func TestConnData_KeepsTheCallersDeadline(t *testing.T) {
 }
 
 // Hazard: a frame over about 200 KiB, or arriving in pieces, was misread.
-func TestUnmarshalConnData_FrameInPieces(t *testing.T) {
+func TestUnmarshalConnData_FrameInPiecesIsWhole(t *testing.T) {
 	want := strings.Repeat("x", 300<<10)
 	data := plainFrame(`"` + want + `"`)
 	for _, piece := range []int{1, 2, 3, 4, 5, 4095, 4096, 65536, len(data)} {
@@ -108,7 +108,7 @@ func TestUnmarshalConnData_FrameInPieces(t *testing.T) {
 	}
 }
 
-func TestUnmarshalConnData_CutAtEveryByte(t *testing.T) {
+func TestUnmarshalConnData_FrameThatIsCutOffIsAnError(t *testing.T) {
 	data := plainFrame(`{"id":"1"}`)
 	for cut := range data {
 		a, b := connPair(t)

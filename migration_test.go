@@ -20,7 +20,7 @@ import (
 // What the migration notes say of services that were written on the library of 2016.
 
 // What the migration notes say of services that were written on the library of 2016.
-func TestMigrationNotes_MayNeedAChange(t *testing.T) {
+func TestMigrationNotes_SayWhatTheLibraryDoes(t *testing.T) {
 	text := strings.Join(strings.Fields(document(t, "CHANGELOG.md")), " ")
 	_, text, _ = strings.Cut(text, "### What may need a change in a service")
 	notes, _, _ := strings.Cut(text, "###")

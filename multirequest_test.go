@@ -55,7 +55,7 @@ func TestMultiRequest_AnyNumberOfResponsesBeforeAnybodyAsks(t *testing.T) {
 	}
 }
 
-func TestMultiRequest_ThousandRequestsFromManyGoroutines(t *testing.T) {
+func TestMultiRequest_ThousandRequestsFromManyGoroutinesAreAnswered(t *testing.T) {
 	const workers, each = 50, 20
 	tracker := newTracker(t)
 	multi := acomm.NewMultiRequest(tracker, patience)

@@ -474,7 +474,7 @@ func TestPeersOf2016_AreProxied(t *testing.T) {
 
 // Each of many processes has a part in it: as the provider of one requester, and
 // as a requester of one provider.
-func TestPeersOf2016_ManyProcessesAtOnce(t *testing.T) {
+func TestPeersOf2016_ManyProcessesUnderstandEachOther(t *testing.T) {
 	number := full(100, 5)
 	inAllEras(t, func(t *testing.T, requester, provider string) int {
 		var providers []string

@@ -69,7 +69,7 @@ func TestRequest_ValidateNamesWhatIsMissing(t *testing.T) {
 	require.NoError(t, (&acomm.Request{ID: "1", Task: "t", ResponseHook: hook}).Validate())
 }
 
-func TestRequest_UnmarshalArgs(t *testing.T) {
+func TestRequest_UnmarshalArgsReadsThemOrSaysWhyNot(t *testing.T) {
 	req, err := acomm.NewRequest("t", "unix:///a", []int{1, 2}, nil, nil)
 	require.NoError(t, err)
 	var args []int

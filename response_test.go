@@ -41,7 +41,7 @@ func TestNewResponse_RefusesBadInput(t *testing.T) {
 	require.ErrorIs(t, err, fs.ErrInvalid)
 }
 
-func TestResponse_JSONForm(t *testing.T) {
+func TestResponse_JSONHasTheFormOf2016(t *testing.T) {
 	raw := json.RawMessage(`{"a": "<&>"}`)
 	for want, resp := range map[string]*acomm.Response{
 		`{"error":"","id":"","result":null,"stream_url":null}`:                                {},
@@ -110,7 +110,7 @@ func TestResponse_DecodingRefusesBadInput(t *testing.T) {
 	require.ErrorIs(t, (*acomm.Response)(nil).UnmarshalJSON([]byte("{}")), fs.ErrInvalid)
 }
 
-func TestResponse_UnmarshalResult(t *testing.T) {
+func TestResponse_UnmarshalResultReadsItOrSaysWhyNot(t *testing.T) {
 	raw := json.RawMessage(`{"n":1}`)
 	var result struct{ N int }
 	require.NoError(t, (&acomm.Response{Result: &raw}).UnmarshalResult(&result))

@@ -136,7 +136,7 @@ func TestProxyStreamHandler_RefusesABody(t *testing.T) {
 	require.Equal(t, "still here", string(body))
 }
 
-func TestProxyStreamHandler_SourceOverHTTP(t *testing.T) {
+func TestProxyStreamHandler_StatusOfTheSourceDecides(t *testing.T) {
 	tracker, _ := streamProxy(t)
 	for status, want := range map[int]int{200: 200, 404: 404, 410: 404, 403: 502, 500: 502} {
 		peer := httpPeer(t, func(w http.ResponseWriter, _ *http.Request) {

@@ -85,7 +85,7 @@ func TestNewStreamUnix_RefusalLeavesTheSourceToItsOwner(t *testing.T) {
 	require.Empty(t, src.closed)
 }
 
-func TestNewStreamUnix_OneConsumer(t *testing.T) {
+func TestNewStreamUnix_HasOneConsumer(t *testing.T) {
 	tracker := newTracker(t)
 	src := newSource()
 	u, err := tracker.NewStreamUnix("", src)

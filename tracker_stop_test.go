@@ -80,7 +80,7 @@ func TestTracker_RestartsOnTheSamePath(t *testing.T) {
 
 // Hazard: Stop before Start, twice, from two goroutines or after a failed Start
 // panics or hangs.
-func TestTracker_StopAnyTime(t *testing.T) {
+func TestTracker_StopDoesNoHarmAtAnyTime(t *testing.T) {
 	tracker, err := acomm.NewTracker(filepath.Join(t.TempDir(), "tracker.sock"), nil, patience)
 	require.NoError(t, err)
 	within(t, async(tracker.Stop), "Stop before Start")
@@ -241,7 +241,7 @@ func TestTracker_HandlersOfAStoppingTrackerAreRefused(t *testing.T) {
 
 // Hazard: a Stop that ends while another Start and Stop begin closed the channel
 // of the latter.
-func TestTracker_StartsAndStopsFromManyGoroutines(t *testing.T) {
+func TestTracker_StartsAndStopsFromManyGoroutinesDoNoHarm(t *testing.T) {
 	tracker := newTracker(t)
 	var all sync.WaitGroup
 	for range 8 {

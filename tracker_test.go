@@ -160,7 +160,7 @@ func TestTracker_IDsWithTheSameHashAreKeptApart(t *testing.T) {
 	}
 }
 
-func TestTracker_TrackRequestErrors(t *testing.T) {
+func TestTracker_TrackRequestRefusesWhatItCannotTrack(t *testing.T) {
 	tracker, err := acomm.NewTracker("", nil, patience)
 	require.NoError(t, err)
 	req, responses := newRequest(t, tracker.URL(), nil)
