@@ -6,7 +6,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
-	"os"
 	"sync"
 	"testing"
 	"time"
@@ -88,20 +87,6 @@ func TestSend_AHookThatHangsTakesItsShareAndNoMore(t *testing.T) {
 	answer()
 	within(t, sent, "the hook that hung")
 	require.Equal(t, number, arrived.load())
-	require.Zero(t, acomm.HostsPostedTo())
-}
-
-// Who waits for a turn is bounded as everybody, and nobody has the payload.
-func TestSend_WaitingForATurnEndsInTime(t *testing.T) {
-	newTransport(t)
-	hung, arrived, answer := hangingHook(t)
-	sent := async(func() { sendNumbers(t, hung, acomm.MaxPosts) })
-	requireReached(t, arrived, acomm.MaxPosts, "the hook")
-	err := sendSoon(hung, 1, 20*time.Millisecond)
-	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
-	require.True(t, acomm.NotDelivered(err))
-	answer()
-	within(t, sent, "the hook")
 }
 
 // A service that asks for more connections posts as many at a time.
@@ -121,19 +106,4 @@ func TestSend_MoreIdleConnectionsAreMorePosts(t *testing.T) {
 			}), number)
 		})
 	}
-}
-
-// Strangers choose hooks: a host has as many turns however it is spelled.
-func TestSend_TurnsAreOfAHostHoweverItIsSpelled(t *testing.T) {
-	for _, pair := range [][2]string{
-		{"http://Hook.test/a", "http://hook.test.:80/b"}, {"https://hook.test", "https://hook.test:443/"}, {"http://[::1]/", "http://[::1]:80/"},
-	} {
-		one, err := url.Parse(pair[0])
-		require.NoError(t, err)
-		other, err := url.Parse(pair[1])
-		require.NoError(t, err)
-		require.Equal(t, acomm.HostOf(one), acomm.HostOf(other))
-	}
-	one, other := url.URL{Scheme: "http", Host: "a:81"}, url.URL{Scheme: "http", Host: "a:82"}
-	require.NotEqual(t, acomm.HostOf(&one), acomm.HostOf(&other))
 }

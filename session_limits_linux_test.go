@@ -1,11 +1,9 @@
 package acomm_test
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -21,8 +19,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// The limits of sessions: their number, their idle time, and the numbers of
-// their messages.
+// The limits of sessions: their number, their idle time, and what they hold.
 
 func TestSession_IdleSessionIsClosedByWhoOpenedIt(t *testing.T) {
 	const idle = 100 * time.Millisecond
@@ -83,53 +80,6 @@ func TestSession_ProcessOpensSoManyAndNoMore(t *testing.T) {
 	require.Equal(t, acomm.MaxSessions, acomm.SessionTo("").Opened)
 	for peer := range last.peersNow() {
 		require.NotContains(t, peer, acomm.SenderName, "nothing is asked for that would not be used")
-	}
-}
-
-// setFirstMessage has sessions begin with another number. Call it before anything is
-// started.
-func setFirstMessage(t testing.TB, number uint32) {
-	old := acomm.SetFirstMessage(number)
-	t.Cleanup(func() { acomm.SetFirstMessage(old) })
-}
-
-func TestSession_NumbersGoOnWithZero(t *testing.T) {
-	setFirstMessage(t, math.MaxUint32-50)
-	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
-	openTo(t, s.URL())
-	before := len(s.peersNow())
-	sendMany(t, s.URL(), 0, 100)
-	require.Len(t, s.peersNow(), before, "all on one session")
-}
-
-func TestSession_StopIsUnderstoodAcrossZero(t *testing.T) {
-	setFirstMessage(t, math.MaxUint32-1)
-	l := newRawListener(t)
-	conn := l.open()
-	const number = 6 // two before zero, zero, and three after it
-	results := make(chan error, number)
-	for i := range number {
-		go func() { results <- acomm.Send(l.addr, note{ID: i}) }()
-	}
-	before := make(map[int]uint32)
-	for range number {
-		n, payload := l.message(conn)
-		var message note
-		require.NoError(t, json.Unmarshal([]byte(payload), &message))
-		if n == math.MaxUint32-1 || n == math.MaxUint32 || n == 0 {
-			before[message.ID] = n
-		}
-	}
-	require.Len(t, before, 3)
-	l.write(conn, rawFrame(frameStop, 0, 0, ""))
-	for range number - len(before) {
-		require.NotContains(t, before, l.serveAlone().ID, "it is served where it is")
-	}
-	for _, n := range before {
-		acceptMessage(t, conn, n)
-	}
-	for range number {
-		require.NoError(t, within(t, results, "an acknowledgement"))
 	}
 }
 

@@ -6,10 +6,8 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math/rand/v2"
 	"net"
 	"net/url"
-	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -125,39 +123,6 @@ func TestTracker_TimeoutAndResponseRaceOnce(t *testing.T) {
 	}
 	require.Zero(t, tracker.NumRequests())
 	t.Logf("time-outs %d, responses %d, removals %d", ways[0].Load(), ways[1].Load(), ways[2].Load())
-}
-
-// Hazard: requests whose ids have the same hash are taken for one another.
-func TestTracker_IDsWithTheSameHashAreKeptApart(t *testing.T) {
-	tracker, err := acomm.NewTracker(filepath.Join(shortDir(t), "t.sock"), nil, patience)
-	require.NoError(t, err)
-	tracker.SetHashMask(1)
-	require.NoError(t, tracker.Start())
-	defer tracker.Stop()
-	const number = 12
-	var requests []*acomm.Request
-	handled := make([]int, number)
-	for i := range number {
-		count := func(*acomm.Request, *acomm.Response) { handled[i]++ }
-		req, err := acomm.NewRequest("task", tracker.URL().String(), nil, count, count)
-		require.NoError(t, err)
-		requests = append(requests, req)
-		require.NoError(t, tracker.TrackRequest(req, patience))
-		require.ErrorIs(t, tracker.TrackRequest(req, patience), fs.ErrExist)
-	}
-	want := make([]int, number)
-	left := number
-	for _, i := range rand.Perm(number) {
-		if left--; left%2 == 0 {
-			require.True(t, tracker.RemoveRequest(requests[i]))
-		} else {
-			tracker.HandleResponse(answerTo(t, requests[i], nil, nil))
-			want[i] = 1
-		}
-		require.False(t, tracker.RemoveRequest(requests[i]))
-		require.Equal(t, want, handled)
-		require.Equal(t, left, tracker.NumRequests())
-	}
 }
 
 func TestTracker_TrackRequestRefusesWhatItCannotTrack(t *testing.T) {
