@@ -19,7 +19,9 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Peers of sessions that the tests play themselves, frame by frame.
+// Peers of sessions that the tests play themselves, frame by frame. Where sessions carry
+// messages both ways, A and B are those of PROTOCOL.md: A has opened the session X to a
+// listener of B, and B the session Y to a listener of A, which is the hook of A's requests.
 
 // rawFrame is a frame on a session.
 func rawFrame(kind, size, number uint32, payload string) []byte {

@@ -2,16 +2,14 @@ package acomm_test
 
 import (
 	"bytes"
-	"cmp"
 	"context"
-	"errors"
+	"encoding/json"
 	"fmt"
 	"io"
 	"io/fs"
 	"maps"
 	"net"
 	"net/http"
-	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -22,7 +20,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/mistifyio/acomm"
 	"github.com/sirupsen/logrus"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
@@ -166,23 +163,6 @@ func openFiles(t testing.TB) int {
 	return len(entries)
 }
 
-// newTracker returns a started tracker on a socket of its own; it is stopped
-// with the test.
-func newTracker(t testing.TB) *acomm.Tracker {
-	t.Helper()
-	return newStreamTracker(t, nil)
-}
-
-// newRequest returns a request with a hook; both handlers send to the channel.
-func newRequest(t testing.TB, hook *url.URL, args any) (*acomm.Request, <-chan *acomm.Response) {
-	t.Helper()
-	responses := make(chan *acomm.Response, 100)
-	handle := func(_ *acomm.Request, resp *acomm.Response) { responses <- resp }
-	req, err := acomm.NewRequest("test", hook.String(), args, handle, handle)
-	require.NoError(t, err)
-	return req, responses
-}
-
 // gate lets goroutines wait until it is open. It begins shut.
 type gate struct {
 	mu     sync.Mutex
@@ -221,8 +201,6 @@ func (g *gate) wait(ctx context.Context) {
 // moment is long enough for what must not happen to happen. No order depends on
 // it: where it is too short, a fault is missed, and nothing fails.
 const moment = 30 * time.Millisecond
-
-func unixURL(path string) *url.URL { return &url.URL{Scheme: "unix", Path: path} }
 
 // second is the error of two results.
 func second[T any](_ T, err error) error { return err }
@@ -304,62 +282,6 @@ func blockedIn(function string) (number int) {
 	return number
 }
 
-// startListener returns a started listener. It is stopped with the test.
-func startListener(t testing.TB, path string, limit int) *acomm.UnixListener {
-	t.Helper()
-	ul := acomm.NewUnixListener(path, limit)
-	require.NoError(t, ul.Start())
-	t.Cleanup(func() { // also after a test that has failed halfway
-		stopped := async(func() { ul.Stop(time.Nanosecond) })
-		for conn := ul.NextConn(); conn != nil; conn = ul.NextConn() {
-			ul.DoneConn(conn)
-		}
-		<-stopped
-	})
-	return ul
-}
-
-// take returns the next connection. It is done at the latest with the test.
-func take(t testing.TB, ul *acomm.UnixListener) net.Conn {
-	t.Helper()
-	conns := make(chan net.Conn, 1)
-	go func() { conns <- ul.NextConn() }()
-	conn := within(t, conns, "a connection")
-	require.NotNil(t, conn)
-	t.Cleanup(func() { ul.DoneConn(conn) })
-	return conn
-}
-
-// exchange sends something to the URL, where the listener has to receive it.
-func exchange(ul *acomm.UnixListener, addr *url.URL) error {
-	sent := make(chan error, 1)
-	go func() { sent <- acomm.Send(addr, "payload") }()
-	received := make(chan error, 1)
-	go func() {
-		conn := ul.NextConn()
-		if conn == nil {
-			received <- net.ErrClosed
-			return
-		}
-		defer ul.DoneConn(conn)
-		var payload string
-		if err := acomm.UnmarshalConnData(conn, &payload); err != nil || payload != "payload" {
-			received <- fmt.Errorf("received %q: %w", payload, err)
-			return
-		}
-		received <- acomm.SendConnData(conn, &acomm.Response{})
-	}()
-	select {
-	case err := <-sent:
-		if err != nil {
-			return err // the receiver ends with the listener
-		}
-	case <-time.After(patience):
-		return errors.New("nothing came of sending")
-	}
-	return <-received
-}
-
 // readByte reads one byte, within patience.
 func readByte(conn net.Conn) (byte, error) {
 	var b [1]byte
@@ -376,70 +298,6 @@ func readOne(conn net.Conn) error {
 		return fmt.Errorf("read %d bytes", n)
 	}
 	return err
-}
-
-// newStreamTracker returns a started tracker with a stream URL.
-func newStreamTracker(t testing.TB, streamURL *url.URL) *acomm.Tracker {
-	t.Helper()
-	tracker, err := acomm.NewTracker("", streamURL, patience)
-	require.NoError(t, err)
-	require.NoError(t, tracker.Start())
-	t.Cleanup(tracker.Stop)
-	return tracker
-}
-
-// answerTo returns a response to the request.
-func answerTo(t testing.TB, req *acomm.Request, result any, err error) *acomm.Response {
-	t.Helper()
-	resp, newErr := acomm.NewResponse(req, result, nil, err)
-	require.NoError(t, newErr)
-	return resp
-}
-
-// requireWorking fails unless a response on the socket reaches its handler. As
-// connections are taken in their order, all earlier ones have been then.
-func requireWorking(t testing.TB, tracker *acomm.Tracker) {
-	t.Helper()
-	req, responses := newRequest(t, tracker.URL(), nil)
-	require.NoError(t, tracker.TrackRequest(req, patience))
-	require.NoError(t, req.Respond(answerTo(t, req, "works", nil)))
-	resp := within(t, responses, "the response")
-	require.NoError(t, resp.Error)
-	require.JSONEq(t, `"works"`, string(*resp.Result))
-}
-
-// sendSoon sends with less patience than a minute.
-func sendSoon(addr *url.URL, payload any, d time.Duration) error {
-	ctx, cancel := context.WithTimeout(context.Background(), d)
-	defer cancel()
-	return acomm.SendContext(ctx, addr, payload)
-}
-
-// sendWithin is sendSoon from a goroutine; zero is patience.
-func sendWithin(addr *url.URL, payload any, d time.Duration) <-chan error {
-	sent := make(chan error, 1)
-	go func() { sent <- sendSoon(addr, payload, cmp.Or(d, patience)) }()
-	return sent
-}
-
-// sendAtOnce sends a number of payloads at the same time, and waits until all are
-// acknowledged.
-func sendAtOnce(t testing.TB, addr *url.URL, number int, payload func(i int) any) {
-	t.Helper()
-	errs := make(chan error, number)
-	for i := range number {
-		go func() { errs <- acomm.Send(addr, payload(i)) }()
-	}
-	for range number {
-		require.NoError(t, within(t, errs, "an acknowledgement"))
-	}
-}
-
-// sendAsync sends from a goroutine.
-func sendAsync(addr *url.URL, payload any) <-chan error {
-	sent := make(chan error, 1)
-	go func() { sent <- acomm.Send(addr, payload) }()
-	return sent
 }
 
 // setUmask sets the umask of the process until the test ends.
@@ -471,4 +329,10 @@ func onlyLinux(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("only Linux reports what was left unread")
 	}
+}
+
+func encode(v any) json.RawMessage {
+	data, err := json.Marshal(v)
+	orExit(err)
+	return data
 }

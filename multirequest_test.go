@@ -205,16 +205,6 @@ func TestMultiRequest_ResponsesGivesTheSameAnswerAgain(t *testing.T) {
 	require.NotNil(t, third["0"])
 }
 
-// inBubble runs f where synctest.Wait returns when Responses waits. The tracker's
-// socket is made outside: a bubble can't wait for it.
-func inBubble(t *testing.T, f func(*testing.T, *acomm.Tracker)) {
-	tracker := newTracker(t)
-	synctest.Test(t, func(t *testing.T) {
-		defer tracker.Stop()
-		f(t, tracker)
-	})
-}
-
 func TestMultiRequest_ConcurrentResponsesAllGetAll(t *testing.T) {
 	const callers = 20
 	inBubble(t, func(t *testing.T, tracker *acomm.Tracker) {

@@ -141,12 +141,6 @@ func (c conversation) checkStream(u *url.URL, read consumer, size int64) error {
 	return nil
 }
 
-func encode(v any) json.RawMessage {
-	data, err := json.Marshal(v)
-	orExit(err)
-	return data
-}
-
 // compact has null and absence for the same.
 func compact(data json.RawMessage) string {
 	var buf bytes.Buffer
@@ -172,6 +166,8 @@ func serveHTTP(handler http.Handler) *url.URL {
 	orExit(err)
 	return u
 }
+
+// ---- the roles of 2016
 
 func requester2016() (asker, consumer) {
 	var tracked sync.Map // of channels, by id

@@ -13,9 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Sessions that carry messages both ways. As in PROTOCOL.md, A has opened the session X
-// to a listener of B, and B the session Y to a listener of A, which is the hook of A's
-// requests.
+// Sessions that carry messages both ways.
 
 func TestSessionBoth_TrackersResponsesTravelOnTheSessionOfTheRequests(t *testing.T) {
 	startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil).Stop(0) // the runtime opens what it needs

@@ -19,6 +19,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
+// A session: many exchanges on one connection.
+
 func TestSession_ManySendsUseOneConnection(t *testing.T) {
 	s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
 	openTo(t, s.URL())

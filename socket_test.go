@@ -15,6 +15,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
+// Socket files: their paths, their directories, and what Stop leaves.
+
 func init() { roles["socket lock"] = socketLock }
 
 func TestSocket_StopLeavesWhatReplacedItsFile(t *testing.T) {

@@ -22,6 +22,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
+// NewStreamUnix and Stream: what is offered is read once, as it is.
+
 func randomBytes(n int) []byte {
 	data := make([]byte, n)
 	_, _ = rand.Read(data)

@@ -18,15 +18,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// requireSilent fails if the channel has anything.
-func requireSilent(t testing.TB, responses <-chan *acomm.Response) {
-	t.Helper()
-	select {
-	case resp := <-responses:
-		require.FailNow(t, "handled", "%+v", resp)
-	default:
-	}
-}
+// What a tracker does with requests and their responses.
 
 func TestTracker_ResponseRunsItsHandler(t *testing.T) {
 	for name, failure := range map[string]error{"success": nil, "error": errors.New("no such file")} {

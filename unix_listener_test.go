@@ -22,6 +22,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
+// How a UnixListener starts and stops, and whose connections are whose.
+
 func TestUnixListener_RelativePathKeepsAddrAndGetsAbsoluteURL(t *testing.T) {
 	dir := shortDir(t)
 	t.Chdir(dir)
