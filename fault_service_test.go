@@ -112,9 +112,7 @@ func TestFault_ServiceOutOfDescriptorsIsQuietAndResumes(t *testing.T) {
 			require.Equal(t, "ready", child.ReadLine())
 			var conns []net.Conn
 			for range manyPeers {
-				conn, err := net.Dial("unix", path)
-				require.NoError(t, err)
-				defer conn.Close()
+				conn := dial(t, path)
 				require.NoError(t, conn.SetDeadline(time.Now().Add(2*patience)))
 				conns = append(conns, conn)
 			}
@@ -267,8 +265,7 @@ func TestFault_RemovedDirectoryIsMadeAgain(t *testing.T) {
 				dir := filepath.Dir(service.addr)
 				service.command("start", "done")
 				service.exchange()
-				held, err := net.Dial("unix", service.addr) // accepted or not, it does no harm
-				require.NoError(t, err)
+				held := dial(t, service.addr) // accepted or not, it does no harm
 				require.NoError(t, os.RemoveAll(dir))
 				require.ErrorIs(t, acomm.Send(unixURL(service.addr), &acomm.Response{}), fs.ErrNotExist)
 				require.NoError(t, held.Close())
@@ -318,9 +315,7 @@ func TestFault_ReplacedSocketFileIsItsOwners(t *testing.T) {
 				foreign, err := net.Listen("unix", path)
 				require.NoError(t, err)
 				second.stop() // not ours by them
-				conn, err := net.Dial("unix", path)
-				require.NoError(t, err)
-				require.NoError(t, conn.Close())
+				require.NoError(t, dial(t, path).Close())
 				second.command("start", second.inUseOrDone(how))
 				require.NoError(t, foreign.Close())
 				t.Logf("requests in: %d; acknowledgements out and handlers run: %d",

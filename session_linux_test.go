@@ -45,24 +45,16 @@ func TestSession_ManySendsUseOneConnection(t *testing.T) {
 }
 
 func TestSession_NoneIsOpenedWithoutAListener(t *testing.T) {
-	path := filepath.Join(shortDir(t), "s.sock")
-	l, err := net.Listen("unix", path)
-	require.NoError(t, err)
-	defer l.Close()
-	sent := sendAsync(unixURL(path), note{})
-	conn, err := l.Accept()
-	require.NoError(t, err)
-	defer conn.Close()
+	l := newRawListenerAlone(t)
+	sent := sendAsync(l.addr, note{})
+	conn, _ := l.accept()
 	require.Empty(t, strings.TrimPrefix(conn.RemoteAddr().String(), "@"), "not named")
-	require.NoError(t, acomm.UnmarshalConnData(conn, &note{}))
 	require.NoError(t, acomm.SendConnData(conn, &acomm.Response{}))
 	require.NoError(t, within(t, sent, "the acknowledgement"))
-	_, err = readByte(conn)
-	require.ErrorIs(t, err, io.EOF)
+	require.ErrorIs(t, readOne(conn), io.EOF)
 }
 
 func TestSession_PeersOf2016NoticeNothing(t *testing.T) {
-
 	t.Run("sender", func(t *testing.T) {
 		s := startNotes(t, filepath.Join(shortDir(t), "s.sock"), 0, nil)
 		requirePlain(t, dial(t, s.Addr()))
@@ -75,25 +67,18 @@ func TestSession_PeersOf2016NoticeNothing(t *testing.T) {
 		require.ErrorIs(t, acomm.Send(s.URL(), note{}), fs.ErrNotExist)
 	})
 	t.Run("listener", func(t *testing.T) {
-		processWithSessions(t)
-		path := filepath.Join(shortDir(t), "s.sock")
-		l, err := net.Listen("unix", path)
-		require.NoError(t, err)
-		defer l.Close()
+		l := newRawListener(t)
 		for range 3 {
-			sent := sendAsync(unixURL(path), note{})
-			conn, err := l.Accept()
-			require.NoError(t, err)
+			sent := sendAsync(l.addr, note{})
+			conn, _ := l.accept()
 			require.True(t, strings.HasPrefix(conn.RemoteAddr().String(), acomm.SenderName))
-			require.NoError(t, acomm.UnmarshalConnData(conn, &note{}))
-			_, err = io.WriteString(conn, accepted2016(t))
-			require.NoError(t, err)
+			l.write(conn, []byte(accepted2016(t)))
 			require.NoError(t, within(t, sent, "the acknowledgement"))
 			rest, err := io.ReadAll(conn) // until the sender has closed
 			require.NoError(t, err)
 			require.Empty(t, rest)
 			conn.Close()
-			require.False(t, acomm.SessionTo(path).Opening, "and there is no other connection")
+			require.False(t, acomm.SessionTo(l.addr.Path).Opening, "and there is no other connection")
 			require.Zero(t, acomm.SessionTo("").Opened)
 		}
 	})

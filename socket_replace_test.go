@@ -191,9 +191,7 @@ func TestSocket_OneThatIsYetToListenIsNeverReplaced(t *testing.T) {
 	require.ErrorIs(t, err, syscall.ECONNREFUSED)
 	refuseToReplace(t, path)
 	require.NoError(t, syscall.Listen(fd, 1))
-	conn, err := net.Dial("unix", path)
-	require.NoError(t, err)
-	require.NoError(t, conn.Close())
+	require.NoError(t, dial(t, path).Close())
 }
 
 // refuseToReplace fails the test if a listener can be started at the path, or
@@ -318,9 +316,7 @@ func TestSocket_OneOfManyProcessesReplacesADeadFile(t *testing.T) {
 			}
 		}
 		require.Equal(t, 1, won)
-		conn, err := net.Dial("unix", path)
-		require.NoError(t, err, "it can be reached")
-		require.NoError(t, conn.Close())
+		require.NoError(t, dial(t, path).Close(), "it can be reached")
 		for _, child := range children {
 			require.NoError(t, child.WriteLine("stop"))
 		}

@@ -542,11 +542,7 @@ func (w wrapsItself) NetConn() net.Conn { return w }
 // Hazard: the connection stays open, and Stop waits for it for ever.
 func TestUnixListener_DoneConnCompletesWhatAWrapperWraps(t *testing.T) {
 	for name, senders := range map[string]func(*acomm.UnixListener){
-		"a connection of its own": func(ul *acomm.UnixListener) {
-			conn, err := net.Dial("unix", ul.Addr())
-			require.NoError(t, err)
-			t.Cleanup(func() { _ = conn.Close() })
-		},
+		"a connection of its own": func(ul *acomm.UnixListener) { dial(t, ul.Addr()) },
 		"a sender of this library": func(ul *acomm.UnixListener) {
 			go func() { _ = acomm.Send(ul.URL(), &acomm.Response{ID: "1"}) }()
 		},
