@@ -213,7 +213,7 @@ func requireEncodesAsJSON(t *testing.T, payload, plain any) {
 		return
 	}
 	require.NoError(t, err)
-	require.Equal(t, string(frame(string(data))), string(conn.frame))
+	require.Equal(t, string(plainFrame(string(data))), string(conn.frame))
 	requireDecodesAsJSON(t, data)
 }
 
@@ -258,7 +258,7 @@ func requireDecodesAsJSON(t *testing.T, data []byte) {
 		func() any { return &acomm.Response{ID: "old", Result: &raw, StreamURL: &hook, Error: fs.ErrExist} },
 	} {
 		got, want := fresh(), fresh()
-		err, wantErr := acomm.UnmarshalConnData(&oneFrame{frame: frame(string(data))}, got), unmarshalPlain(data, want)
+		err, wantErr := acomm.UnmarshalConnData(&oneFrame{frame: plainFrame(string(data))}, got), unmarshalPlain(data, want)
 		require.Equal(t, wantErr == nil, err == nil, "%v, %v", wantErr, err)
 		require.Equal(t, want, got)
 		if wantErr != nil && !strings.Contains(err.Error(), "can't be parsed as") { // the hook
@@ -335,7 +335,7 @@ func FuzzTrackerSocket(f *testing.F) {
 			err = json.Unmarshal(payload, resp)
 		}
 
-		conn := dialTracker(t, tracker)
+		conn := dial(t, tracker.Addr())
 		_, _ = conn.Write(data) // it may be closed before all is written
 		_ = conn.CloseWrite()
 		answer, readErr := io.ReadAll(conn)
@@ -345,7 +345,7 @@ func FuzzTrackerSocket(f *testing.F) {
 		if err != nil {
 			require.Empty(t, answer, "%v", err)
 		} else {
-			require.Equal(t, string(frame(string(accepted))), string(answer))
+			require.Equal(t, string(plainFrame(string(accepted))), string(answer))
 		}
 		if err == nil && resp.ID == waiting.ID {
 			require.Equal(t, resp, within(t, responses, "the response"))
@@ -371,22 +371,9 @@ func FuzzProxyStreamHandler(f *testing.F) {
 	tracker, _ := streamProxy(f)
 	var touched atomic.Int64
 	dir := shortDir(f)
-	l, err := net.Listen("unix", filepath.Join(dir, "target.sock"))
-	require.NoError(f, err)
-	served := async(func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			touched.Add(1)
-			_, _ = io.WriteString(conn, "data")
-			conn.Close()
-		}
-	})
-	f.Cleanup(func() {
-		l.Close()
-		<-served
+	target := unixPeer(f, func(conn net.Conn) {
+		touched.Add(1)
+		_, _ = io.WriteString(conn, "data")
 	})
 	server := httpPeer(f, func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
@@ -401,9 +388,9 @@ func FuzzProxyStreamHandler(f *testing.F) {
 		}
 	})
 	targets := map[string]*published{
-		"unix":    {addr: &url.URL{Scheme: "unix", Path: l.Addr().String()}, status: http.StatusOK},
-		"gone":    {addr: &url.URL{Scheme: "unix", Path: filepath.Join(dir, "gone")}, status: http.StatusNotFound},
-		"long":    {addr: &url.URL{Scheme: "unix", Path: dir + strings.Repeat("x", 200)}, status: http.StatusBadGateway},
+		"unix":    {addr: target, status: http.StatusOK},
+		"gone":    {addr: unixURL(filepath.Join(dir, "gone")), status: http.StatusNotFound},
+		"long":    {addr: unixURL(dir + strings.Repeat("x", 200)), status: http.StatusBadGateway},
 		"http":    {addr: server, status: http.StatusOK},
 		"missing": {addr: server.JoinPath("missing"), status: http.StatusNotFound},
 		"cut":     {addr: server.JoinPath("cut")},

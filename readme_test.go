@@ -11,6 +11,7 @@ import (
 	"go/parser"
 	"go/token"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -345,4 +346,51 @@ func TestReadme_CommandsAreTargets(t *testing.T) {
 			require.Regexp(t, `(?m)^`+target+`:`, makefile)
 		}
 	}
+}
+
+// documentsThatNameTests are checked for the names of tests in them, and for how many
+// they have at least.
+var documentsThatNameTests = map[string]int{
+	"CONTRIBUTING.md":  4,
+	"PROTOCOL.md":      100,
+	"README.md":        8,
+	"SECURITY.md":      50,
+	"docs/limits.md":   30,
+	"docs/sessions.md": 8,
+	"docs/tour.md":     1,
+}
+
+func TestDocuments_NameTestsThatExist(t *testing.T) {
+	exist := testsInRepository(t)
+	for name, least := range documentsThatNameTests {
+		t.Run(name, func(t *testing.T) {
+			named := regexp.MustCompile(`\b(Test|Fuzz|Example)[A-Z]\w+`).FindAllString(document(t, name), -1)
+			require.GreaterOrEqual(t, len(named), least)
+			for _, test := range named {
+				require.True(t, exist[test], "%s names %s, which does not exist", name, test)
+			}
+		})
+	}
+}
+
+// testsInRepository returns the names of the functions in the tests of all modules.
+func testsInRepository(t *testing.T) map[string]bool {
+	t.Helper()
+	exist := make(map[string]bool)
+	require.NoError(t, filepath.WalkDir(".", func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.SkipObjectResolution)
+		if err != nil {
+			return err
+		}
+		for _, decl := range file.Decls {
+			if f, ok := decl.(*ast.FuncDecl); ok && f.Recv == nil {
+				exist[f.Name.Name] = true
+			}
+		}
+		return nil
+	}))
+	return exist
 }
