@@ -194,7 +194,7 @@ func (f *feed) abort() {
 	x := &s.exchanges
 	if x.feed == f {
 		s.stopServingLocked()
-		if x.state == halfDraining {
+		if len(x.pending) > 0 { // else the peer may have named another target already
 			handed := f.handed.Load()
 			s.queueFrameLocked(frameStop, handed, nil)
 			for number, e := range x.pending {

@@ -73,6 +73,36 @@ func TestFeed_AListenerThatStopsAbortsItsOwnOnly(t *testing.T) {
 	<-s.ended
 }
 
+// Hazard: the second stop came when all was answered and the peer had named another
+// listener by then: it took the stop for that one's.
+func TestFeed_AnAbortSaysNothingFurtherWhereAllIsAnswered(t *testing.T) {
+	for _, pending := range []bool{false, true} {
+		q := newTestQueue(t)
+		s, peer := pairedSession(t)
+		s.mu.Lock()
+		f := s.serveLocked(q, peer.LocalAddr(), peer.RemoteAddr())
+		want := sessionFrameOf(frameStop, 0, nil)
+		if pending {
+			require.NoError(t, s.messageLocked(sessionFrame{kind: frameMessage, number: 1, data: []byte("{}")}))
+			want = append(sessionFrameOf(frameStop, 1, nil), want...)
+		}
+		s.unlock()
+		require.True(t, q.join(f))
+		f.abort()
+		got := make([]byte, len(ownGreeting())+len(want))
+		_, err := io.ReadFull(peer, got)
+		require.NoError(t, err)
+		require.Equal(t, want, got[len(ownGreeting()):])
+		s.mu.Lock()
+		require.Equal(t, uint64(len(got)), s.out.written)
+		require.Zero(t, s.out.unwritten())
+		s.exchanges.stopGraceLocked()
+		s.mu.Unlock()
+		require.NoError(t, peer.Close())
+		require.NoError(t, s.conn.Close())
+	}
+}
+
 // Hazard: a peer that goes on writing kept a session open that had nothing left to do,
 // and whoever waited for its end.
 func TestSession_ReaderOfAnEndedSessionReadsNoFurther(t *testing.T) {
