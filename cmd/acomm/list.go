@@ -17,14 +17,14 @@ import (
 // maxList is how many bytes of a list are read.
 const maxList = 16 << 20
 
-const listLong = `List asks a gateway which tasks it has providers for, and how many. URL is that of
-acomm call, http or https.
+const listLong = `List prints the tasks that a gateway has providers for, with their number. URL
+is the http or https URL of the gateway, as for acomm call.
 
 EXIT STATUS
   0  the list was written
-  1  what the gateway has answered is no list, or it could not be written
+  1  the answer is not a list, or the list could not be written
   2  usage
-  3  the gateway could not be asked, or has refused
+  3  the gateway could not be asked, or refused
   4  no answer in time`
 
 // taskEntry is a task of a gateway's list.
@@ -61,7 +61,7 @@ func newListCommand() *cobra.Command {
 	}
 	flags := cmd.Flags()
 	flags.DurationVar(&l.timeout, "timeout", 10*time.Second, "how long to wait for the list")
-	flags.BoolVar(&l.json, "json", false, "write the list as it came, in JSON")
+	flags.BoolVar(&l.json, "json", false, "write the list in JSON, as the gateway sent it")
 	l.client.addTo(flags)
 	return cmd
 }
