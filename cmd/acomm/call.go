@@ -214,7 +214,7 @@ func (c *call) parse(words []string, stdin io.Reader) (err error) {
 		return errors.New("--cacert, --cert, --key, --token-file and --header are for http and https")
 	}
 	if c.json && c.raw {
-		return errors.New("--json and --raw exclude each other")
+		return errors.New("--json and --raw can't be used together")
 	}
 	c.args, err = parseArgs(words[2:], stdin)
 	return err
@@ -244,7 +244,7 @@ func (c *call) run() error {
 		}
 		if isResponseTimeout(resp.Error) {
 			c.report.timedOut()
-			return &exitError{exitTimeout, fmt.Errorf("no response to %s in the time that the gateway allows", c.task)}
+			return &exitError{exitTimeout, fmt.Errorf("no response to %s: the time-out of the gateway has passed", c.task)}
 		}
 		c.report.answered()
 		return &exitError{exitTask, errors.New(printable(resp.Error.Error()))}
@@ -321,7 +321,7 @@ func (c *call) await(ctx context.Context, tracker *acomm.Tracker, req *acomm.Req
 				if c.report != nil { // its times say so
 					continue
 				}
-				fmt.Fprintln(os.Stderr, errorLabel("acomm call:"), "acknowledgement lost, waiting for the response, as the request may have arrived:",
+				fmt.Fprintln(os.Stderr, errorLabel("acomm call:"), "acknowledgement lost; the request may have arrived, so waiting for its response:",
 					printable(sendErrorTo(c.shown, err).Error()))
 			default:
 				if !tracker.RemoveRequest(req) { // a response or the time-out came first
@@ -393,7 +393,7 @@ func (c *call) deliver(ctx context.Context, resp *acomm.Response, file *download
 			return outputError(err)
 		}
 		if file != nil {
-			return &exitError{exitTask, errors.New("the response has no stream for -o")}
+			return &exitError{exitTask, errors.New("the response has no stream to write to the file of -o")}
 		}
 		return nil
 	}

@@ -59,7 +59,7 @@ func (c *httpClient) tlsConfig() (*tls.Config, error) {
 		return nil, nil
 	}
 	if (c.cert == "") != (c.key == "") {
-		return nil, errors.New("--cert and --key go together")
+		return nil, errors.New("--cert and --key must be given together")
 	}
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
 	if c.cacert != "" {

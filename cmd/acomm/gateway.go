@@ -312,38 +312,38 @@ func (o *gatewayOptions) check() error {
 		return usageError("--listen is missing")
 	case strings.HasPrefix(o.listen, "unix:"):
 		if o.streamURL == "" {
-			return usageError("--listen %s: others can't know where the streams are: name that with --stream-url", o.listen)
+			return usageError("--listen %s: give --stream-url too, the address at which others read streams", o.listen)
 		}
 	case !isHostPort(o.listen):
 		return usageError("--listen: %q is neither HOST:PORT nor unix:PATH", o.listen)
 	}
 	switch {
 	case o.nats == "embedded" && !isHostPort(o.natsListen):
-		return usageError("--nats-listen: %q is no HOST:PORT", o.natsListen)
+		return usageError("--nats-listen: %q is not HOST:PORT", o.natsListen)
 	case checkTaskName(o.name) != nil:
-		return usageError("--name: %q is no file name", o.name)
+		return usageError("--name: %q can't be part of a file name", o.name)
 	case o.timeout <= 0:
-		return usageError("--timeout is not positive")
+		return usageError("--timeout: %v is not positive", o.timeout)
 	case o.hookTimeout <= 0, o.hookTimeout > maxHookTimeout:
-		return usageError("--hook-timeout: %v is not between 0 and %v", o.hookTimeout, maxHookTimeout)
+		return usageError("--hook-timeout: %v is not positive, or over %v", o.hookTimeout, maxHookTimeout)
 	case o.unread <= 0:
-		return usageError("--unread-duration is not positive")
+		return usageError("--unread-duration: %v is not positive", o.unread)
 	case o.maxBody <= 0:
-		return usageError("--max-body is not positive")
+		return usageError("--max-body: %d is not positive", o.maxBody)
 	case o.maxHeader <= 0:
-		return usageError("--max-header is not positive")
+		return usageError("--max-header: %d is not positive", o.maxHeader)
 	case o.maxConnections <= 0:
-		return usageError("--max-connections is not positive")
+		return usageError("--max-connections: %d is not positive", o.maxConnections)
 	case o.maxOutstanding <= 0:
-		return usageError("--max-outstanding is not positive")
+		return usageError("--max-outstanding: %d is not positive", o.maxOutstanding)
 	case slices.ContainsFunc(o.allowHost, func(host string) bool { return host != "*" && !isHost(host) }):
-		return usageError("--allow-host: %q has more or less than names or addresses", o.allowHost)
+		return usageError("--allow-host: %q must be names or addresses, without ports", o.allowHost)
 	case o.streamURL != "" && !isHTTPURL(o.streamURL):
-		return usageError("--stream-url is no http URL")
+		return usageError("--stream-url must be an http or https URL")
 	case o.nats != "" && !areURLs(o.nats):
-		return usageError("--nats is not URLs, separated by commas, or embedded") // it may hold a password
+		return usageError("--nats must be embedded, or URLs separated by commas") // it may hold a password
 	case o.nats != "" && !isSubject(o.natsSubject):
-		return usageError("--nats-subject: %q is no subject", o.natsSubject)
+		return usageError("--nats-subject: %q is not a valid subject", o.natsSubject)
 	}
 	return o.checkAccess()
 }
@@ -417,7 +417,7 @@ func (b *byteSize) Set(text string) error {
 		}
 		n, err := strconv.ParseInt(strings.TrimSpace(number), 10, 64)
 		if err != nil || n < 0 || n > (1<<62)/unit.size {
-			return fmt.Errorf("%q is no number of bytes, such as 1000, 64KiB or 1MiB", text)
+			return fmt.Errorf("%q is not a size: write for example 1000, 64KiB or 1MiB", text)
 		}
 		*b = byteSize(n * unit.size)
 		return nil

@@ -52,7 +52,7 @@ func newListCommand() *cobra.Command {
 		Example: "  acomm list http://127.0.0.1:8080/",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 1 {
-				return fmt.Errorf("%q is too much: list takes a URL", args[1])
+				return fmt.Errorf("unexpected argument %q: list takes only a URL", args[1])
 			}
 			return missingArgs("URL")(cmd, args)
 		},
@@ -72,7 +72,7 @@ func (l *lister) run(target string) error {
 	case err != nil:
 		return &exitError{exitUsage, err}
 	case u.Scheme != "http" && u.Scheme != "https":
-		return usageError("a gateway is asked over http or https, not %s", u.Scheme)
+		return usageError("URL: list needs an http or https URL, not %s", u.Scheme)
 	case l.timeout <= 0:
 		return usageError("--timeout %v is not positive", l.timeout)
 	}
@@ -105,7 +105,7 @@ func (l *lister) run(target string) error {
 	}
 	var list taskList
 	if err := json.Unmarshal(text, &list); err != nil {
-		return &exitError{exitTask, fmt.Errorf("%s is no gateway, or an older one: %w", place(u), err)}
+		return &exitError{exitTask, fmt.Errorf("%s is not a gateway, or an older one: %w", place(u), err)}
 	}
 	return wrapOutput(l.write(text, list))
 }

@@ -54,7 +54,7 @@ func newPingCommand() *cobra.Command {
 		Example: pingExample,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 1 {
-				return fmt.Errorf("%q is too much: ping takes a URL", args[1])
+				return fmt.Errorf("unexpected argument %q: ping takes only a URL", args[1])
 			}
 			return missingArgs("URL")(cmd, args)
 		},

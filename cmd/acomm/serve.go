@@ -146,7 +146,7 @@ func newServeCommand() *cobra.Command {
 			case dash < 0:
 				return errors.New("-- is missing before COMMAND: write PATH -- COMMAND")
 			default:
-				return fmt.Errorf("%q between PATH and -- is too much", args[1])
+				return fmt.Errorf("unexpected argument %q: write PATH -- COMMAND", args[1])
 			}
 		},
 
@@ -227,7 +227,7 @@ func (s *service) run() (err error) {
 	sig := <-signals
 	supervisor.stopping()
 	again := secondSignal(signals)
-	logrus.Infof("%v: finishing what runs; another signal, after %v, ends it", sig, sameSignal)
+	logrus.Infof("%v: finishing the acknowledged tasks; another signal after %v kills them", sig, sameSignal)
 	close(s.draining)
 	go listener.Stop(receiveTimeout) // serve ends with it
 	select {
