@@ -85,10 +85,10 @@ var maxWait = time.Minute
 // over the connection. The caller keeps the connection and closes it in the end.
 // From then on every send gets an error that matches [net.ErrClosed].
 //
-// A URL is nats:///subject. It may have a host, nats://host:4222/subject, if the
-// connection knows that server: it was given it, or has learnt of it. The message
-// still goes over the connection, to the server it is connected to at the moment.
-// Any other host is an error that matches [io/fs.ErrInvalid].
+// A URL is nats:///subject. It may have a host, nats://host:4222/subject, if that is
+// a server that the connection was given or has learnt of. The message still goes
+// over the connection, to the server it is connected to at the moment. Any other
+// host is an error that matches [io/fs.ErrInvalid].
 //
 // A send waits for the acknowledgement until the deadline of its context, but at
 // most a minute. While the connection is being restored, the send waits for that.
