@@ -147,7 +147,7 @@ func (g *gateway) forward(req *acomm.Request, task string, local bool) *refusal 
 	providers, err := g.providers(req.Task)
 	if err != nil || len(providers) == 0 {
 		if err != nil {
-			g.warn("look for providers", err, req.ID, task)
+			g.warn("failed to look for providers", err, req.ID, task)
 		}
 		return refuse(http.StatusOK, reasonNoProvider, "nobody provides the task %q", req.Task)
 	}

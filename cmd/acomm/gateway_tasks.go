@@ -88,7 +88,7 @@ func (g *gateway) handleTasks(w http.ResponseWriter, r *http.Request) {
 	}
 	entries, err := os.ReadDir(g.opts.socketDir) // sorted by name
 	if err != nil {
-		g.warn("look for tasks", err, "", "")
+		g.warn("failed to look for tasks", err, "", "")
 		writeError(w, http.StatusInternalServerError, errors.New("the directory of the tasks can't be read"))
 		return
 	}
@@ -154,7 +154,7 @@ func (g *gateway) begin(req *acomm.Request, task string, wait time.Duration, don
 	providers, err := g.providers(req.Task)
 	if err != nil || len(providers) == 0 {
 		if err != nil {
-			g.warn("look for providers", err, req.ID, task)
+			g.warn("failed to look for providers", err, req.ID, task)
 		}
 		return nil, refuse(http.StatusNotFound, reasonNoProvider, "nobody provides the task %q", req.Task)
 	}
@@ -205,7 +205,7 @@ func (g *gateway) answerTask(w http.ResponseWriter, r *http.Request, resp *acomm
 	case resp.StreamURL != nil:
 		published, err := g.tracker.ProxyStreamHTTPURL(resp.StreamURL)
 		if err != nil {
-			g.warn("a response whose stream can't be passed on", withoutURL(err), resp.ID, "")
+			g.warn("failed to pass on the stream of a response", withoutURL(err), resp.ID, "")
 			writeError(w, http.StatusBadGateway, errors.New("the stream of the response can't be passed on"))
 			return
 		}
