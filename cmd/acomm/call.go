@@ -131,7 +131,8 @@ of the system, or with --cacert against those in a file. --cert and --key give
 a client certificate, --token-file a bearer token (Authorization), and
 --header any other header. The token and the headers are sent only to the
 scheme, host and port of URL, never to another place that a stream or a
-redirect leads to.
+redirect leads to. Any https server that asks for a client certificate gets
+that of --cert, also the server of a stream.
 
 PROXIES
 Requests and streams over HTTP go through the proxies in HTTP_PROXY,
