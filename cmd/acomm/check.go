@@ -27,8 +27,9 @@ Check sends requests of all valid forms, and broken ones. Use a peer that
 nobody depends on at the moment.
 
 PEERS OF 2016
-read a header and a payload with one read each, and have no limits. They can't
-follow every rule of today. --of-2016 leaves out the rules they can't follow.
+A peer of 2016 reads a header and a payload with one read each, and has no
+limits. So it can't follow every rule of today. --of-2016 leaves out the rules
+that it can't follow.
 
 EXIT STATUS
   0  the peer follows all rules that were tested

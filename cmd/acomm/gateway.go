@@ -50,8 +50,8 @@ GET /tasks
 POST /tasks/TASK
   Does a task without a hook. The body has the arguments in JSON, or is empty.
   The gateway waits for the response and answers with the result as JSON, or
-  with the bytes of the stream. It waits for at most ?wait=30s, or --timeout,
-  which is also the maximum. Other answers are {"error": TEXT}:
+  with the bytes of the stream. It waits for --timeout, or for a shorter time
+  such as ?wait=30s. Other answers are {"error": TEXT}:
     404  nobody provides the task
     422  the task failed, with its error
     502  a provider may have taken it

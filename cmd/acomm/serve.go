@@ -52,11 +52,13 @@ Missing directories are created. The process's umask decides who may connect.
 
 Serve acknowledges a request as soon as it has read it: the request is
 well-formed, and the task will be done. It refuses a request in the
-acknowledgement if the id, the task or the hook is missing, if nothing can be
-sent to the hook, or if the task is not that of --task.
+acknowledgement if
+  - the id, the task or the hook is missing,
+  - serve can't send to a hook of that kind, or
+  - the task is not that of --task.
 
 THE COMMAND
-runs without a shell. It gets
+COMMAND runs without a shell. It gets
   standard input   the arguments of the request, as JSON on one line; null if
                    there are none
   ACOMM_TASK       the name of the task
