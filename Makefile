@@ -11,9 +11,9 @@ SHAPE       ?= text
 # Supported are Go 1.26 and 1.27. This is the one that is not installed.
 OTHER_GO    ?= $(if $(findstring go1.27,$(shell $(GO) version)),go1.26.8,go1.27.3)
 
-# The modules of the project; the root comes first.
+# The modules of the project, those with the longest tests first.
 MODULES := $(patsubst %/go.mod,%,$(wildcard go.mod */go.mod cmd/*/go.mod))
-MODULES := . $(filter-out go.mod,$(MODULES))
+MODULES := . cmd/acomm $(filter-out go.mod cmd/acomm,$(MODULES))
 
 # OTHER_JSON is the JSON engine that is not the default of the Go that runs: the
 # new one on Go 1.26, the old one on Go 1.27.
@@ -22,11 +22,11 @@ OTHER_JSON = $$($(GO) list -f '{{context.ToolTags}}' . | grep -q goexperiment.js
 # each runs a command in every module.
 each = set -e; for dir in $(MODULES); do echo "== $$dir: $(1)"; (cd $$dir && $(1)); done
 
-# abreast runs one of the go command in two modules at a time, since tests wait more
-# than they work. The root, which takes longest, comes first. What they share of the
-# standard library is compiled before, as two at a time would each compile it.
-abreast = $(GO) build $(filter -race,$(1)) . && printf '%s\n' $(MODULES) | xargs -P 2 -I {} sh -c \
-	'out=$$(cd {} && $(1) 2>&1); code=$$?; printf "== {}: $(1)\n%s\n" "$$out"; exit $$code'
+# in_modules lists a command for each module, and abreast runs what is listed, two at
+# a time: tests wait more than they work.
+in_modules = $(foreach dir,$(MODULES),"cd $(dir) && $(1)")
+abreast = printf '%s\0' $(1) | xargs -0 -P 2 -I {} sh -c \
+	'out=$$(eval "$$0" 2>&1); code=$$?; printf "== %s\n%s\n" "$$0" "$$out"; exit $$code' {}
 
 .DEFAULT_GOAL := help
 .PHONY: help build install test releases race lint fuzz soak model long cover demo hosts bench quick
@@ -40,16 +40,17 @@ build: ## compile everything
 install: ## build acomm and install it with its manual, completions and systemd units; PREFIX (/usr/local), DESTDIR
 	@GO="$(GO)" PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" cmd/acomm/install/install.sh
 
+# What two at a time share of the standard library is compiled before, once.
 test: ## run the tests; those of messages with both JSON engines of the standard library
-	@$(call abreast,$(GO) test ./...)
-	@set -e; export GOEXPERIMENT=$(OTHER_JSON); echo "== .: go test, GOEXPERIMENT=$$GOEXPERIMENT"; \
-		$(GO) test -skip '^Test(Soak|Fault|Stream|Socket|Hostile)' .
+	@other=$(OTHER_JSON) && $(GO) build . && GOEXPERIMENT=$$other $(GO) build . && \
+		$(call abreast,"GOEXPERIMENT=$$other $(GO) test -skip '^Test(Soak|Fault|Stream|Socket|Hostile)' ." \
+		$(call in_modules,$(GO) test ./...))
 
 releases: ## run the tests on the other supported Go release, OTHER_GO
 	GOTOOLCHAIN=$(OTHER_GO) $(MAKE) test
 
 race: ## run the tests with the race detector
-	@$(call abreast,$(GO) test -race ./...)
+	@$(GO) build -race . && $(call abreast,$(call in_modules,$(GO) test -race ./...))
 
 lint: ## check format, go vet (also for macOS) and staticcheck
 	@out=$$(gofmt -l .); if [ -n "$$out" ]; then echo "not gofmt'ed:"; echo "$$out"; exit 1; fi

@@ -8,34 +8,36 @@ import (
 	"sync"
 )
 
-// acceptQueue is what a listener has accepted from a Start to the Stop after it:
-// connections, and exchanges of sessions, which are connections to their handlers. It
-// knows what NextConn hands out next, and what Stop waits for.
+// acceptQueue holds what a listener has accepted from a Start to its Stop: connections,
+// and exchanges of sessions, which to their handlers are connections. It decides what
+// NextConn returns next, and what Stop waits for.
 type acceptQueue struct {
+	// Immutable.
 	file        fileID // of the listener's socket
 	addr        string // of the listener's socket
 	multiplexed bool   // sessions may be opened to the listener
 
-	mu        sync.Mutex // guards the fields below; no other lock is taken under it
-	changed   sync.Cond  // what next waits for
-	accepting bool       // connections may still be accepted
-	waiting   []net.Conn // accepted, oldest first
-	handed    int        // of those that wait, how many were handed out
-	open      map[net.Conn]struct{}
-	sessions  map[listenerSession]bool // that are not over; true: messages may still arrive
-	stopping  bool
-	aborted   bool
-	drained   chan struct{} // closed when the queue is stopping and nothing is left
+	mu        sync.Mutex               // guards the fields below; no other lock is taken under it
+	changed   sync.Cond                // next waits for it
+	accepting bool                     // connections may still be accepted
+	waiting   []net.Conn               // accepted, oldest first
+	handed    int                      // the first so many of waiting were handed out
+	open      map[net.Conn]struct{}    // accepted and not done
+	sessions  map[listenerSession]bool // joined and not left; true: messages may still arrive
+	stopping  bool                     // no session may join
+	aborted   bool                     // nothing is handed out any more
+	drained   chan struct{}            // closed when the queue is stopping and nothing is left
 }
 
-// listenerSession is a session by which messages arrive for a listener.
+// listenerSession is a session that carries messages to the listener.
 type listenerSession interface {
-	drain() // lets no further message be sent to the listener
-	abort() // ends those that were not handed out, and waits for no other
+	drain() // tells the sender that no further message is served
+	abort() // ends the messages that were not handed out, and leaves the queue soon
 }
 
-// newAcceptQueue makes the queue of a listener that starts. It may have sessions opened to
-// it; while it runs, the process opens sessions, too.
+// newAcceptQueue makes the queue of a listener that starts. If it is multiplexed,
+// sessions may be opened to the listener. While it runs, the process may open sessions
+// itself.
 func newAcceptQueue(s *socket, multiplexed bool) *acceptQueue {
 	q := &acceptQueue{
 		file:        s.id(),
@@ -56,7 +58,7 @@ func newAcceptQueue(s *socket, multiplexed bool) *acceptQueue {
 	return q
 }
 
-// leave ends what newAcceptQueue has begun, once nothing is left in the queue.
+// leave undoes newAcceptQueue, once the queue is drained.
 func (q *acceptQueue) leave() {
 	queues.mu.Lock()
 	if queues.byAddr[q.addr] == q {
@@ -66,7 +68,8 @@ func (q *acceptQueue) leave() {
 	sessions.leave()
 }
 
-// accept takes a connection that was accepted.
+// accept takes a connection that the listener has accepted: one for NextConn, or a
+// session.
 func (q *acceptQueue) accept(conn *net.UnixConn) {
 	if q.multiplexed && isSession(conn) {
 		acceptSession(conn, q)
@@ -75,7 +78,7 @@ func (q *acceptQueue) accept(conn *net.UnixConn) {
 	q.add([]net.Conn{conn})
 }
 
-// add puts connections into the queue. It reports false if that was aborted.
+// add queues connections for NextConn. It reports false if the queue was aborted.
 func (q *acceptQueue) add(conns []net.Conn) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -90,8 +93,8 @@ func (q *acceptQueue) add(conns []net.Conn) bool {
 	return true
 }
 
-// next waits for a connection and hands it out. It returns nil when there is none and
-// none can come.
+// next blocks until there is a connection and returns it. It returns nil if there is none
+// and none can come.
 func (q *acceptQueue) next() net.Conn {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -104,7 +107,7 @@ func (q *acceptQueue) next() net.Conn {
 	conn := q.waiting[q.handed]
 	q.waiting[q.handed] = nil
 	if q.handed++; q.handed == len(q.waiting) || q.handed == cap(q.waiting)/2 {
-		q.waiting = slices.Delete(q.waiting, 0, q.handed) // the memory is used again
+		q.waiting = slices.Delete(q.waiting, 0, q.handed) // else the slice would grow for ever
 		q.handed = 0
 	}
 	if e, ok := conn.(interface{ handedOut() }); ok {
@@ -126,11 +129,10 @@ func (q *acceptQueue) mayGrowLocked() bool {
 	return false
 }
 
-// isOpen reports whether the connection was handed out or is about to be, and is not
-// done.
+// isOpen reports whether the connection was accepted by this listener and is not done.
 func (q *acceptQueue) isOpen(conn net.Conn) bool {
 	if !reflect.ValueOf(conn).Comparable() {
-		return false // somebody else's, and no key of a map
+		return false // not a connection of ours, and it can't be the key of a map
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -138,7 +140,7 @@ func (q *acceptQueue) isOpen(conn net.Conn) bool {
 	return ok
 }
 
-// done forgets a connection that is closed.
+// done removes a connection that is closed.
 func (q *acceptQueue) done(conn net.Conn) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -146,8 +148,7 @@ func (q *acceptQueue) done(conn net.Conn) {
 	q.checkDrainedLocked()
 }
 
-// join notes that messages may arrive by a session, until it leaves. It reports whether
-// they may.
+// join adds a session. It reports false if the listener can't have one more.
 func (q *acceptQueue) join(s listenerSession) bool {
 	most := mostSessions()
 	q.mu.Lock()
@@ -159,7 +160,7 @@ func (q *acceptQueue) join(s listenerSession) bool {
 	return true
 }
 
-// noMore notes that no further message arrives by a session.
+// noMore records that no further message arrives from a session.
 func (q *acceptQueue) noMore(s listenerSession) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -169,7 +170,7 @@ func (q *acceptQueue) noMore(s listenerSession) {
 	}
 }
 
-// left forgets a session: all that has arrived by it is answered.
+// left removes a session. All its messages are answered.
 func (q *acceptQueue) left(s listenerSession) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -178,7 +179,7 @@ func (q *acceptQueue) left(s listenerSession) {
 	q.checkDrainedLocked()
 }
 
-// close notes that no further connection is accepted.
+// close records that no further connection is accepted.
 func (q *acceptQueue) close() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -187,14 +188,15 @@ func (q *acceptQueue) close() {
 	q.checkDrainedLocked()
 }
 
-// drain lets no further message arrive. What was accepted is still handed out.
+// drain tells the sessions that no further message is served. What was accepted is still
+// handed out.
 func (q *acceptQueue) drain() {
 	for _, s := range q.stop(false) {
 		s.drain()
 	}
 }
 
-// abort closes what is open, and hands out nothing further.
+// abort closes all open connections. Nothing is handed out any more.
 func (q *acceptQueue) abort() {
 	sessions := q.stop(true)
 	for _, s := range sessions {
@@ -210,8 +212,8 @@ func (q *acceptQueue) abort() {
 	}
 }
 
-// stop lets no session join, and with abort nothing be handed out. It returns the
-// sessions that have joined.
+// stop lets no session join, and with abort hands nothing out any more. It returns the
+// sessions of the queue.
 func (q *acceptQueue) stop(abort bool) []listenerSession {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -229,7 +231,7 @@ func (q *acceptQueue) stop(abort bool) []listenerSession {
 	return sessions
 }
 
-// checkDrainedLocked tells Stop when nothing is left.
+// checkDrainedLocked tells Stop when nothing is left. The caller holds mu.
 func (q *acceptQueue) checkDrainedLocked() {
 	if !q.stopping || q.accepting || len(q.open)+len(q.sessions) > 0 {
 		return
@@ -241,19 +243,18 @@ func (q *acceptQueue) checkDrainedLocked() {
 	}
 }
 
-// queues holds the queues of the listeners that sessions can be opened to, by the
-// addresses of their sockets.
+// queues holds the queues of the listeners that accept sessions, by the addresses of
+// their sockets.
 var queues = struct {
 	mu     sync.Mutex
 	byAddr map[string]*acceptQueue
 }{byAddr: make(map[string]*acceptQueue)}
 
-// sessionsMember ends an acknowledgement that says that its listener can have sessions.
+// sessionsMember ends an acknowledgement of a listener that can have sessions.
 const sessionsMember = `,"sessions":1}`
 
-// announceSessions returns the frame of an acknowledgement: with the member that says so,
-// where the listener of the connection can have one more session and its peer asks for
-// that.
+// announceSessions adds the member "sessions" to the frame of an acknowledgement, if the
+// connection's sender asks for it and its listener can have one more session.
 func announceSessions(conn net.Conn, frame []byte) []byte {
 	if len(frame) > maxCopied || !mayHaveSession(conn) {
 		return frame
@@ -263,9 +264,9 @@ func announceSessions(conn net.Conn, frame []byte) []byte {
 	return frame
 }
 
-// mayHaveSession reports whether the peer of a connection asks for a session, and the
-// listener that has accepted it can have one more. Of somebody else's type nothing is
-// asked: a user's test may have one that can do no more than write.
+// mayHaveSession reports whether the sender of a connection asks for a session, and the
+// listener that accepted it can have one more. It calls no method of types that it does
+// not know: in a user's test, a connection may be unable to do more than write.
 func mayHaveSession(conn net.Conn) bool {
 	c, ok := unwrap(conn).(*net.UnixConn)
 	if !ok || c == nil {

@@ -150,8 +150,7 @@ func decodeRequest(data []byte, req *Request) bool {
 	return true
 }
 
-// decodeResponse is decodeRequest for a response. A last member "keep", which
-// is none of a Response, is skipped.
+// decodeResponse is decodeRequest for a response.
 func decodeResponse(data []byte, r *Response) bool {
 	e := envelope{rest: data}
 	errText := e.text(`{"error":`)
@@ -162,9 +161,6 @@ func decodeResponse(data []byte, r *Response) bool {
 	}
 	result := e.raw(bytes.LastIndex(e.rest, []byte(`,"stream_url":`)))
 	stream := e.url(`,"stream_url":`)
-	if e.has(`,"keep":1`) {
-		e.skip(`,"keep":1`)
-	}
 	e.skip(`}`)
 	if e.failed || len(e.rest) > 0 {
 		return false
@@ -292,4 +288,48 @@ func isValue(data []byte) bool {
 func isMarshalled(data []byte) bool {
 	s := scanJSON(data)
 	return s.valid && !s.changes && s.depth < maxDepth
+}
+
+// isHookString reports whether encoding/json failed because the response hook is a
+// string. A Request has no method that could read it: the documented API has none.
+func isHookString(err error) bool {
+	var mismatch *json.UnmarshalTypeError
+	return errors.As(err, &mismatch) && mismatch.Value == "string" && strings.EqualFold(mismatch.Field, "responsehook")
+}
+
+// unmarshalHookString is json.Unmarshal for a request whose response hook is a string.
+func unmarshalHookString(data []byte, req *Request) error {
+	wire := struct {
+		ID           string           `json:"id"`
+		Task         string           `json:"task"`
+		ResponseHook wireURL          `json:"responsehook"`
+		Args         *json.RawMessage `json:"args"`
+	}{req.ID, req.Task, wireURL{req.ResponseHook}, req.Args}
+	if err := json.Unmarshal(data, &wire); err != nil {
+		return err
+	}
+	req.ID, req.Task, req.ResponseHook, req.Args = wire.ID, wire.Task, wire.ResponseHook.url, wire.Args
+	return nil
+}
+
+// wireURL decodes a URL from an object or from a string. The empty string and null decode
+// as nil.
+type wireURL struct{ url *url.URL }
+
+func (w *wireURL) UnmarshalJSON(data []byte) error {
+	w.url = nil
+	if !bytes.HasPrefix(data, []byte(`"`)) {
+		return json.Unmarshal(data, &w.url)
+	}
+	var text string
+	if err := json.Unmarshal(data, &text); err != nil || text == "" {
+		return err
+	}
+	u, err := url.Parse(text)
+	if err != nil {
+		// The parser's error quotes the URL, which is payload.
+		return errors.New("a string that should be a URL can't be parsed as one")
+	}
+	w.url = u
+	return nil
 }

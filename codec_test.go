@@ -48,8 +48,8 @@ func TestCodec_OwnFormTakesTheShortWay(t *testing.T) {
 
 	for _, accepted := range []string{
 		`{"error":"","id":"","result":null,"stream_url":null}`,
-		`{"error":"","id":"1","result":null,"stream_url":null,"keep":1}`,
-		`{"error":"","id":"1","result":"` + strings.Repeat("x", 1<<20) + `","stream_url":null,"keep":1}`,
+		`{"error":"","id":"1","result":null,"stream_url":null}`,
+		`{"error":"","id":"1","result":"` + strings.Repeat("x", 1<<20) + `","stream_url":null}`,
 	} {
 		require.True(t, decodeResponse([]byte(accepted), &Response{}))
 	}
@@ -170,5 +170,39 @@ func TestLimitedText_TakesWhatFitsAFrame(t *testing.T) {
 			continue
 		}
 		require.Len(t, limited.data, 4)
+	}
+}
+
+func TestDecodeFrame_AResponseHookMayBeAString(t *testing.T) {
+	plain := &url.URL{Scheme: "unix", Path: "/run/a b.sock"}
+	for _, test := range []struct {
+		name, data string
+		want       Request // with the hook above, if it has an id
+	}{
+		{"first", `{"responsehook":"unix:///run/a%20b.sock","id":"1","task":"t","args":[1]}`, Request{ID: "1", Task: "t"}},
+		{"last, in other letters", `{"args":[1],"task":"t","id":"1","ResponseHook":"unix:///run/a%20b.sock"}`, Request{ID: "1", Task: "t"}},
+		{"twice", `{"id":"1","task":"t","responsehook":{"Scheme":"http"},"args":[1],"responsehook":"unix:///run/a%20b.sock"}`, Request{ID: "1", Task: "t"}},
+		{"empty is none", `{"responsehook":"","args":[1]}`, Request{}},
+	} {
+		for _, held := range []*url.URL{nil, {Scheme: "http", Fragment: "old"}} {
+			got := Request{ResponseHook: held}
+			require.NoError(t, decodeFrame([]byte(test.data), &got), test.name)
+			require.Equal(t, "[1]", string(*got.Args), test.name)
+			got.Args = nil
+			if test.want.ID != "" {
+				test.want.ResponseHook = plain
+			}
+			require.Equal(t, test.want, got, test.name)
+		}
+	}
+	for _, test := range []struct{ name, data, want string }{
+		{"no URL", `{"id":"1","task":"t","responsehook":"unix:///run/%zz?secret"}`, "can't be parsed"},
+		{"a number", `{"id":"1","task":"t","responsehook":4}`, "cannot unmarshal number"},
+		{"another member", `{"id":1,"task":"t","responsehook":"unix:///a"}`, "cannot unmarshal number"},
+		{"another member, behind it", `{"responsehook":"unix:///a","task":"t","id":1}`, "cannot unmarshal number"},
+	} {
+		err := decodeFrame([]byte(test.data), &Request{})
+		require.ErrorContains(t, err, test.want, test.name)
+		require.NotContains(t, err.Error(), "secret", test.name)
 	}
 }

@@ -1,92 +1,115 @@
-// Package acomm is a library for asynchronous, JSON-RPC-like communication
-// between services: on one machine over unix sockets, beyond it over HTTP.
+// Package acomm sends requests to services that respond later: over unix sockets on one
+// machine, over HTTP between machines. Messages are JSON, similar to JSON-RPC.
 //
 // # The model
 //
-// A [Request] names a task, its arguments and a response hook: the URL the
-// [Response] is to be sent to. The service that receives the request
-// acknowledges it at once, works for as long as it needs, and then sends the
-// response to the hook. Acknowledged means received and well-formed, not done;
-// the response may even arrive before the acknowledgement, so a request is
-// tracked before it is sent.
+// A [Request] names a task, its arguments and a response hook. The hook is the address
+// to which the [Response] is to be sent. It is a unix socket of the requester or a URL
+// that takes a POST. Request and response travel separately:
 //
-// Three roles meet:
+//	requester                           provider
+//	    | Request, with its hook  ------->  |
+//	    | <---------------  acknowledgement |
+//	    |                                   | works
+//	    | <---------  Response, to the hook |
+//	    | acknowledgement  -------------->  |
 //
-//   - A requester makes requests with [NewRequest], registers them with a
-//     [Tracker] ([Tracker.TrackRequest]) and sends them with [Send]. The
-//     tracker owns the unix socket the responses arrive on, matches them by id
-//     and runs the request's success or error handler, once: with the response,
-//     or with a time-out. A [MultiRequest] collects the responses of many
-//     requests at once.
-//   - A provider takes connections from a [UnixListener], reads a request from
-//     each with [UnmarshalConnData], acknowledges it with [SendConnData] and
+// Each of the two is an exchange: a message one way, its acknowledgement the other way.
+// The acknowledgement says that the message was received and is well-formed. It does not
+// say that the task is done. A response may even arrive before the acknowledgement of
+// its request, so track a request before you send it.
+//
+// A process plays one or more of three roles:
+//
+//   - A requester makes a request with [NewRequest], registers it with a [Tracker]
+//     ([Tracker.TrackRequest]) and sends it with [Send]. The tracker owns the unix socket
+//     of the hook. It matches each response to its request by id and runs the request's
+//     success or error handler once: with the response, or after a time-out. A
+//     [MultiRequest] collects the responses of many requests.
+//   - A provider takes connections from a [UnixListener]. It reads a request from each
+//     with [UnmarshalConnData], acknowledges it with [SendConnData], does the work, and
 //     answers with [Request.Respond].
-//   - A coordinator stands between them. It takes requests from outside over
-//     HTTP and forwards them to providers on the machine. [Tracker.ProxyUnix]
-//     gives it a request whose hook is the coordinator's own unix socket; the
-//     response that arrives there is forwarded to the original hook.
+//   - A coordinator takes requests from other machines over HTTP and sends them to
+//     providers on its own machine. [Tracker.ProxyUnix] returns a request whose hook is
+//     the coordinator's unix socket. The tracker forwards the response from there to the
+//     original hook.
 //
-// Bulk data does not travel in a response. The response names a StreamURL: a
-// unix socket for one consumer, made by [Tracker.NewStreamUnix] and read with
-// [Stream]. A coordinator publishes it over HTTP with
-// [Tracker.ProxyStreamHTTPURL] and [ProxyStreamHandler]. A stream that is cut
-// off, by a failing source or because a process was killed, ends with an error
-// at its consumer, on both hops (on Linux, and where both ends have this
-// library); it never just looks complete.
+// Large data does not travel in a response. The response names a stream instead: a unix
+// socket for one consumer, made by [Tracker.NewStreamUnix] and read with [Stream]. A
+// coordinator publishes it over HTTP with [Tracker.ProxyStreamHTTPURL] and
+// [ProxyStreamHandler]. On Linux, and where both ends have this library, a stream that is
+// cut off gives its consumer an error, even if the provider's process was killed.
+//
+// # Delivery
+//
+// Delivery is at most once: the library never sends a message again if the peer may have
+// served it. Messages have no order and are not stored. If a provider dies before it has
+// responded, the request ends with the requester's time-out.
 //
 // # Sessions
 //
-// While a [Tracker] or [UnixListener] of the process is started, [Send] and what builds
-// on it open a session to each unix socket whose process has this library too (on
-// Linux, and 256 of them at most): one connection that carries up to 1,024 exchanges at
-// a time in each direction, for all goroutines. If two processes send to each other, as
-// a requester and a provider do, one session carries both. To the callers of
-// [UnixListener.NextConn] and [UnixListener.DoneConn] each exchange on it is a
-// connection of its own. An idle session is closed after 5 to 10 seconds. When the
-// process's last listener or tracker stops, its sessions close: idle ones at once, busy
-// ones after their last exchange. A message that the other side may have served is never
-// sent again.
+// On Linux, two processes with this library exchange messages over a session: one unix
+// connection that carries many exchanges at a time, in both directions. It makes an
+// exchange cheaper and changes nothing else. Sessions need no configuration:
+//
+//   - [Send] opens one in the background after the first message to a socket, while a
+//     [Tracker] or [UnixListener] of the process is started. All goroutines share it.
+//   - A process opens 256 sessions at most, and a listener accepts as many; an eighth of
+//     the descriptor limit (RLIMIT_NOFILE) if that is less.
+//   - In each direction it carries up to 1,024 exchanges at a time, each of up to 64 KiB
+//     of JSON, together 2 MiB. Other messages travel on connections of their own.
+//   - [UnixListener.NextConn] returns each exchange as a connection of its own.
+//   - A session closes after 5 to 10 s without an exchange. When the process's last
+//     listener or tracker stops, its sessions close: idle ones at once, busy ones after
+//     their last exchange.
 //
 // # Concurrency
 //
-// Every function and method is safe for concurrent use. The fields of a Request
-// or Response are the caller's: they are not to be changed while the value is
-// tracked or being sent. Handlers run in goroutines of their own when a response
-// arrives over the socket or a request times out, in the caller's when it is
-// handed in with [Tracker.HandleResponse]; a slow handler delays nobody. A
+// Every function and method is safe for concurrent use. The fields of a Request or
+// Response belong to the caller. Do not change them while the value is tracked or being
+// sent.
+//
+// The tracker runs handlers in goroutines of their own, so a slow handler delays nobody.
+// Only [Tracker.HandleResponse] runs the handler in the goroutine of its caller. A
 // handler may call any method of the tracker except Stop. A panic in a handler ends the
 // process.
 //
 // # Errors
 //
-// Errors say what was being done and to what, and match the standard library's
+// An error says what was being done and to what. It matches one of the standard library's
 // sentinels with [errors.Is]:
 //
-//   - [io/fs.ErrInvalid]: a nil or empty argument; no id, task or hook, or one that is
-//     not UTF-8; a unix hook that is not an absolute path; JSON nested too deep
-//   - [io/fs.ErrExist]: an id already tracked, a name already used
+//   - [io/fs.ErrInvalid]: an argument is nil, empty or malformed; an id, task or hook is
+//     missing or not UTF-8; a unix hook is not an absolute path; JSON is nested more than
+//     10,000 levels deep
+//   - [io/fs.ErrExist]: the id is tracked already, the name is used already
 //   - [net.ErrClosed]: the tracker or listener is not running
-//   - [errors.ErrUnsupported]: a URL scheme nobody handles
-//   - [io/fs.ErrNotExist], [syscall.ECONNREFUSED]: no such socket, nobody listens
+//   - [errors.ErrUnsupported]: nothing handles the URL's scheme
+//   - [io/fs.ErrNotExist], [syscall.ECONNREFUSED]: no such socket, nobody listens there
 //   - [syscall.EADDRINUSE]: the socket path belongs to a live listener
-//   - [syscall.ENAMETOOLONG]: the socket path is too long for the system
-//   - [syscall.EMSGSIZE]: a payload over the limit of 64 MiB, on either side
-//   - [io.ErrUnexpectedEOF]: the peer closed too early
-//   - [os.ErrDeadlineExceeded]: a send, read or request took too long
+//   - [syscall.ENAMETOOLONG]: the socket path is too long (Linux: over 107 bytes)
+//   - [syscall.EMSGSIZE]: the payload is over the limit of 64 MiB
+//   - [io.ErrUnexpectedEOF]: the peer closed the connection too early
+//   - [os.ErrDeadlineExceeded]: a send, a read or a request took too long
 //
-// The peer's own refusal is returned with its text unchanged. What happens
-// where no caller is there to be told, such as a response nobody waits for, is
-// logged through logrus' standard logger. Payloads are never logged.
+// JSON that can't be encoded or decoded gives an error of encoding/json. The peer's own
+// refusal is returned with its text unchanged.
+//
+// If no caller is there to be told, as with a response that nobody waits for, the library
+// logs through logrus' standard logger: ten lines a second of a kind at most. It never
+// logs payloads.
 //
 // # Security
 //
-// Whoever may connect to a socket may send requests or responses through it:
-// the permissions of the socket file and its directory decide. Where the caller
-// names neither, the library makes a directory only its user can enter and a
-// name nobody can guess. Where the caller chooses a path or directory, the
-// process's umask decides; use a directory with the mode and group that suit.
-// A listener can learn who is on the other side from the socket itself, through
-// the SyscallConn method of the connections that [UnixListener.NextConn]
-// returns. Hooks are addresses chosen by the requester that the responder dials.
-// [ProxyStreamHandler] serves only addresses that this process published.
+// The protocol has no authentication. Every process that may connect to a unix socket may
+// send requests or responses to it: the permissions of the socket file and its directory
+// decide. If you name no path, the library makes a directory that only the process's user
+// can enter. In it is a socket with the mode 0600. Its path can't be guessed. If you name
+// a path or directory, the process's umask decides; choose a directory with the mode and
+// group that suit. A listener learns which process is at the other end from the
+// SyscallConn method of the connection (SO_PEERCRED).
+//
+// The requester chooses the hook, and the responder connects to it. A service that takes
+// requests from strangers has to check hooks first. [ProxyStreamHandler] serves only
+// streams that this process published.
 package acomm

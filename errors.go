@@ -8,7 +8,7 @@ import (
 	"syscall"
 )
 
-// asTimeout gives everything that took too long one name.
+// asTimeout makes every kind of time-out match os.ErrDeadlineExceeded.
 func asTimeout(err error) error {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return err
@@ -20,8 +20,8 @@ func asTimeout(err error) error {
 	return err
 }
 
-// asUnexpectedEOF gives a connection that the peer has closed too early one name,
-// in whichever way the system reports it.
+// asUnexpectedEOF makes every sign that the peer has closed too early match
+// io.ErrUnexpectedEOF.
 func asUnexpectedEOF(err error) error {
 	switch {
 	case errors.Is(err, io.ErrUnexpectedEOF):

@@ -11,33 +11,34 @@ import (
 	"time"
 )
 
-// exchange is a message of a session, for its handler a connection of its own: the
-// message's plain frame can be read from it, and what is written to it, up to the end
-// of a frame, answers the message.
+// exchange is the net.Conn that a handler gets for a message of a session. The handler
+// reads the message from it as a plain frame. What it writes, up to the end of one frame,
+// is the answer.
 type exchange struct {
-	session *session
+	session *session // immutable, as the next three
 	number  uint32
 	size    int // bytes of the message
 	feed    *feed
-	over    atomic.Bool // nothing more goes to the peer; set under the session's mu
+
+	over atomic.Bool // answered, cancelled or abandoned: no answer is sent any more; set under the session's mu
 
 	// Guarded by the session's mu.
-	unread        []byte // of the message
-	answer        []byte // written, not yet a frame
+	unread        []byte // the part of the frame that the handler has not read
+	answer        []byte // written by the handler, not yet a whole frame
 	closed        bool   // by the handler
 	readDeadline  time.Time
 	writeDeadline time.Time
-	changed       chan struct{} // made by a Read that waits, closed to tell it to look again
+	changed       chan struct{} // a Read that waits makes it; wakeLocked closes it
 }
 
-// handedOut notes that NextConn returns the exchange.
+// handedOut records that NextConn returns the exchange.
 func (e *exchange) handedOut() {
 	e.feed.handed.Store(e.number)
 	e.feed.ahead.Add(-int64(e.size + exchangeCost))
 }
 
-// takeFrame returns the payload of the message if nothing of it has been read; else
-// nil, and Read says why.
+// takeFrame returns the payload of the message without copying it. If a part of it was
+// read, or Read would fail, it returns nil.
 func (e *exchange) takeFrame() []byte {
 	e.session.mu.Lock()
 	defer e.session.mu.Unlock()
@@ -50,7 +51,7 @@ func (e *exchange) takeFrame() []byte {
 	return data
 }
 
-// Read reads the message, then waits for the peer to be answered or to give up.
+// Read reads the message. Then it blocks until the exchange is over, and returns io.EOF.
 func (e *exchange) Read(p []byte) (int, error) {
 	for {
 		e.session.mu.Lock()
@@ -73,8 +74,8 @@ func (e *exchange) Read(p []byte) (int, error) {
 	}
 }
 
-// readLocked reads what is there. If it has to wait it returns a channel that is
-// closed when it should be called again.
+// readLocked reads without blocking. If there is nothing to return yet, it returns a
+// channel that is closed when readLocked should be called again.
 func (e *exchange) readLocked(p []byte) (int, <-chan struct{}, error) {
 	switch {
 	case e.closed:
@@ -96,7 +97,7 @@ func (e *exchange) readLocked(p []byte) (int, <-chan struct{}, error) {
 	return 0, e.changed, nil
 }
 
-// wakeLocked lets a Read that waits look again.
+// wakeLocked wakes the Reads that wait.
 func (e *exchange) wakeLocked() {
 	if e.changed != nil {
 		close(e.changed)
@@ -104,8 +105,7 @@ func (e *exchange) wakeLocked() {
 	}
 }
 
-// endLocked notes that nothing more goes to the peer, who has been answered or waits
-// no more.
+// endLocked ends the exchange: it was answered, or its sender does not wait any more.
 func (e *exchange) endLocked() {
 	if e.over.Swap(true) {
 		return
@@ -116,14 +116,14 @@ func (e *exchange) endLocked() {
 	e.wakeLocked()
 }
 
-// answerLocked queues the answer.
+// answerLocked queues the answer and ends the exchange.
 func (e *exchange) answerLocked(answer []byte) {
-	e.session.sayLocked(frameAnswer, e.number, answer)
+	e.session.queueFrameLocked(frameAnswer, e.number, answer)
 	e.endLocked()
 }
 
-// Write takes the answer. It goes to the peer with the end of its frame; there is
-// nobody for what comes after.
+// Write collects the answer and queues it when its frame is whole. Bytes after the frame
+// are dropped; later writes fail with EPIPE.
 func (e *exchange) Write(p []byte) (int, error) {
 	e.session.mu.Lock()
 	answer, err := e.writeLocked(p)
@@ -139,7 +139,7 @@ func (e *exchange) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// writeLocked returns the answer if what is written makes it whole.
+// writeLocked returns the answer once its frame is whole; nil until then.
 func (e *exchange) writeLocked(p []byte) ([]byte, error) {
 	switch {
 	case e.closed:
@@ -156,7 +156,7 @@ func (e *exchange) writeLocked(p []byte) ([]byte, error) {
 	}
 	whole, err := frameLength(answer)
 	switch {
-	case err != nil: // the peer will say what is wrong with it
+	case err != nil: // too long: the header alone lets the peer report that
 		e.answer = nil
 		return answer[:headerSize], nil
 	case whole > 0 && whole <= len(answer):
@@ -168,7 +168,8 @@ func (e *exchange) writeLocked(p []byte) ([]byte, error) {
 	return nil, nil
 }
 
-// Close ends the exchange. A peer that was not answered is told so.
+// Close ends the exchange. If it has no answer, what was written of one is sent, often
+// nothing, which tells the peer that there is none.
 func (e *exchange) Close() error {
 	e.session.mu.Lock()
 	if e.closed {
@@ -191,20 +192,20 @@ func (e *exchange) Close() error {
 func (e *exchange) LocalAddr() net.Addr  { return e.feed.local }
 func (e *exchange) RemoteAddr() net.Addr { return e.feed.remote }
 
-// SyscallConn gives access to the socket that the exchange shares with others, for
-// the peer's credentials.
+// SyscallConn gives access to the session's socket, for the peer's credentials.
 func (e *exchange) SyscallConn() (syscall.RawConn, error) {
 	raw, err := e.session.conn.SyscallConn()
 	return controlOnly{raw}, err
 }
 
-// controlOnly refuses to wait for the socket: whoever does keeps all others from it.
+// controlOnly refuses to wait for the socket: a handler that did would block all
+// exchanges of the session.
 type controlOnly struct{ syscall.RawConn }
 
 func (controlOnly) Read(func(uintptr) bool) error  { return errShared }
 func (controlOnly) Write(func(uintptr) bool) error { return errShared }
 
-var errShared = fmt.Errorf("the socket is shared with other exchanges, use the connection's own methods: %w", errors.ErrUnsupported)
+var errShared = fmt.Errorf("the exchanges of a session share the socket; use the methods of the connection: %w", errors.ErrUnsupported)
 
 func (e *exchange) SetDeadline(t time.Time) error      { return e.setDeadlines(t, true, true) }
 func (e *exchange) SetReadDeadline(t time.Time) error  { return e.setDeadlines(t, true, false) }

@@ -7,7 +7,8 @@ import (
 )
 
 // What the tests reach behind the documented surface: the times, so that no test
-// has to wait for a minute, and nothing else.
+// has to wait for a minute; the limits; and one status, that of sessions, which no user
+// sees. What needs to see or set more of the library is a test inside the package.
 
 const (
 	SendTimeout = sendTimeout
@@ -27,9 +28,6 @@ func SendContext(ctx context.Context, addr *url.URL, payload any) error {
 // Start, as the others.
 func (t *Tracker) SetExchangeTimeout(d time.Duration) { t.exchangeTimeout = d }
 
-// SetHashMask sets how much of the hashes of ids differs.
-func (t *Tracker) SetHashMask(mask uint64) { t.hashMask = mask }
-
 func (t *Tracker) SetStreamClaim(d time.Duration) { t.streamClaim = d }
 
 func (t *Tracker) SetStreamEnd(d time.Duration) { t.streamEnd = d }
@@ -38,13 +36,6 @@ func (t *Tracker) SetStreamStall(d time.Duration) { t.streamStall = d }
 
 // MaxPosts is how many posts go to a host at a time.
 const MaxPosts = maxPosts
-
-// HostsPostedTo returns to how many hosts posts are under way.
-func HostsPostedTo() int {
-	posts.mu.Lock()
-	defer posts.mu.Unlock()
-	return len(posts.byHost)
-}
 
 const (
 	SenderName  = senderName
@@ -123,16 +114,3 @@ func SetSessionIdleTimeout(d time.Duration) (old time.Duration) {
 	old, sessionIdleTimeout = sessionIdleTimeout, d
 	return old
 }
-
-// SetFirstMessage sets the number of the first message of each session, and returns the
-// one that was. There may be no session meanwhile.
-func SetFirstMessage(number uint32) (old uint32) {
-	old, firstMessage = firstMessage, number
-	return old
-}
-
-// NotDelivered reports whether an error of Send proves that nobody has the payload.
-func NotDelivered(err error) bool { return notDelivered(err) }
-
-// HostOf returns the host that the turns of posts to the URL are of.
-func HostOf(addr *url.URL) string { return hostOf(addr) }

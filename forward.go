@@ -10,36 +10,40 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// A forward that did not arrive is tried again after a delay from the first of
-// these to the second, doubling.
+// The delay between two tries of a forward: it begins with the first and doubles up to
+// the second.
 const (
 	minForwardDelay = 10 * time.Millisecond
 	maxForwardDelay = time.Second
 )
 
-// ProxyUnix proxies requests that have response hooks of non-unix sockets
-// through one that does. If the response hook is already a unix socket, it
-// returns the original request. If not, it tracks the original request, for the
-// timeout (zero or less means the tracker's default), and returns a new request
-// with the tracker's socket as its response hook and the same id. The purpose of
-// this is so that there can be a single entry and exit point for external
-// communication, while local services can reply directly to each other. The
-// original request is not modified, its handlers are not run.
+// ProxyUnix makes the tracker the response hook of a request, so that a provider can
+// answer over a unix socket. It tracks the request and returns a new one with the same
+// id, task and args, and with the tracker's socket as its hook. Send that one to the
+// provider. A request whose hook is a unix socket already is returned as it is, and not
+// tracked. The original request is not modified and its handlers do not run. A timeout of
+// zero or less means the tracker's default.
 //
-// The response is forwarded to the original hook, and so is a time-out; a stream
-// in it is published with [Tracker.ProxyStreamHTTPURL], or left out, and that
-// logged, if the tracker has no stream URL. Forwarding is at most once: it is
-// tried again, until the request would have timed out, only where the response
-// certainly has not arrived: no connection was got (nobody listens, DNS, TLS handshake,
-// a proxy's refusal), or the hook answers with the status 429, or 503 with a
-// Retry-After. A 503 without one may come from a gateway that has passed the response
-// on. A Retry-After is heeded, but the last try comes when the request would have timed
-// out. A forward that fails is logged. How long a hook should keep idle connections open
-// is said at [Send].
+// The tracker forwards the response, or the time-out, to the original hook. A stream in
+// it is published with [Tracker.ProxyStreamHTTPURL]. If the tracker has no stream URL,
+// the response is forwarded without its stream, and that is logged.
 //
-// A request that is not valid gives an error that matches [io/fs.ErrInvalid], an
-// id that is tracked already [io/fs.ErrExist], a tracker that is not started or
-// is stopping [net.ErrClosed].
+// A response is forwarded at most once. A failed forward is tried again, after 10 ms to 1
+// s, only if the response certainly did not arrive:
+//
+//   - There was no connection: nobody listens, or DNS, the TLS handshake or a proxy
+//     failed.
+//   - The hook answered with the status 429, or with 503 and a Retry-After. A 503 without
+//     one may come from a gateway that has passed the response on.
+//
+// A Retry-After delays the next try. The last try is made when the request would have
+// timed out. A forward that fails for good is logged.
+//
+// The errors match:
+//
+//   - [io/fs.ErrInvalid]: [Request.Validate] refuses the request
+//   - [io/fs.ErrExist]: the id is tracked already
+//   - [net.ErrClosed]: the tracker is not started, or it is stopping
 func (t *Tracker) ProxyUnix(req *Request, timeout time.Duration) (*Request, error) {
 	if err := req.Validate(); err != nil {
 		return nil, fmt.Errorf("proxy request: %w", err)
@@ -53,17 +57,18 @@ func (t *Tracker) ProxyUnix(req *Request, timeout time.Duration) (*Request, erro
 	return &Request{ID: req.ID, Task: req.Task, ResponseHook: t.URL(), Args: req.Args}, nil
 }
 
-// forward sends the response of a proxied request to the request's hook.
+// forward sends the response of a proxied request to the original hook. The tracker's
+// Stop waits for it, as for a handler.
 func (t *Tracker) forward(p *pendingRequest, resp *Response) {
 	if err := t.tryForward(p, resp); err != nil {
 		t.failures.log(logrus.ErrorLevel, "failed to forward a response", err, p.id, p.req.ResponseHook.Redacted())
 	}
 }
 
-// tryForward sends the response, and again where it certainly did not arrive, the
-// last time when the request would have timed out.
+// tryForward sends the response. After an error that proves that it did not arrive, it
+// sends it again, the last time at the deadline of the request.
 func (t *Tracker) tryForward(p *pendingRequest, resp *Response) error {
-	out := *resp // the response stays its sender's
+	out := *resp // a copy: the caller of HandleResponse owns resp
 	out.StreamURL = t.publish(resp)
 	for delay := minForwardDelay; ; delay = min(2*delay, maxForwardDelay) {
 		err := Send(p.req.ResponseHook, &out)
@@ -80,7 +85,8 @@ func (t *Tracker) tryForward(p *pendingRequest, resp *Response) error {
 	}
 }
 
-// publish returns the URL under which those outside reach the response's stream.
+// publish returns the HTTP URL of the response's stream; nil if it has none, or none can
+// be published.
 func (t *Tracker) publish(resp *Response) *url.URL {
 	if resp.StreamURL == nil {
 		return nil
@@ -93,21 +99,22 @@ func (t *Tracker) publish(resp *Response) *url.URL {
 	return u
 }
 
-// ProxyStreamHTTPURL generates the url for proxying streaming data from a unix
-// socket: the tracker's HTTP stream URL, with the address and this process's
-// signature of it as query parameters. Whoever has the URL can read the stream,
-// through a [ProxyStreamHandler] of this process and no other. The address can
-// be read from it, so it must not hold a password. A unix socket is looked for as by
-// [Send], here and not when the stream is read.
+// ProxyStreamHTTPURL publishes a stream: it returns a URL at which the
+// [ProxyStreamHandler] of this process, and no other, serves it over HTTP. The URL is the
+// tracker's HTTP stream URL with the address of the stream and a signature of this
+// process as query parameters. Anyone with the URL can read the stream. The address is
+// readable in it, so it must not hold a password.
 //
-// A nil address, a unix one with a host, and a tracker without an HTTP stream URL,
+// A unix address is resolved as by [Send], in this call and not when the stream is read.
+//
+// A nil address, a unix address with a host, and a tracker without an HTTP stream URL
 // give an error that matches [io/fs.ErrInvalid].
 func (t *Tracker) ProxyStreamHTTPURL(addr *url.URL) (*url.URL, error) {
 	if addr == nil {
 		return nil, fmt.Errorf("proxy stream: address is nil: %w", fs.ErrInvalid)
 	}
 	if t.streamURL == nil {
-		return nil, fmt.Errorf("proxy stream %s: the tracker has no HTTP stream URL: %w", addr.Redacted(), fs.ErrInvalid)
+		return nil, fmt.Errorf("proxy stream %s: the tracker has no HTTP stream URL; pass one to NewTracker: %w", addr.Redacted(), fs.ErrInvalid)
 	}
 	located, err := locate(addr)
 	if err != nil {
@@ -116,7 +123,7 @@ func (t *Tracker) ProxyStreamHTTPURL(addr *url.URL) (*url.URL, error) {
 	u := *t.streamURL
 	query := u.Query()
 	bare := *located
-	bare.Fragment, bare.RawFragment = "", "" // never sent over HTTP, no part of a socket's path
+	bare.Fragment, bare.RawFragment = "", "" // HTTP does not send it
 	text := bare.String()
 	query.Set(streamAddrParam, text)
 	query.Set(streamSignatureParam, signStream(text))

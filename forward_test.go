@@ -1,61 +1,22 @@
 package acomm_test
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
-	"os"
 	"strings"
 	"sync"
-	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/mistifyio/acomm"
 	"github.com/stretchr/testify/require"
 )
-
-// forwardHook is an HTTP response hook that keeps what it is sent.
-type forwardHook struct {
-	url    *url.URL
-	bodies chan []byte // every body it was sent
-}
-
-// newForwardHook starts a hook that answers as the handler does; nil accepts.
-func newForwardHook(t testing.TB, answer http.HandlerFunc) *forwardHook {
-	t.Helper()
-	hook := &forwardHook{bodies: make(chan []byte, 100)}
-	server := httptest.NewServer(hook.handler(answer))
-	t.Cleanup(server.Close)
-	var err error
-	hook.url, err = url.Parse(server.URL + "/hook")
-	require.NoError(t, err)
-	return hook
-}
-
-func (h *forwardHook) handler(answer http.HandlerFunc) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		body, err := io.ReadAll(r.Body)
-		if err != nil {
-			body = []byte(err.Error())
-		}
-		if r.Method != http.MethodPost || r.Header.Get("Content-Type") != "application/json" {
-			body = []byte(r.Method + " " + r.Header.Get("Content-Type"))
-		}
-		h.bodies <- body
-		if answer != nil {
-			answer(w, r)
-		}
-	})
-}
 
 // proxy has the tracker proxy a new request with the hook and returns both.
 func proxy(t testing.TB, tracker *acomm.Tracker, hook *url.URL, timeout time.Duration) (req, proxied *acomm.Request) {
@@ -67,38 +28,9 @@ func proxy(t testing.TB, tracker *acomm.Tracker, hook *url.URL, timeout time.Dur
 	return req, proxied
 }
 
-// newStreamTracker returns a started tracker with a stream URL.
-func newStreamTracker(t testing.TB, streamURL *url.URL) *acomm.Tracker {
-	t.Helper()
-	tracker, err := acomm.NewTracker("", streamURL, patience)
-	require.NoError(t, err)
-	require.NoError(t, tracker.Start())
-	t.Cleanup(tracker.Stop)
-	return tracker
-}
-
-// unboundPort reserves a TCP port where nobody listens until listen is called.
-func unboundPort(t testing.TB) (addr string, listen func() net.Listener) {
-	t.Helper()
-	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
-	require.NoError(t, err)
-	socket := os.NewFile(uintptr(fd), "reserved port")
-	t.Cleanup(func() { _ = socket.Close() })
-	require.NoError(t, syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
-	name, err := syscall.Getsockname(fd)
-	require.NoError(t, err)
-	addr = fmt.Sprintf("127.0.0.1:%d", name.(*syscall.SockaddrInet4).Port)
-	return addr, func() net.Listener {
-		require.NoError(t, syscall.Listen(fd, 16))
-		listener, err := net.FileListener(socket)
-		require.NoError(t, err)
-		return listener
-	}
-}
-
 func TestProxyUnix_UnixHookReturnsTheRequest(t *testing.T) {
 	tracker := newTracker(t)
-	req, _ := newRequest(t, &url.URL{Scheme: "unix", Path: "/provider.sock"}, nil)
+	req, _ := newRequest(t, unixURL("/provider.sock"), nil)
 	proxied, err := tracker.ProxyUnix(req, patience)
 	require.NoError(t, err)
 	require.Same(t, req, proxied)
@@ -123,7 +55,7 @@ func TestProxyUnix_HTTPHookIsReplaced(t *testing.T) {
 	}
 }
 
-func TestProxyUnix_Errors(t *testing.T) {
+func TestProxyUnix_RefusesWhatItCannotTrack(t *testing.T) {
 	tracker, err := acomm.NewTracker("", nil, patience)
 	require.NoError(t, err)
 	hook := &url.URL{Scheme: "http", Host: "localhost:1"}
@@ -250,228 +182,6 @@ func TestForward_StreamThatCannotBePublishedIsLeftOutAndLogged(t *testing.T) {
 	require.Contains(t, log.String(), "id="+req.ID)
 	require.Contains(t, log.String(), "addr=")
 	require.NotContains(t, log.String(), "password")
-}
-
-// Hazards: 404 and 500 with a JSON body count as delivered, 302 silently loses
-// the payload; a forward that may have arrived is sent a second time.
-func TestForward_WhatMayHaveArrivedIsNotSentAgain(t *testing.T) {
-	cut := func(linger int, answer string) http.HandlerFunc {
-		return func(w http.ResponseWriter, _ *http.Request) {
-			conn, buf, err := w.(http.Hijacker).Hijack()
-			if err != nil {
-				panic(err)
-			}
-			_, _ = buf.WriteString(answer)
-			_ = buf.Flush()
-			if linger == 0 {
-				_ = conn.(*net.TCPConn).SetLinger(0)
-			}
-			_ = conn.Close()
-		}
-	}
-	for name, c := range map[string]struct {
-		answer http.HandlerFunc
-		logged string
-	}{
-		"200 refused": {func(w http.ResponseWriter, _ *http.Request) {
-			fmt.Fprint(w, `{"error":"not mine"}`)
-		}, "not mine"},
-		"200 unreadable": {func(w http.ResponseWriter, _ *http.Request) {
-			fmt.Fprint(w, "thanks")
-		}, "200 OK"},
-		"500": {func(w http.ResponseWriter, _ *http.Request) {
-			w.WriteHeader(http.StatusInternalServerError)
-			fmt.Fprint(w, `{"error":""}`)
-		}, "500 Internal Server Error"},
-		"404": {func(w http.ResponseWriter, _ *http.Request) {
-			w.WriteHeader(http.StatusNotFound)
-			fmt.Fprint(w, `{"error":"no such hook"}`)
-		}, "404 Not Found: no such hook"},
-		"302": {func(w http.ResponseWriter, r *http.Request) {
-			http.Redirect(w, r, "/elsewhere", http.StatusFound)
-		}, "302 Found"},
-		"502 with Retry-After": {func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Retry-After", "0")
-			w.WriteHeader(http.StatusBadGateway)
-		}, "502 Bad Gateway"},
-		"reset":            {cut(0, ""), "reset"},
-		"no answer":        {cut(-1, ""), "EOF"},
-		"half a header":    {cut(-1, "HTTP/1.1 200"), "EOF"},
-		"half an answer":   {cut(-1, "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"), "EOF"},
-		"what is not HTTP": {cut(-1, "hello\r\n\r\n"), "malformed"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			var attempts atomic.Int32
-			hook := newForwardHook(t, func(w http.ResponseWriter, r *http.Request) {
-				// The first one leaves a connection for the second: on a used
-				// connection too, nothing is sent again.
-				if attempts.Add(1) > 1 {
-					c.answer(w, r)
-				}
-			})
-			tracker := newTracker(t)
-			log := captureLog(t)
-			_, proxied := proxy(t, tracker, hook.url, time.Minute)
-			tracker.HandleResponse(answerTo(t, proxied, "first", nil))
-			require.Empty(t, log.String())
-
-			req, proxied := proxy(t, tracker, hook.url, time.Minute)
-			forwarded := async(func() { tracker.HandleResponse(answerTo(t, proxied, "second", nil)) })
-			within(t, forwarded, "the end of the forward")
-			require.EqualValues(t, 2, attempts.Load())
-			require.Equal(t, 1, strings.Count(log.String(), "\n"), log)
-			require.Contains(t, log.String(), "id="+req.ID)
-			require.Contains(t, log.String(), c.logged)
-		})
-	}
-}
-
-func TestForward_WaitsForAHookThatNobodyServesYet(t *testing.T) {
-	addr, listen := unboundPort(t)
-	refused := make(chan struct{}, 1000)
-	standard := http.DefaultTransport
-	defer func() { http.DefaultTransport = standard }()
-	transport := standard.(*http.Transport).Clone()
-	dial := transport.DialContext
-	transport.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
-		conn, err := dial(ctx, network, addr)
-		if errors.Is(err, syscall.ECONNREFUSED) {
-			refused <- struct{}{}
-		}
-		return conn, err
-	}
-	http.DefaultTransport = transport
-	defer transport.CloseIdleConnections()
-
-	tracker := newTracker(t)
-	log := captureLog(t)
-	req, proxied := proxy(t, tracker, &url.URL{Scheme: "http", Host: addr, Path: "/"}, patience)
-	require.NoError(t, proxied.Respond(answerTo(t, proxied, "patient", nil)))
-	for range 3 {
-		within(t, refused, "an attempt")
-	}
-
-	hook := &forwardHook{bodies: make(chan []byte, 10)}
-	server := &httptest.Server{Listener: listen(), Config: &http.Server{Handler: hook.handler(nil)}}
-	server.Start()
-	defer server.Close()
-	want := `{"error":"","id":"` + req.ID + `","result":"patient","stream_url":null}`
-	require.JSONEq(t, want, string(within(t, hook.bodies, "the response")))
-	tracker.Stop()
-	require.Empty(t, hook.bodies, "exactly once")
-	require.Empty(t, log.String())
-}
-
-func TestForward_TriesAgainWhenToldTo(t *testing.T) {
-	httpTime := func(in time.Duration) string { return time.Now().Add(in).UTC().Format(http.TimeFormat) }
-	for name, c := range map[string]struct {
-		status     int
-		retryAfter func() string
-		atLeast    time.Duration // from the first attempt to the last
-		attempts   int
-	}{
-		"429":             {http.StatusTooManyRequests, nil, 30 * time.Millisecond, 3},
-		"503 at once":     {http.StatusServiceUnavailable, func() string { return "0" }, 30 * time.Millisecond, 3},
-		"429 in no time":  {http.StatusTooManyRequests, func() string { return "0" }, 30 * time.Millisecond, 3},
-		"429 unreadable":  {http.StatusTooManyRequests, func() string { return "soon" }, 30 * time.Millisecond, 3},
-		"503 in a second": {http.StatusServiceUnavailable, func() string { return "1" }, time.Second, 2},
-		"429 at a time":   {http.StatusTooManyRequests, func() string { return httpTime(2 * time.Second) }, time.Second, 2},
-		"503 in the past": {http.StatusServiceUnavailable, func() string { return httpTime(-time.Hour) }, 30 * time.Millisecond, 3},
-	} {
-		t.Run(name, func(t *testing.T) {
-			var mu sync.Mutex
-			var times []time.Time
-			hook := newForwardHook(t, func(w http.ResponseWriter, _ *http.Request) {
-				mu.Lock()
-				defer mu.Unlock()
-				times = append(times, time.Now())
-				if len(times) == c.attempts {
-					return // accepted
-				}
-				if c.retryAfter != nil {
-					w.Header().Set("Retry-After", c.retryAfter())
-				}
-				w.WriteHeader(c.status)
-			})
-			tracker := newTracker(t)
-			log := captureLog(t)
-			_, proxied := proxy(t, tracker, hook.url, patience)
-			require.NoError(t, proxied.Respond(answerTo(t, proxied, "again", nil)))
-			tracker.Stop()
-			require.Len(t, times, c.attempts)
-			require.GreaterOrEqual(t, times[c.attempts-1].Sub(times[0]), c.atLeast)
-			require.Empty(t, log.String())
-			first := <-hook.bodies
-			for range c.attempts - 1 {
-				require.Equal(t, string(first), string(<-hook.bodies))
-			}
-		})
-	}
-}
-
-func TestForward_LastAttemptIsAtTheDeadline(t *testing.T) {
-	const timeout = 400 * time.Millisecond
-	for name, last := range map[string]int{"back": http.StatusOK, "not back": http.StatusServiceUnavailable} {
-		t.Run(name, func(t *testing.T) {
-			attempts := make(chan time.Time, 10)
-			hook := newForwardHook(t, func(w http.ResponseWriter, _ *http.Request) {
-				attempts <- time.Now()
-				if len(attempts) == 1 {
-					w.Header().Set("Retry-After", "3600")
-					w.WriteHeader(http.StatusServiceUnavailable)
-					return
-				}
-				w.WriteHeader(last)
-			})
-			tracker := newTracker(t)
-			log := captureLog(t)
-			tracked := time.Now()
-			_, proxied := proxy(t, tracker, hook.url, timeout)
-			within(t, async(func() { tracker.HandleResponse(answerTo(t, proxied, nil, nil)) }), "the end of the forward")
-			require.Len(t, attempts, 2)
-			require.Less(t, (<-attempts).Sub(tracked), timeout, "at once")
-			require.GreaterOrEqual(t, (<-attempts).Sub(tracked), timeout, "at the deadline")
-			require.Equal(t, last != http.StatusOK, strings.Contains(log.String(), "failed to forward"))
-		})
-	}
-}
-
-func TestForward_GivesUpAtTheDeadlineAndLogs(t *testing.T) {
-	const timeout = 300 * time.Millisecond
-	nobody, _ := unboundPort(t)
-	busy := newForwardHook(t, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTooManyRequests) })
-	for name, host := range map[string]string{"nobody listens": nobody, "busy": busy.url.Host} {
-		t.Run(name, func(t *testing.T) {
-			tracker := newTracker(t)
-			log := captureLog(t)
-			tracked := time.Now()
-			req, proxied := proxy(t, tracker, &url.URL{
-				Scheme: "http", User: url.UserPassword("user", "password"), Host: host, Path: "/hook",
-			}, timeout)
-			within(t, async(func() { tracker.HandleResponse(answerTo(t, proxied, "result", nil)) }), "the end of the forward")
-			require.GreaterOrEqual(t, time.Since(tracked), timeout)
-			require.Equal(t, 1, strings.Count(log.String(), "\n"), log)
-			for _, part := range []string{"level=error", "error=", "id=" + req.ID, "addr=", "user:xxxxx@" + host} {
-				require.Contains(t, log.String(), part)
-			}
-			require.NotContains(t, log.String(), "password")
-		})
-	}
-	require.Greater(t, len(busy.bodies), 1, "attempts")
-}
-
-func TestForward_ATimeoutIsTriedOnce(t *testing.T) {
-	tracker := newTracker(t)
-	log := captureLog(t)
-	hook := newForwardHook(t, func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Retry-After", "3600")
-		w.WriteHeader(http.StatusServiceUnavailable)
-	})
-	proxy(t, tracker, hook.url, time.Millisecond)
-	within(t, hook.bodies, "the attempt")
-	tracker.Stop()
-	require.Empty(t, hook.bodies)
-	require.Contains(t, log.String(), "503")
 }
 
 func TestForward_RemovedRequestIsNotForwarded(t *testing.T) {

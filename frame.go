@@ -15,28 +15,29 @@ import (
 
 const (
 	headerSize = 4        // bytes: an unsigned big-endian length
-	maxPayload = 64 << 20 // bytes of JSON in a frame, or in an HTTP body
-	firstChunk = 4 << 10  // bytes allocated before any of a payload has arrived
+	maxPayload = 64 << 20 // bytes of JSON in a frame or in an HTTP body
+	firstChunk = 4 << 10  // bytes allocated before any byte of a payload has arrived
 )
 
-// SendConnData marshals the payload to JSON and writes it to the connection,
-// behind a header of 4 bytes with its length, in one write. It blocks until
-// everything is written; the deadline is whatever the caller has set on the
-// connection. Any number of goroutines may call it; on one connection frames of
-// different calls don't mix, and their order is not defined.
+// SendConnData writes the payload to the connection as one frame, in one write: a header
+// of 4 bytes with the length, then the JSON. It blocks until everything is written, or
+// until the deadline that the caller has set on the connection. Any number of goroutines
+// may call it: frames of different calls do not mix, and their order is not defined.
 //
-// A [Response] that is written to a connection of [UnixListener.NextConn] may carry one
-// more member, which says that the listener can have sessions; only senders that asked
-// for it get it. On an exchange of a session the frame is queued and the call returns at
-// once. As with a socket, nil does not mean that it was read. The second answer to a
-// message is an error that matches [io.ErrUnexpectedEOF]: a sender waits for one.
+// On an exchange of a session (see [UnixListener.NextConn]) the frame is queued and the
+// call returns at once. As with a socket, nil does not mean that it was read. A message
+// gets one answer; a second one gives [io.ErrUnexpectedEOF]. A [Response] on a connection
+// of NextConn may get one more member, "sessions", if its sender asked for it.
 //
-// A nil connection or payload, and a payload that no peer could read as it is (see
-// [Send]), give an error that matches [io/fs.ErrInvalid], a payload of more than 64
-// MiB of JSON [syscall.EMSGSIZE] (nothing is written in these cases), a peer that has
-// closed [io.ErrUnexpectedEOF], and a deadline that has passed
-// [os.ErrDeadlineExceeded]. After an error while writing, the connection is of no
-// further use.
+// The errors match:
+//
+//   - [io/fs.ErrInvalid]: the connection or payload is nil, or [Send] would refuse the
+//     payload as invalid
+//   - [syscall.EMSGSIZE]: the JSON is over 64 MiB
+//   - [io.ErrUnexpectedEOF]: the peer has closed the connection
+//   - [os.ErrDeadlineExceeded]: the connection's deadline has passed
+//
+// In the first two cases nothing was written. After the others, close the connection.
 func SendConnData(conn net.Conn, payload interface{}) error {
 	if conn == nil {
 		return fmt.Errorf("send frame: connection is nil: %w", fs.ErrInvalid)
@@ -64,21 +65,25 @@ func isResponse(payload interface{}) bool {
 	return false
 }
 
-// UnmarshalConnData reads a frame, a header of 4 bytes and as many bytes of JSON
-// as it announces, from the connection and unmarshals it into the destination
-// object. It blocks until the frame is complete; the deadline is whatever the
-// caller has set on the connection. Memory is allocated as the bytes arrive. On one
-// connection one call may be under way at a time: several would take parts of the
-// same frame. The message of an exchange on a session (see [UnixListener.NextConn]) has
-// arrived when the connection is returned, so reading it does not block.
+// UnmarshalConnData reads one frame from the connection and decodes its JSON into dest,
+// as [encoding/json.Unmarshal] does. A frame is a header of 4 bytes with the length, then
+// the JSON. It blocks until the frame is complete, or until the deadline that the caller
+// has set on the connection. On an exchange of a session (see [UnixListener.NextConn])
+// the frame has arrived already.
 //
-// A nil connection, and a destination that is not a non-nil pointer, give an
-// error that matches [io/fs.ErrInvalid], a frame of more than 64 MiB
-// [syscall.EMSGSIZE], a connection that ends before the whole frame
-// [io.ErrUnexpectedEOF], and a deadline that has passed
-// [os.ErrDeadlineExceeded]; what is not JSON, or does not fit the destination,
-// gives encoding/json's error. After an error nothing further can be read from
-// the connection: answer it or not, then close it.
+// Memory is allocated as bytes arrive, not as the header announces. On one connection,
+// only one call may run at a time: two would each read a part of the frame.
+//
+// The errors match:
+//
+//   - [io/fs.ErrInvalid]: the connection is nil, or dest is not a non-nil pointer
+//   - [syscall.EMSGSIZE]: the frame is over 64 MiB
+//   - [io.ErrUnexpectedEOF]: the connection ended before the whole frame
+//   - [os.ErrDeadlineExceeded]: the connection's deadline has passed
+//
+// A frame that is not JSON, or does not fit dest, gives encoding/json's error. After an
+// error nothing further can be read: refuse the message or not, then close the
+// connection.
 func UnmarshalConnData(conn net.Conn, dest interface{}) error {
 	growStack()
 	if conn == nil {
@@ -96,7 +101,7 @@ func UnmarshalConnData(conn net.Conn, dest interface{}) error {
 
 // receiveFrame reads one frame from a connection of any kind.
 func receiveFrame(conn net.Conn) ([]byte, error) {
-	if c, ok := conn.(interface{ takeFrame() []byte }); ok { // it has arrived as a whole
+	if c, ok := conn.(interface{ takeFrame() []byte }); ok { // an exchange: its frame has arrived
 		if data := c.takeFrame(); data != nil {
 			return data, nil
 		}
@@ -104,8 +109,7 @@ func receiveFrame(conn net.Conn) ([]byte, error) {
 	return readFrame(conn)
 }
 
-// encodeFrame returns the header and the JSON of the payload, behind so many
-// bytes that are zero.
+// encodeFrame returns the frame with the payload, behind room zero bytes.
 func encodeFrame(room int, payload interface{}) (*message, error) {
 	var m *message
 	ok := false
@@ -134,7 +138,7 @@ func encodeFrame(room int, payload interface{}) (*message, error) {
 	case Request:
 		return encodeFrame(room, &p)
 	case Response:
-		return encodeFrame(room, &p) // only the pointer has the methods that carry the error
+		return encodeFrame(room, &p) // only *Response has MarshalJSON
 	}
 	if !ok {
 		text, err := encodeJSON(front, payload)
@@ -151,13 +155,13 @@ func encodeFrame(room int, payload interface{}) (*message, error) {
 	return m, nil
 }
 
-// putFrameHeader writes the header of a frame, whose payload is behind the room for it.
+// putFrameHeader writes the header of a frame, into the 4 bytes before its payload.
 func putFrameHeader(frame []byte) {
 	binary.BigEndian.PutUint32(frame, uint32(len(frame)-headerSize))
 }
 
-// encodeJSON returns the JSON of the payload, behind so many bytes that are zero. It
-// refuses what encoding/json writes on some releases, and reads on none.
+// encodeJSON returns the JSON of the payload, behind front zero bytes. It refuses JSON
+// that is nested too deep: some releases of encoding/json write it, none reads it.
 func encodeJSON(front int, payload any) ([]byte, error) {
 	out := &limitedText{front: front, data: make([]byte, front)}
 	if err := json.NewEncoder(out).Encode(payload); err != nil {
@@ -166,14 +170,14 @@ func encodeJSON(front int, payload any) ([]byte, error) {
 		}
 		return nil, fmt.Errorf("encode payload: %w", err)
 	}
-	text := bytes.TrimSuffix(out.data, []byte("\n")) // the encoder's
+	text := bytes.TrimSuffix(out.data, []byte("\n")) // Encode adds a newline
 	if scanJSON(text[front:]).tooDeep {
 		return nil, fmt.Errorf("encode payload: %w", errTooDeep)
 	}
 	return text, nil
 }
 
-var errTooDeep = fmt.Errorf("its JSON is nested more than %d levels deep, which no peer reads: %w", maxDepth, fs.ErrInvalid)
+var errTooDeep = fmt.Errorf("JSON is nested more than %d levels deep, which peers refuse: %w", maxDepth, fs.ErrInvalid)
 
 // isTooDeep reports whether the args or the result of a message are nested too deep.
 func isTooDeep(payload any) bool {
@@ -191,11 +195,11 @@ func isTooDeep(payload any) bool {
 	return s.tooDeep || s.depth == maxDepth
 }
 
-// limitedText takes what an encoder writes, and refuses what is over the limit
-// before it is copied.
+// limitedText is the io.Writer of an encoder. It refuses a payload over the limit before
+// it copies it.
 type limitedText struct {
-	front int // bytes before the payload
-	data  []byte
+	front int    // bytes of data before the payload
+	data  []byte // zero bytes, then the payload
 }
 
 func (t *limitedText) Write(p []byte) (int, error) {
@@ -207,12 +211,12 @@ func (t *limitedText) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// decodeFrame unmarshals the payload of a frame into the destination object. It
-// may keep parts of the data, which nobody may change any more.
+// decodeFrame decodes the payload of a frame into dest. The result may refer to parts of
+// data, so data must not be changed any more.
 func decodeFrame(data []byte, dest interface{}) error {
 	switch d := dest.(type) {
 	case *Request:
-		// What is there already, json.Unmarshal writes into.
+		// json.Unmarshal writes into a hook or args that are there already.
 		if d.ResponseHook == nil && d.Args == nil && decodeRequest(data, d) {
 			return nil
 		}
@@ -221,14 +225,18 @@ func decodeFrame(data []byte, dest interface{}) error {
 			return nil
 		}
 	}
-	if err := json.Unmarshal(data, dest); err != nil {
+	err := json.Unmarshal(data, dest)
+	if req, ok := dest.(*Request); ok && isHookString(err) {
+		err = unmarshalHookString(data, req)
+	}
+	if err != nil {
 		return fmt.Errorf("decode frame of %d bytes: %w", len(data), err)
 	}
 	return nil
 }
 
-// readFrame reads one frame and returns its payload. What it allocates is
-// bounded by what has arrived, never by what the header announces.
+// readFrame reads one frame and returns its payload. The memory it allocates is bounded
+// by what has arrived, not by what the header announces.
 func readFrame(r io.Reader) ([]byte, error) {
 	var header [headerSize]byte
 	if _, err := io.ReadFull(r, header[:]); err != nil {
@@ -241,11 +249,11 @@ func readFrame(r io.Reader) ([]byte, error) {
 	return readPayload(r, int(announced))
 }
 
-// readPayload reads so many bytes. What it allocates is bounded by twice what has
-// arrived; a buffer that was used before may be twice as large as that.
+// readPayload reads a payload of that size. The buffers it allocates are at most twice as
+// large as what has arrived; a buffer from the pool may be twice as large again.
 func readPayload(r io.Reader, size int) ([]byte, error) {
-	// Half of it is there before the last step, and half of that before the one
-	// before: it is copied once, all in all.
+	// Each step doubles the buffer, and the last step makes it exactly as large as the
+	// payload. All copies together are about as long as the payload.
 	var data []byte
 	for step := bits.Len(uint((size - 1) / firstChunk)); step >= 0; step-- {
 		have := len(data)
@@ -259,20 +267,20 @@ func readPayload(r io.Reader, size int) ([]byte, error) {
 		releaseBuffer(data)
 		data = grown
 		if n, err := io.ReadFull(r, data[have:]); err != nil {
-			return nil, fmt.Errorf("payload, %d of %d bytes: %w", have+n, size, asUnexpectedEOF(err))
+			return nil, fmt.Errorf("payload, after %d of %d bytes: %w", have+n, size, asUnexpectedEOF(err))
 		}
 	}
 	return data, nil
 }
 
-// buffers holds the *[]byte of the first halves of large payloads, up to 4 MiB, by
-// their sizes: those in 12 have from 4 KiB to less than 8.
+// buffers pools byte slices (*[]byte) of over 4 KiB and less than 4 MiB. The index is the
+// bufferClass: those in 12 have less than 8 KiB.
 var buffers [22]sync.Pool
 
-// bufferClass is where in buffers one of this size is.
+// bufferClass returns the index in buffers for that size.
 func bufferClass(size int) int { return bits.Len(uint(size)) - 1 }
 
-// takeBuffer returns so many bytes, whatever is in them.
+// takeBuffer returns a buffer of that size. Its contents are undefined.
 func takeBuffer(size int) []byte {
 	if class := bufferClass(size); size > firstChunk && class < len(buffers) {
 		if b, ok := buffers[class].Get().(*[]byte); ok && cap(*b) >= size {
@@ -282,11 +290,11 @@ func takeBuffer(size int) []byte {
 	return make([]byte, size)
 }
 
-// releaseBuffer keeps the memory of a buffer, which nobody looks at any more, for
-// another one.
+// releaseBuffer makes a buffer available to takeBuffer. The caller must not use it any
+// more.
 func releaseBuffer(b []byte) {
 	if class := bufferClass(cap(b)); cap(b) > firstChunk && class < len(buffers) {
-		put := b // so that b does not escape where it is not put
+		put := b // a copy escapes to the heap, and only here
 		buffers[class].Put(&put)
 	}
 }
@@ -296,11 +304,11 @@ func parseFrame(data []byte) ([]byte, error) {
 	if whole, err := frameLength(data); err == nil && whole > 0 && whole <= len(data) {
 		return data[headerSize:whole:whole], nil
 	}
-	return readFrame(bytes.NewReader(data)) // says what is wrong
+	return readFrame(bytes.NewReader(data)) // fails, and its error says why
 }
 
-// frameLength returns the length of the frame that data begins with; zero if data
-// is too short to tell.
+// frameLength returns the length of the frame at the start of data, with its header; zero
+// if data is too short to tell.
 func frameLength(data []byte) (int, error) {
 	if len(data) < headerSize {
 		return 0, nil
@@ -316,9 +324,9 @@ func checkSize(size uint64) error {
 	return nil
 }
 
-// growStack makes room on the stack of the goroutine. That of a handler is often
-// new, and decoding needs more than it has: grown here, with few frames on it, it
-// is not grown twice with many. That saves a fifth of a small exchange.
+// growStack makes the goroutine's stack large enough for decoding. The stack of a handler
+// is often new, and would otherwise grow in several steps, each of which copies more.
+// That saves a fifth of the time of a small exchange.
 //
 //go:noinline
 func growStack() {

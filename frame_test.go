@@ -8,7 +8,6 @@ import (
 	"io"
 	"io/fs"
 	"net"
-	"net/url"
 	"os"
 	"runtime"
 	"strings"
@@ -19,27 +18,6 @@ import (
 	"github.com/mistifyio/acomm"
 	"github.com/stretchr/testify/require"
 )
-
-// connPair returns the two ends of a unix stream connection.
-func connPair(t testing.TB) (*net.UnixConn, *net.UnixConn) {
-	t.Helper()
-	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
-	require.NoError(t, err)
-	ends := make([]*net.UnixConn, 2)
-	for i, fd := range fds {
-		f := os.NewFile(uintptr(fd), "socketpair")
-		conn, err := net.FileConn(f)
-		require.NoError(t, err)
-		require.NoError(t, f.Close())
-		t.Cleanup(func() { conn.Close() })
-		ends[i] = conn.(*net.UnixConn)
-	}
-	return ends[0], ends[1]
-}
-
-func frame(payload string) []byte {
-	return append(binary.BigEndian.AppendUint32(nil, uint32(len(payload))), payload...)
-}
 
 func TestSendConnData_WritesHeaderAndJSON(t *testing.T) {
 	for want, payload := range map[string]any{
@@ -53,7 +31,7 @@ func TestSendConnData_WritesHeaderAndJSON(t *testing.T) {
 		require.NoError(t, a.Close())
 		got, err := io.ReadAll(b)
 		require.NoError(t, err)
-		require.Equal(t, string(frame(want)), string(got))
+		require.Equal(t, string(plainFrame(want)), string(got))
 	}
 }
 
@@ -103,14 +81,14 @@ func TestConnData_KeepsTheCallersDeadline(t *testing.T) {
 }
 
 // Hazard: a frame over about 200 KiB, or arriving in pieces, was misread.
-func TestUnmarshalConnData_FrameInPieces(t *testing.T) {
+func TestUnmarshalConnData_FrameInPiecesIsWhole(t *testing.T) {
 	want := strings.Repeat("x", 300<<10)
-	data := frame(`"` + want + `"`)
+	data := plainFrame(`"` + want + `"`)
 	for _, piece := range []int{1, 2, 3, 4, 5, 4095, 4096, 65536, len(data)} {
 		a, b := connPair(t)
 		small := data
 		if piece < 4 { // a write a byte: a short frame is enough
-			want, small = "xyz", frame(`"xyz"`)
+			want, small = "xyz", plainFrame(`"xyz"`)
 		} else {
 			want = strings.Repeat("x", 300<<10)
 		}
@@ -130,8 +108,8 @@ func TestUnmarshalConnData_FrameInPieces(t *testing.T) {
 	}
 }
 
-func TestUnmarshalConnData_CutAtEveryByte(t *testing.T) {
-	data := frame(`{"id":"1"}`)
+func TestUnmarshalConnData_FrameThatIsCutOffIsAnError(t *testing.T) {
+	data := plainFrame(`{"id":"1"}`)
 	for cut := range data {
 		a, b := connPair(t)
 		_, err := a.Write(data[:cut])
@@ -182,7 +160,7 @@ func TestUnmarshalConnData_MemoryFollowsWhatArrives(t *testing.T) {
 func TestUnmarshalConnData_RefusesBadInput(t *testing.T) {
 	require.ErrorIs(t, acomm.UnmarshalConnData(nil, new(any)), fs.ErrInvalid)
 	a, b := connPair(t)
-	_, err := a.Write(frame(`"still there"`))
+	_, err := a.Write(plainFrame(`"still there"`))
 	require.NoError(t, err)
 	for _, dest := range []any{nil, "x", (*string)(nil)} {
 		require.ErrorIs(t, acomm.UnmarshalConnData(b, dest), fs.ErrInvalid)
@@ -191,12 +169,12 @@ func TestUnmarshalConnData_RefusesBadInput(t *testing.T) {
 	require.NoError(t, acomm.UnmarshalConnData(b, &got), "nothing is read for a destination that is refused")
 
 	for _, payload := range []string{"", "{", "[1,]", "{} {}", "\x00"} {
-		_, err := a.Write(frame(payload))
+		_, err := a.Write(plainFrame(payload))
 		require.NoError(t, err)
 		var syntax *json.SyntaxError
 		require.ErrorAs(t, acomm.UnmarshalConnData(b, new(any)), &syntax, payload)
 	}
-	_, err = a.Write(frame(`"text"`))
+	_, err = a.Write(plainFrame(`"text"`))
 	require.NoError(t, err)
 	var mismatch *json.UnmarshalTypeError
 	require.ErrorAs(t, acomm.UnmarshalConnData(b, new(int)), &mismatch)
@@ -205,7 +183,7 @@ func TestUnmarshalConnData_RefusesBadInput(t *testing.T) {
 // Hazard: a null frame panicked.
 func TestUnmarshalConnData_NullIsAnEmptyResponse(t *testing.T) {
 	a, b := connPair(t)
-	_, err := a.Write(append(frame("null"), frame("null")...))
+	_, err := a.Write(append(plainFrame("null"), plainFrame("null")...))
 	require.NoError(t, err)
 	resp := acomm.Response{ID: "old", Error: fs.ErrExist}
 	require.NoError(t, acomm.UnmarshalConnData(b, &resp))
@@ -248,7 +226,7 @@ func benchValues(size int) map[string]json.RawMessage {
 }
 
 func benchPayloads(b *testing.B, run func(b *testing.B, payload any, size int)) {
-	hook := &url.URL{Scheme: "unix", Path: "/run/acomm/response/requester.sock"}
+	hook := unixURL("/run/acomm/response/requester.sock")
 	id := "2f0c8e9e-6f1c-4f3c-9f5a-0d9c5f3c7a11"
 	b.Run("ack", func(b *testing.B) { run(b, &acomm.Response{}, 52) })
 	for _, size := range []int{128, 16 << 10, 1 << 20} {

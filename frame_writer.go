@@ -3,32 +3,33 @@ package acomm
 import "slices"
 
 const (
-	maxCopied   = 4 << 10  // bytes of a frame that is copied, to be written together with others
-	maxCoalesce = 64 << 10 // bytes that are written together, but for the last frame
+	maxCopied   = 4 << 10  // bytes; frames up to this size are copied, to be coalesced
+	maxCoalesce = 64 << 10 // bytes; a chunk of this size takes no further frame
 )
 
-// frameWriter queues the frames of many goroutines for one connection. Small frames of
-// about the same moment are coalesced: they go out in one write. It has neither a lock
-// nor a connection: its owner guards it, writes the chunks, and says what became of
-// them.
+// frameWriter queues the frames of many goroutines for one connection. It coalesces small
+// frames that are queued at about the same moment: they go out in one write. It has
+// neither a lock nor a connection. Its owner guards it, writes the chunks that next
+// returns, and reports the results to wrote.
 type frameWriter struct {
-	queue   []chunk  // nobody has begun to write these
-	spare   [][]byte // for chunks of copies, two at most
+	queue   []chunk  // chunks that next has not returned yet
+	spare   [][]byte // memory for copied chunks, two at most
 	queued  uint64   // bytes ever added
-	written uint64   // bytes the connection has taken
-	answers uint64   // bytes of answers among those it has not
-	err     error    // of a write; nothing is written after it
+	written uint64   // bytes that the connection has taken
+	answers uint64   // bytes of answers that it has not taken
+	err     error    // of the first failed write; nothing is written after it
 }
 
-// chunk is what is written with one system call.
+// chunk holds the bytes of one write.
 type chunk struct {
 	data    []byte
-	copied  bool   // of small frames; else it is the memory of one frame
-	answers uint64 // bytes of answers in it
+	copied  bool   // data holds copies of small frames; false: it is the memory of one frame
+	answers uint64 // bytes of answers in data
 }
 
-// add queues a frame, which begins with room for its header and must not be changed
-// until it is written, or the writer has failed.
+// add queues a frame that begins with room for its header. A frame over maxCopied bytes
+// is not copied: its memory must not be changed until it is written or the writer has
+// failed.
 func (w *frameWriter) add(kind frameKind, number uint32, frame []byte) {
 	if w.err != nil {
 		return
@@ -44,7 +45,7 @@ func (w *frameWriter) add(kind frameKind, number uint32, frame []byte) {
 	w.count(kind, len(frame))
 }
 
-// addCopy is add for the bytes that go into a frame, or none. They are copied.
+// addCopy queues a frame with a copy of data, which may be empty.
 func (w *frameWriter) addCopy(kind frameKind, number uint32, data []byte) {
 	size := sessionHeaderSize + len(data)
 	if size > maxCopied {
@@ -61,14 +62,14 @@ func (w *frameWriter) addCopy(kind frameKind, number uint32, data []byte) {
 	w.count(kind, size)
 }
 
-// addBytes queues a copy of bytes that are no frame: the greeting.
+// addBytes queues a copy of bytes that are not a frame: the greeting.
 func (w *frameWriter) addBytes(data []byte) {
 	c := w.copies()
 	c.data = append(c.data, data...)
 	w.queued += uint64(len(data))
 }
 
-// copies returns the chunk that takes the next small frame.
+// copies returns the chunk that the next small frame is copied to.
 func (w *frameWriter) copies() *chunk {
 	last := len(w.queue) - 1
 	if last >= 0 && w.queue[last].copied && len(w.queue[last].data) < maxCoalesce {
@@ -82,7 +83,7 @@ func (w *frameWriter) copies() *chunk {
 	return &w.queue[last+1]
 }
 
-// count counts the bytes of a frame that was added to the last chunk.
+// count adds the size of a frame that was added to the last chunk.
 func (w *frameWriter) count(kind frameKind, size int) {
 	w.queued += uint64(size)
 	if kind == frameAnswer {
@@ -91,8 +92,8 @@ func (w *frameWriter) count(kind frameKind, size int) {
 	}
 }
 
-// next returns the chunk to be written next. If there is none, or the writer has
-// failed, it reports false.
+// next returns the chunk to be written next. It reports false if there is none, or the
+// writer has failed.
 func (w *frameWriter) next() (chunk, bool) {
 	if w.err != nil || len(w.queue) == 0 {
 		w.queue = slices.Delete(w.queue, 0, len(w.queue))
@@ -103,8 +104,7 @@ func (w *frameWriter) next() (chunk, bool) {
 	return c, true
 }
 
-// wrote notes how many bytes of a chunk were written, all of them unless there was an
-// error.
+// wrote records that n bytes of a chunk were written: all of them, or err says why not.
 func (w *frameWriter) wrote(c chunk, n int, err error) {
 	w.written += uint64(n)
 	w.answers -= c.answers
@@ -116,7 +116,8 @@ func (w *frameWriter) wrote(c chunk, n int, err error) {
 	}
 }
 
-// unwritten returns the number of bytes that are still to be written.
+// unwritten returns the number of bytes that are still to be written: none after a failed
+// write.
 func (w *frameWriter) unwritten() uint64 {
 	if w.err != nil {
 		return 0

@@ -14,20 +14,22 @@ import (
 	"time"
 )
 
-// Posts to hooks come in bursts. A limit of posts to a host at a time keeps a hook that
-// hangs from using up the process's descriptors. As many connections are kept idle, or
-// each burst would open them anew.
+// Posts to hooks come in bursts. The limit of posts to a host at a time keeps a hook that
+// hangs from using up the process's descriptors. The same number of connections stays
+// idle, or each burst would open them anew.
 
-// maxPosts is how many posts go to a host at a time, and how many connections to it are
-// kept idle. http.DefaultTransport keeps two, unless the service sets
-// MaxIdleConnsPerHost; with more than maxPosts as many may post.
+// maxPosts is the number of posts to a host at a time, and of idle connections to it.
+// Without it there would be two idle connections, the default of http.DefaultTransport.
+// A service may set MaxIdleConnsPerHost of that transport: that is then the number of
+// idle connections, and also of posts if it is more than maxPosts.
 const maxPosts = 100
 
-// idleTimeout closes the idle connections of a clone where the service has set no time:
-// CloseIdleConnections of its transport does not reach them.
+// idleTimeout closes the idle connections of a clone if the service has set no
+// IdleConnTimeout: the service can't close them, since CloseIdleConnections of its
+// transport does not reach the clone.
 const idleTimeout = 90 * time.Second
 
-// posts counts the posts that are under way.
+// posts limits the posts of the process.
 var posts = postLimit{byHost: make(map[string]*hostPosts)}
 
 type postLimit struct {
@@ -35,17 +37,17 @@ type postLimit struct {
 	byHost map[string]*hostPosts
 }
 
-// hostPosts is the posts to one host.
+// hostPosts counts the posts to one host.
 type hostPosts struct {
-	turns chan struct{} // holds a value for each post under way
-	users int           // under way or waiting; the last one drops the entry
+	turns chan struct{} // a semaphore: holds a value for each post under way
+	users int           // posts under way or waiting; the last one removes the entry
 }
 
 // enter waits until a post to the URL's host may begin, or the context ends. The caller
-// calls leave when it has read the answer.
+// calls leave after it has read the answer.
 func (l *postLimit) enter(ctx context.Context, addr *url.URL) (leave func(), err error) {
 	if !isHTTP(addr) {
-		return func() {}, nil // what is registered for another scheme has its own rules
+		return func() {}, nil // the transport of another scheme has limits of its own
 	}
 	host := hostOf(addr)
 	l.mu.Lock()
@@ -68,23 +70,24 @@ func (l *postLimit) enter(ctx context.Context, addr *url.URL) (leave func(), err
 		return func() { <-h.turns; dropUse() }, nil
 	case <-ctx.Done():
 		dropUse()
-		return nil, unsentError{fmt.Errorf("%d posts to the host are under way: %w", cap(h.turns), ctx.Err())}
+		return nil, unsentError{fmt.Errorf("the limit of %d posts to the host at a time is reached: %w", cap(h.turns), ctx.Err())}
 	}
 }
 
-// hostOf returns the host of a URL as it is spelled most simply: strangers choose hooks.
+// hostOf returns the URL's host in one spelling: else a peer could get around the limit
+// by spelling its hooks differently.
 func hostOf(addr *url.URL) string {
 	port := addr.Port()
 	if port == "" {
-		port = addr.Scheme // as good as its number
+		port = addr.Scheme // stands for the default port
 	} else if port == "80" && addr.Scheme == "http" || port == "443" && addr.Scheme == "https" {
 		port = addr.Scheme
 	}
 	return addr.Scheme + "://" + strings.TrimSuffix(strings.ToLower(addr.Hostname()), ".") + ":" + port
 }
 
-// idleConnections is how many connections to a host http.DefaultTransport is set to
-// keep idle; 0 if that is not set.
+// idleConnections returns MaxIdleConnsPerHost of http.DefaultTransport; 0 if that is not
+// set.
 func idleConnections() int {
 	transport, ok := http.DefaultTransport.(*http.Transport)
 	if !ok {
@@ -93,21 +96,21 @@ func idleConnections() int {
 	return min(transport.MaxIdleConnsPerHost, 1<<16)
 }
 
-// postTransport sends posts of the schemes http and https.
-var postTransport keepingTransport
+// postTransport sends the posts with the schemes http and https.
+var postTransport poolingTransport
 
-// keepingTransport is http.DefaultTransport, whatever that is at the time of a request.
-// Where it is a Transport that keeps the default of two idle connections to a host, it
-// is a clone that keeps more. The clone is made again when the default's settings are
-// others.
-type keepingTransport struct {
-	mu       sync.Mutex // guards the fields below
-	of       *http.Transport
-	settings []any // of it, when it was cloned
+// poolingTransport sends through http.DefaultTransport, whatever that is at the time of a
+// request. If that is a Transport with the default of two idle connections to a host, it
+// sends through a clone with maxPosts of them. When the settings of the original change,
+// it makes a new clone.
+type poolingTransport struct {
+	mu       sync.Mutex      // guards the fields below
+	of       *http.Transport // the one that was cloned
+	settings []any           // of the one that was cloned, at that moment
 	clone    *http.Transport
 }
 
-func (k *keepingTransport) RoundTrip(req *http.Request) (*http.Response, error) {
+func (k *poolingTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	transport, ok := http.DefaultTransport.(*http.Transport)
 	if !ok || transport.DisableKeepAlives || transport.MaxIdleConnsPerHost != 0 || hasRegistered(transport, req.URL.Scheme) {
 		return http.DefaultTransport.RoundTrip(req)
@@ -115,30 +118,31 @@ func (k *keepingTransport) RoundTrip(req *http.Request) (*http.Response, error) 
 	return k.cloneOf(transport).RoundTrip(req)
 }
 
-func (k *keepingTransport) cloneOf(transport *http.Transport) *http.Transport {
+func (k *poolingTransport) cloneOf(transport *http.Transport) *http.Transport {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.of == transport && slices.Equal(k.settings, settingsOf(transport)) {
 		return k.clone
 	}
 	if k.clone != nil {
-		k.clone.CloseIdleConnections() // those in use are closed when they are idle next
+		k.clone.CloseIdleConnections() // also closes those in use, once they are idle
 	}
-	// A Transport completes its settings at its first use, of which Clone is one. From
-	// then on nothing but the service changes them.
+	// A Transport completes its settings at its first use, and Clone is a use. After
+	// that only the service changes them, so settingsOf comes after Clone.
 	k.of, k.clone = transport, transport.Clone()
 	k.settings = settingsOf(transport)
 	k.clone.ForceAttemptHTTP2 = transport.ForceAttemptHTTP2 || transport.TLSNextProto["h2"] != nil
-	k.clone.Clone() // writes into the TLSClientConfig, which is the clone's own as yet
+	k.clone.Clone() // adds protocols to the TLSClientConfig, which is still the clone's own
 	shareSettings(k.clone, transport)
 	k.clone.MaxIdleConnsPerHost = maxPosts
 	k.clone.IdleConnTimeout = cmp.Or(transport.IdleConnTimeout, idleTimeout)
 	return k.clone
 }
 
-// shareSettings has changes inside of the service's settings apply to the clone, too. A
-// TLSClientConfig is shared unless the clone had to add its protocols: the service's
-// requests read it, so nobody may write there.
+// shareSettings shares maps and pointers with the clone, so that changes inside of the
+// service's settings apply to the clone as well. A TLSClientConfig to which the clone had
+// to add protocols is not shared: requests of the service read theirs, so nobody may
+// write it.
 func shareSettings(clone, transport *http.Transport) {
 	clone.ProxyConnectHeader = transport.ProxyConnectHeader
 	own, services := clone.TLSClientConfig, transport.TLSClientConfig
@@ -147,9 +151,9 @@ func shareSettings(clone, transport *http.Transport) {
 	}
 }
 
-// hasRegistered reports whether a Transport leaves the scheme to another one
-// (RegisterProtocol), which a clone does not know of. That may be what refuses hooks that
-// lead astray. net/http does not say, so this looks where it keeps them.
+// hasRegistered reports whether a Transport hands the scheme to another one
+// (RegisterProtocol). A clone does not have these, and the service may use one to refuse
+// hooks. net/http has no method that tells, so this looks at the field.
 func hasRegistered(transport *http.Transport, scheme string) bool {
 	if !isHTTP(&url.URL{Scheme: scheme}) {
 		return true
@@ -167,7 +171,7 @@ func hasRegistered(transport *http.Transport, scheme string) bool {
 	return registered != nil && reflect.TypeOf(registered) != ownHTTP2()
 }
 
-// ownHTTP2 is the type of what net/http registers for https by itself, at the first use
+// ownHTTP2 returns the type of what net/http itself registers for https at the first use
 // of a Transport.
 var ownHTTP2 = sync.OnceValue(func() reflect.Type {
 	transport := &http.Transport{ForceAttemptHTTP2: true}
@@ -177,8 +181,8 @@ var ownHTTP2 = sync.OnceValue(func() reflect.Type {
 	return reflect.TypeOf(protocols["https"])
 })
 
-// settingsOf returns the exported fields of a Transport; of those that can't be compared,
-// where they are.
+// settingsOf returns the exported fields of a Transport. For fields that can't be
+// compared it returns their pointers.
 func settingsOf(transport *http.Transport) []any {
 	v := reflect.ValueOf(transport).Elem()
 	settings := make([]any, 0, v.NumField())
@@ -188,7 +192,7 @@ func settingsOf(transport *http.Transport) []any {
 		case !v.Type().Field(i).IsExported():
 		case field.Comparable():
 			settings = append(settings, field.Interface())
-		default: // functions, of which two of the same code may do different things; maps
+		default: // functions and maps: a pointer tells whether it is the same one
 			settings = append(settings, *(*uintptr)(field.Addr().UnsafePointer()))
 		}
 	}

@@ -6,23 +6,23 @@ import (
 	"unicode/utf8"
 )
 
-// maxDepth is how many objects and arrays may be inside of one another.
+// maxDepth is the number of levels of objects and arrays that JSON may have.
 // encoding/json refuses one more.
 const maxDepth = 10_000
 
-// jsonScan is what scanJSON has found.
+// jsonScan is the result of scanJSON.
 type jsonScan struct {
-	valid   bool // json.Valid says the same
-	tooDeep bool // it is not valid because it has more than maxDepth levels
+	valid   bool // what json.Valid returns
+	tooDeep bool // not valid because of more than maxDepth levels
 
-	// Of a valid value:
+	// Set for a valid value:
 
-	depth   int  // its levels: objects and arrays inside of one another
+	depth   int  // levels of objects and arrays
 	changes bool // json.Marshal of a RawMessage with the value leaves out or escapes something
 }
 
-// scanJSON finds in one pass what json.Valid and json.Marshal would find, in less
-// time.
+// scanJSON finds in one pass, and in less time, what json.Valid and json.Marshal would
+// find.
 func scanJSON(data []byte) jsonScan {
 	var s jsonScan
 	var open nesting
@@ -84,7 +84,7 @@ name:
 	goto value
 }
 
-// skipName returns where the name of a member and the colon after it end; -1 if they
+// skipName returns the position behind a member's name and the colon after it; -1 if they
 // are not there.
 func (s *jsonScan) skipName(data []byte, i int) int {
 	i = s.skipSpace(data, i)
@@ -101,8 +101,8 @@ func (s *jsonScan) skipName(data []byte, i int) int {
 	return i + 1
 }
 
-// skipScalar returns where the value that begins at i, no object and no array, ends;
-// -1 if there is none.
+// skipScalar returns the position behind the string, number, true, false or null that
+// begins at i; -1 if there is none.
 func (s *jsonScan) skipScalar(data []byte, i int) int {
 	switch data[i] {
 	case '"':
@@ -125,11 +125,11 @@ func skipWord(data []byte, i int, word string) int {
 	return end
 }
 
-// nesting remembers of each level whether it is an object or an array.
+// nesting records for each level whether it is an object or an array.
 type nesting struct {
 	depth int
-	inner uint64   // a bit for each of the inner levels, the innermost is the lowest
-	outer []uint64 // 64 levels each
+	inner uint64   // a bit for each of the inner levels, the lowest for the innermost; 1: an object
+	outer []uint64 // the outer levels, 64 in each
 }
 
 func (n *nesting) push(object bool) {
@@ -154,7 +154,7 @@ func (n *nesting) pop() {
 
 func (n *nesting) inObject() bool { return n.inner&1 == 1 }
 
-// skipSpace returns where the white space that begins at i ends.
+// skipSpace returns the position behind the white space that begins at i.
 func (s *jsonScan) skipSpace(data []byte, i int) int {
 	if i < len(data) && data[i] <= ' ' {
 		return s.skipSomeSpace(data, i)
@@ -170,7 +170,8 @@ func (s *jsonScan) skipSomeSpace(data []byte, i int) int {
 	return i
 }
 
-// skipNumber returns where the number that begins at i ends; -1 if there is none.
+// skipNumber returns the position behind the number that begins at i; -1 if there is
+// none.
 func skipNumber(data []byte, i int) int {
 	if data[i] == '-' {
 		i++
@@ -208,8 +209,8 @@ func skipDigits(data []byte, i int) int {
 	return i
 }
 
-// skipString returns where the string whose text begins at i ends, with its closing
-// quote; -1 if it is none.
+// skipString returns the position behind the closing quote of the string whose text
+// begins at i; -1 if it is not valid.
 func (s *jsonScan) skipString(data []byte, i int) int {
 	for i < len(data) {
 		if rest := data[i:]; len(rest) >= 8 {
@@ -246,10 +247,10 @@ const (
 	high = 0x80 * ones
 )
 
-// findSpecial sets the high bit of the first of 8 bytes, counted from the lowest,
-// that does not simply stand for itself in a string: a quote, a backslash, a
-// control character, one of <, > and &, or part of a character that is not ASCII.
-// Bits of the bytes after it mean nothing. It returns zero if there is none.
+// findSpecial sets the high bit of the first of 8 bytes, counted from the lowest, that
+// needs a closer look in a string: a quote, a backslash, a control character, one of <, >
+// and &, or part of a character that is not ASCII. Bits of the bytes after it have no
+// meaning. It returns zero if there is none.
 func findSpecial(w uint64) uint64 {
 	// A byte that is zero borrows from the next when one is subtracted, which sets
 	// its high bit. Until then no byte has its high bit set, or it is found for it.
@@ -261,8 +262,8 @@ func findSpecial(w uint64) uint64 {
 
 func isEscapedForHTML(c byte) bool { return c == '<' || c == '>' || c == '&' }
 
-// escapeSize returns the size of the escape sequence that text begins with; 0 if
-// it is none.
+// escapeSize returns the size of the escape sequence at the start of text; 0 if it is not
+// valid.
 func escapeSize(text []byte) int {
 	if len(text) < 2 {
 		return 0
@@ -280,8 +281,8 @@ func escapeSize(text []byte) int {
 
 func isHex(c byte) bool { return c-'0' <= 9 || c|0x20-'a' <= 5 }
 
-// skipNonASCII returns where the bytes that are not ASCII, the first of them at i, end.
-// They need not be UTF-8. json.Marshal escapes the two line ends of Unicode.
+// skipNonASCII returns the position behind the bytes that are not ASCII and begin at i.
+// They need not be UTF-8. json.Marshal escapes the two line separators of Unicode.
 func (s *jsonScan) skipNonASCII(data []byte, i int) int {
 	for i < len(data) && data[i] >= utf8.RuneSelf {
 		if data[i] == lineEnd[0] && i+2 < len(data) && data[i+1] == lineEnd[1] && data[i+2]|1 == lineEnd[2]|1 {

@@ -28,7 +28,7 @@ func checkScan(t *testing.T, text []byte) {
 }
 
 // What is special is noticed at each place of a word of 8 bytes, and so is the end.
-func TestScanJSON_EveryByteAtEveryPlaceOfAString(t *testing.T) {
+func TestScanJSON_TakesEveryByteOfAStringAsEncodingJSON(t *testing.T) {
 	for c := range 256 {
 		for size := range 20 {
 			for at := range size {
@@ -42,7 +42,7 @@ func TestScanJSON_EveryByteAtEveryPlaceOfAString(t *testing.T) {
 	}
 }
 
-func TestScanJSON_EveryByteOfAnEscape(t *testing.T) {
+func TestScanJSON_TakesEveryByteOfAnEscapeAsEncodingJSON(t *testing.T) {
 	for c := range 256 {
 		for i := range len(`\u12aF`) {
 			text := []byte(`"xxxxx\u12aFxxxxx"`)
@@ -53,7 +53,7 @@ func TestScanJSON_EveryByteOfAnEscape(t *testing.T) {
 }
 
 // Each text cut off at each byte, with each byte left out, and with each replaced.
-func TestScanJSON_NearlyValid(t *testing.T) {
+func TestScanJSON_TakesWhatIsNearlyValidAsEncodingJSON(t *testing.T) {
 	for _, text := range []string{
 		`{"a":[1,-0.5e+3,{"b":null,"":[]}],"c":{},"d":[true,false]}`,
 		` [ { "a" : 1 , "b" : [ ] } , "x" ] `,
@@ -77,7 +77,7 @@ func TestScanJSON_NearlyValid(t *testing.T) {
 }
 
 // Levels are remembered over the edges of words, up to the limit of encoding/json.
-func TestScanJSON_Depth(t *testing.T) {
+func TestScanJSON_RemembersLevelsUpToTheLimit(t *testing.T) {
 	for _, depth := range []int{1, 2, 63, 64, 65, 127, 128, 129, 192, 1000, maxDepth - 1, maxDepth, maxDepth + 1} {
 		arrays := strings.Repeat("[", depth) + strings.Repeat("]", depth)
 		objects := strings.Repeat(`{"a":`, depth) + "1" + strings.Repeat("}", depth)
@@ -99,7 +99,7 @@ func TestScanJSON_Depth(t *testing.T) {
 }
 
 // Hazard: the levels of one word are taken for those of another.
-func TestScanJSON_LevelsOfBothKindsInAnyOrder(t *testing.T) {
+func TestScanJSON_KeepsLevelsOfBothKindsApart(t *testing.T) {
 	random := rand.New(rand.NewPCG(20, 16))
 	for _, depth := range []int{1, 64, 65, 130, 200, 1000, maxDepth, maxDepth + 1} {
 		for range 20 {

@@ -14,7 +14,7 @@ const (
 	logInterval = time.Second
 )
 
-// shorten keeps a peer from filling the log with one line.
+// shorten cuts off a long text, so that a peer can't fill the log with one line.
 func shorten(text string) string {
 	if len(text) <= maxLogText {
 		return text
@@ -22,17 +22,17 @@ func shorten(text string) string {
 	return text[:maxLogText] + "..."
 }
 
-// logLimit writes the log lines about failures that no caller is told of. It
-// keeps a flood of them, which a peer may cause, from flooding the log: it
-// writes ten a second. The zero value is ready.
+// logLimit writes log lines about failures that no caller is told of. It writes ten a
+// second at most, since a peer may cause any number of failures. The zero value is ready
+// to use.
 type logLimit struct {
 	mu         sync.Mutex // guards the fields below
 	since      time.Time  // beginning of the interval
-	lines      int        // allowed in it
-	suppressed int        // refused since the last line that was allowed
+	lines      int        // written in it
+	suppressed int        // not written since the last line that was
 }
 
-// log writes what of a failure is not nil or empty.
+// log writes a line, with a field for each argument that is not nil or empty.
 func (l *logLimit) log(level logrus.Level, message string, err error, id, addr string) {
 	suppressed, ok := l.allow()
 	if !ok {
@@ -54,8 +54,8 @@ func (l *logLimit) log(level logrus.Level, message string, err error, id, addr s
 	logrus.WithFields(fields).Log(level, message)
 }
 
-// allow reports whether a line may be logged, and how many were not since the
-// last one that was.
+// allow reports whether a line may be written, and how many were suppressed since the
+// last one.
 func (l *logLimit) allow() (suppressed int, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -2,17 +2,24 @@ package acomm_test
 
 import (
 	"bytes"
+	"context"
+	"encoding/json"
 	"fmt"
 	"io"
+	"io/fs"
+	"maps"
+	"net"
 	"net/http"
-	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
-	"github.com/mistifyio/acomm"
 	"github.com/sirupsen/logrus"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
@@ -156,23 +163,176 @@ func openFiles(t testing.TB) int {
 	return len(entries)
 }
 
-// newTracker returns a started tracker on a socket of its own; it is stopped
-// with the test.
-func newTracker(t testing.TB) *acomm.Tracker {
-	t.Helper()
-	tracker, err := acomm.NewTracker("", nil, patience)
-	require.NoError(t, err)
-	require.NoError(t, tracker.Start())
-	t.Cleanup(tracker.Stop)
-	return tracker
+// gate lets goroutines wait until it is open. It begins shut.
+type gate struct {
+	mu     sync.Mutex
+	opened chan struct{} // closed while it is open
 }
 
-// newRequest returns a request with a hook; both handlers send to the channel.
-func newRequest(t testing.TB, hook *url.URL, args any) (*acomm.Request, <-chan *acomm.Response) {
+func (g *gate) channelLocked() chan struct{} {
+	if g.opened == nil {
+		g.opened = make(chan struct{})
+	}
+	return g.opened
+}
+
+func (g *gate) open() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	close(g.channelLocked())
+}
+
+func (g *gate) shut() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.opened = nil
+}
+
+func (g *gate) wait(ctx context.Context) {
+	g.mu.Lock()
+	opened := g.channelLocked()
+	g.mu.Unlock()
+	select {
+	case <-opened:
+	case <-ctx.Done():
+	}
+}
+
+// moment is long enough for what must not happen to happen. No order depends on
+// it: where it is too short, a fault is missed, and nothing fails.
+const moment = 30 * time.Millisecond
+
+// second is the error of two results.
+func second[T any](_ T, err error) error { return err }
+
+// full is the number of the proof, or of its small version.
+func full[T any](number, small T) T {
+	if *long {
+		return number
+	}
+	return small
+}
+
+// tally counts by name.
+type tally struct {
+	mu     sync.Mutex
+	counts map[string]int
+}
+
+func (c *tally) add(what string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.counts == nil {
+		c.counts = make(map[string]int)
+	}
+	c.counts[what]++
+}
+
+func (c *tally) get(what string) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.counts[what]
+}
+
+func (c *tally) total() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var total int
+	for _, n := range c.counts {
+		total += n
+	}
+	return total
+}
+
+func (c *tally) String() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var parts []string
+	for _, what := range slices.Sorted(maps.Keys(c.counts)) {
+		parts = append(parts, fmt.Sprintf("%s %d", what, c.counts[what]))
+	}
+	return strings.Join(parts, ", ")
+}
+
+// await asks again and again until the answer is yes.
+func await(t testing.TB, what string, reached func() bool) {
 	t.Helper()
-	responses := make(chan *acomm.Response, 100)
-	handle := func(_ *acomm.Request, resp *acomm.Response) { responses <- resp }
-	req, err := acomm.NewRequest("test", hook.String(), args, handle, handle)
+	for deadline := time.Now().Add(patience); !reached(); time.Sleep(time.Millisecond) {
+		require.True(t, time.Now().Before(deadline), "timed out waiting for %s", what)
+	}
+}
+
+// awaitBlocked waits until the number of goroutines wait inside the function.
+func awaitBlocked(t testing.TB, function string, number int) {
+	t.Helper()
+	await(t, fmt.Sprintf("%d goroutines blocked in %s", number, function), func() bool {
+		return blockedIn(function) == number
+	})
+}
+
+// blockedIn counts the goroutines that wait inside the function.
+func blockedIn(function string) (number int) {
+	buf := make([]byte, 1<<20)
+	for stack := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
+		head, rest, _ := strings.Cut(stack, "\n")
+		if strings.Contains(rest, function+"(") && !strings.Contains(head, "[run") && !strings.Contains(head, "[sync.Mutex") {
+			number++
+		}
+	}
+	return number
+}
+
+// readByte reads one byte, within patience.
+func readByte(conn net.Conn) (byte, error) {
+	var b [1]byte
+	if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		return 0, err
+	}
+	_, err := io.ReadFull(conn, b[:])
+	return b[0], err
+}
+
+func readOne(conn net.Conn) error {
+	n, err := conn.Read(make([]byte, 1))
+	if n > 0 {
+		return fmt.Errorf("read %d bytes", n)
+	}
+	return err
+}
+
+// setUmask sets the umask of the process until the test ends.
+func setUmask(t *testing.T, mask int) {
+	old := syscall.Umask(mask)
+	t.Cleanup(func() { syscall.Umask(old) })
+}
+
+func mode(t testing.TB, path string) fs.FileMode {
+	t.Helper()
+	info, err := os.Lstat(path)
 	require.NoError(t, err)
-	return req, responses
+	return info.Mode()
+}
+
+func list(t testing.TB, dir string) []os.DirEntry {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	return entries
+}
+
+func writeFile(t *testing.T, path string) {
+	t.Helper()
+	require.NoError(t, os.WriteFile(path, []byte("precious"), 0o600))
+}
+
+func onlyLinux(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("only Linux reports what was left unread")
+	}
+}
+
+func encode(v any) json.RawMessage {
+	data, err := json.Marshal(v)
+	orExit(err)
+	return data
 }

@@ -8,23 +8,22 @@ import (
 	"time"
 )
 
-// MultiRequest provides a way to manage multiple parallel requests: it tracks
-// any number of them, each under a name, and collects their responses. All
-// methods may be called from any goroutine.
+// MultiRequest tracks any number of requests, each under a name, and collects their
+// responses. Make one with [NewMultiRequest]. All methods may be called from any
+// goroutine.
 type MultiRequest struct {
 	tracker *Tracker
 	timeout time.Duration
 
 	mu        sync.Mutex                 // guards the fields below
-	names     map[string]string          // request id -> name, of all requests added
-	requests  map[string]*pendingRequest // name -> request
-	responses map[string]*Response       // name -> response, of those accounted for
-	answered  *sync.Cond                 // responses or requests have changed
+	names     map[string]string          // request id -> name, of the added requests
+	requests  map[string]*pendingRequest // name -> request, of the added requests
+	responses map[string]*Response       // name -> response, of those that were answered or timed out
+	answered  *sync.Cond                 // signals that responses or requests have changed
 }
 
-// NewMultiRequest creates and initializes a new MultiRequest, which tracks its
-// requests with the tracker, each for the timeout; zero or less means the
-// tracker's default.
+// NewMultiRequest creates a MultiRequest that tracks its requests with the tracker, each
+// for the timeout. A timeout of zero or less means the tracker's default.
 func NewMultiRequest(tracker *Tracker, timeout time.Duration) *MultiRequest {
 	m := &MultiRequest{
 		tracker:   tracker,
@@ -37,19 +36,20 @@ func NewMultiRequest(tracker *Tracker, timeout time.Duration) *MultiRequest {
 	return m
 }
 
-// AddRequest adds a request to the MultiRequest under a name and tracks it; the
-// request's handlers are replaced. Sending the request is still the
-// responsibility of the caller. Requests may also be added while Responses
-// waits, and after.
+// AddRequest tracks a request under a name and replaces the request's handlers. It does
+// not send the request. Requests may be added at any time, also while Responses waits.
 //
-// Any name will do, the empty one too, but each once. A nil request, and one that
-// [Tracker.TrackRequest] refuses as invalid, give an error that matches
-// [io/fs.ErrInvalid], a name that is used or an id that is tracked already
-// [io/fs.ErrExist], a tracker that is not running [net.ErrClosed]. After an error
-// neither the MultiRequest nor the request has changed.
+// Any name is good, the empty one too, but only once. The errors match:
+//
+//   - [io/fs.ErrInvalid]: the request is nil, or [Tracker.TrackRequest] refuses it as
+//     invalid
+//   - [io/fs.ErrExist]: the name is used already, or the id is tracked already
+//   - [net.ErrClosed]: the tracker is not started, or it is stopping
+//
+// After an error, neither the MultiRequest nor the request has changed.
 func (m *MultiRequest) AddRequest(name string, req *Request) error {
 	if m.tracker == nil || req == nil {
-		return fmt.Errorf("add request %q: tracker or request is missing: %w", name, fs.ErrInvalid)
+		return fmt.Errorf("add request %q: tracker or request is nil: %w", name, fs.ErrInvalid)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -59,7 +59,7 @@ func (m *MultiRequest) AddRequest(name string, req *Request) error {
 	if _, ok := m.names[req.ID]; ok {
 		return fmt.Errorf("add request %q: id %s is used already: %w", name, req.ID, fs.ErrExist)
 	}
-	// A response can't overtake the entry: its handling waits for mu.
+	// A response may arrive at once. Its handling waits for mu, until the entry is there.
 	collect := func(p *pendingRequest, resp *Response) { m.handle(p.req, resp) }
 	p, err := m.tracker.track(req, m.timeout, collect)
 	if err != nil {
@@ -71,11 +71,10 @@ func (m *MultiRequest) AddRequest(name string, req *Request) error {
 	return nil
 }
 
-// RemoveRequest removes a request from the MultiRequest and from the tracker.
-// Useful if the send fails. Responses does not wait for it any more and leaves it
-// out. A response or time-out that came first stays: where a Send has failed, only
-// the acknowledgement may have been lost. A request that was not added, and nil, is
-// ignored.
+// RemoveRequest removes a request from the MultiRequest and from the tracker, for example
+// because sending it failed. Responses then neither waits for it nor returns it. If its
+// response or time-out came first, that stays: after a failed Send the acknowledgement
+// alone may have been lost. It ignores nil and requests that were not added.
 func (m *MultiRequest) RemoveRequest(req *Request) {
 	if req == nil {
 		return
@@ -88,19 +87,20 @@ func (m *MultiRequest) RemoveRequest(req *Request) {
 	}
 	removed := m.tracker.remove(m.requests[name])
 	if _, answered := m.responses[name]; answered || !removed {
-		return // its response is here, or waits for mu
+		return // its response has arrived; handle may still be waiting for mu
 	}
 	delete(m.names, req.ID)
 	delete(m.requests, name)
 	m.answered.Broadcast()
 }
 
-// Responses returns responses for all of the requests, keyed on the request name
-// (as opposed to request id). It blocks until all requests are accounted for:
-// answered, timed out or removed with RemoveRequest of the MultiRequest (not of
-// the tracker, which leaves it waiting). It may be called more than once, and from
-// several goroutines; each call returns a map of its own with the same
-// responses.
+// Responses blocks until every added request was answered, timed out or removed, and
+// returns the responses by the names of their requests. A time-out is a response with an
+// error. Remove requests with [MultiRequest.RemoveRequest]: after the tracker's
+// RemoveRequest, Responses waits without end.
+//
+// It may be called more than once, and from several goroutines. Each call returns a map
+// of its own with the same responses.
 func (m *MultiRequest) Responses() map[string]*Response {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -112,7 +112,7 @@ func (m *MultiRequest) Responses() map[string]*Response {
 	return responses
 }
 
-// handle keeps the response of a request that was added.
+// handle stores the response of a request that was added.
 func (m *MultiRequest) handle(req *Request, resp *Response) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

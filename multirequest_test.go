@@ -55,7 +55,7 @@ func TestMultiRequest_AnyNumberOfResponsesBeforeAnybodyAsks(t *testing.T) {
 	}
 }
 
-func TestMultiRequest_ThousandRequestsFromManyGoroutines(t *testing.T) {
+func TestMultiRequest_ThousandRequestsFromManyGoroutinesAreAnswered(t *testing.T) {
 	const workers, each = 50, 20
 	tracker := newTracker(t)
 	multi := acomm.NewMultiRequest(tracker, patience)
@@ -203,16 +203,6 @@ func TestMultiRequest_ResponsesGivesTheSameAnswerAgain(t *testing.T) {
 	third := allResponses(t, multi)
 	require.Len(t, third, 10)
 	require.NotNil(t, third["0"])
-}
-
-// inBubble runs f where synctest.Wait returns when Responses waits. The tracker's
-// socket is made outside: a bubble can't wait for it.
-func inBubble(t *testing.T, f func(*testing.T, *acomm.Tracker)) {
-	tracker := newTracker(t)
-	synctest.Test(t, func(t *testing.T) {
-		defer tracker.Stop()
-		f(t, tracker)
-	})
 }
 
 func TestMultiRequest_ConcurrentResponsesAllGetAll(t *testing.T) {
@@ -443,12 +433,4 @@ func TestMultiRequest_ReplacesTheHandlers(t *testing.T) {
 	tracker.HandleResponse(resp)
 	require.Same(t, resp, allResponses(t, multi)["test"])
 	requireSilent(t, own)
-}
-
-func TestMultiRequest_ZeroValueDoesNotPanic(t *testing.T) {
-	var multi acomm.MultiRequest
-	require.ErrorIs(t, multi.AddRequest("test", &acomm.Request{ID: "id"}), fs.ErrInvalid)
-	multi.RemoveRequest(&acomm.Request{ID: "id"})
-	multi.RemoveRequest(nil)
-	require.Empty(t, allResponses(t, &multi))
 }

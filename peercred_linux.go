@@ -9,13 +9,14 @@ import (
 )
 
 const (
-	openPath      = 0x200000 // O_PATH, which syscall lacks, and so does it
-	soPeerGroups  = 59       // SO_PEERGROUPS
-	maxPeerGroups = 1 << 16  // of Linux
+	openPath      = 0x200000 // O_PATH; package syscall lacks it
+	soPeerGroups  = 59       // SO_PEERGROUPS; package syscall lacks it
+	maxPeerGroups = 1 << 16  // Linux allows no more groups
 )
 
-// peerCredsOf returns the process at the other end of a connection, as it was when it
-// connected or began to listen; the zero value if the system does not say.
+// peerCredsOf returns what the kernel says of the process at the other end of a
+// connection, at the moment that process connected or began to listen. If the kernel does
+// not say, it returns the zero value.
 func peerCredsOf(conn *net.UnixConn) peerCreds {
 	raw, err := conn.SyscallConn()
 	if err != nil {
@@ -24,7 +25,7 @@ func peerCredsOf(conn *net.UnixConn) peerCreds {
 	var peer peerCreds
 	_ = raw.Control(func(fd uintptr) {
 		cred, err := syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
-		if err != nil || cred.Pid == 0 { // 0: a process we can't see
+		if err != nil || cred.Pid == 0 { // 0: a process of a pid namespace that we can't see
 			return
 		}
 		if groups, ok := peerGroups(fd); ok {
@@ -45,7 +46,7 @@ func peerGroups(fd uintptr) (string, bool) {
 			return string(buf[:got]), true
 		case syscall.ENOPROTOOPT: // Linux before 4.13
 			return "", true
-		case syscall.ERANGE: // there are more
+		case syscall.ERANGE: // buf is too small
 			continue
 		}
 		return "", false
@@ -53,8 +54,8 @@ func peerGroups(fd uintptr) (string, bool) {
 	return "", false
 }
 
-// thisThread returns the rights of the calling thread. Nothing is set: no such user
-// and group exist.
+// thisThread returns the file-system user and group of the calling thread. Linux tells
+// them only when they are set, so it tries to set an id that does not exist, which fails.
 func thisThread() threadID {
 	const nobody = ^uintptr(0)
 	uid, _, _ := syscall.RawSyscall(syscall.SYS_SETFSUID, nobody, 0, 0)
@@ -62,8 +63,8 @@ func thisThread() threadID {
 	return threadID{uid, gid}
 }
 
-// openSocketFile opens the file at the path without connecting to it. What can be
-// connected to at the name is that very file, whatever the path leads to by then.
+// openSocketFile opens the socket file at the path without connecting to it (O_PATH). The
+// returned name leads to that very file, even if the path leads elsewhere by then.
 func openSocketFile(path string) (file *os.File, name string, id fileID, err error) {
 	fd, err := syscall.Open(path, openPath|syscall.O_CLOEXEC, 0)
 	if err != nil {

@@ -9,7 +9,7 @@ import (
 	"syscall"
 )
 
-// Where there are no sessions nothing of this is asked for.
+// Systems other than Linux have no sessions, so these functions are not called.
 
 func peerCredsOf(*net.UnixConn) peerCreds { return peerCreds{} }
 

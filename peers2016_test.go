@@ -3,7 +3,6 @@ package acomm_test
 import (
 	"bytes"
 	"crypto/rand"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -14,12 +13,9 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
-	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 
 	"github.com/mistifyio/acomm"
@@ -79,7 +75,7 @@ type verdict struct {
 func converse(ask asker, read consumer) {
 	for line := range commands {
 		var c conversation
-		must(json.Unmarshal([]byte(line), &c))
+		orExit(json.Unmarshal([]byte(line), &c))
 		errs := make([]error, c.AtOnce)
 		var answered atomic.Int64
 		var talking sync.WaitGroup
@@ -98,7 +94,7 @@ func converse(ask asker, read consumer) {
 // talk sends one request of each kind and checks its answer.
 func (c conversation) talk(ask asker, read consumer, i int, answered *atomic.Int64) error {
 	target, err := url.Parse(c.Targets[i%len(c.Targets)])
-	must(err)
+	orExit(err)
 	text := fmt.Sprintf("%d: %s", i, strings.Repeat("x", c.Sizes[i%len(c.Sizes)]))
 	stream := int64(i * 1000)
 	for task, want := range map[string]answer{
@@ -145,18 +141,6 @@ func (c conversation) checkStream(u *url.URL, read consumer, size int64) error {
 	return nil
 }
 
-func must(err error) {
-	if err != nil {
-		panic(err)
-	}
-}
-
-func encode(v any) json.RawMessage {
-	data, err := json.Marshal(v)
-	must(err)
-	return data
-}
-
 // compact has null and absence for the same.
 func compact(data json.RawMessage) string {
 	var buf bytes.Buffer
@@ -179,124 +163,11 @@ func eitherScheme(unix consumer) consumer {
 // serveHTTP starts an HTTP server of a process.
 func serveHTTP(handler http.Handler) *url.URL {
 	u, err := url.Parse(httptest.NewServer(handler).URL)
-	must(err)
+	orExit(err)
 	return u
 }
 
-// ---- the peer of 2016
-
-type request2016 struct {
-	ID           string           `json:"id"`
-	Task         string           `json:"task"`
-	ResponseHook *url.URL         `json:"responsehook"`
-	Args         *json.RawMessage `json:"args"`
-}
-
-type response2016 struct {
-	ID        string           `json:"id"`
-	Result    *json.RawMessage `json:"result"`
-	StreamURL *url.URL         `json:"stream_url"`
-	Error     string           `json:"error"`
-}
-
-// MarshalJSON writes a map, so the members are sorted.
-func (r response2016) MarshalJSON() ([]byte, error) {
-	return json.Marshal(map[string]any{
-		"id": r.ID, "result": r.Result, "stream_url": r.StreamURL, "error": r.Error,
-	})
-}
-
-// oneSend is what Linux hands over to a reader as one from one write. A larger
-// write it queues in pieces of 36 KiB, and a reader on another processor can be
-// so quick that it finds the first ones only.
-const oneSend = 32 << 10
-
-// read2016 reads a frame with one read for each of its parts. What has not
-// arrived by then stays zero. Where that would be left to luck, also among peers
-// of 2016, it reads once the whole frame is there.
-func read2016(conn net.Conn, dest any) error {
-	header := make([]byte, 4)
-	if _, err := conn.Read(header); err != nil {
-		return err
-	}
-	data := make([]byte, binary.BigEndian.Uint32(header))
-	if len(data) > oneSend {
-		awaitBytes(conn, len(data))
-	}
-	if _, err := conn.Read(data); err != nil {
-		return err
-	}
-	return json.Unmarshal(data, dest)
-}
-
-// awaitBytes waits until so many bytes can be read, and reads none.
-func awaitBytes(conn net.Conn, size int) {
-	raw, err := conn.(*net.UnixConn).SyscallConn()
-	must(err)
-	buf := make([]byte, size)
-	must(raw.Read(func(fd uintptr) bool {
-		n, _, err := syscall.Recvfrom(int(fd), buf, syscall.MSG_PEEK)
-		return n == size || err != nil && err != syscall.EAGAIN
-	}))
-}
-
-func write2016(conn net.Conn, payload any) error {
-	data := encode(payload)
-	_, err := conn.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(data))), data...))
-	return err
-}
-
-// send2016 returns the acknowledgement, or why there is none.
-func send2016(addr *url.URL, payload any) (ack response2016, err error) {
-	if addr.Scheme != "unix" {
-		resp, err := http.Post(addr.String(), "application/json", bytes.NewReader(encode(payload)))
-		if err != nil {
-			return ack, err
-		}
-		defer resp.Body.Close()
-		return ack, json.NewDecoder(resp.Body).Decode(&ack)
-	}
-	conn, err := net.Dial("unix", addr.Path)
-	if err != nil {
-		return ack, err
-	}
-	defer conn.Close()
-	if err := write2016(conn, payload); err != nil {
-		return ack, err
-	}
-	return ack, read2016(conn, &ack)
-}
-
-// serve2016 accepts connections on a socket, each with a goroutine.
-func serve2016(name string, handle func(net.Conn)) *url.URL {
-	path := filepath.Join(os.TempDir(), name+".sock")
-	l, err := net.Listen("unix", path)
-	must(err)
-	go func() {
-		for {
-			conn, err := l.Accept()
-			must(err)
-			go func() {
-				defer conn.Close()
-				handle(conn)
-			}()
-		}
-	}()
-	return &url.URL{Scheme: "unix", Path: path}
-}
-
-// receive2016 is a response socket. Each response is acknowledged, then handled.
-func receive2016(name string, handle func(response2016)) *url.URL {
-	return serve2016(name, func(conn net.Conn) {
-		var resp response2016
-		if err := read2016(conn, &resp); err != nil {
-			fmt.Fprintln(os.Stderr, "misread a response:", err)
-			return
-		}
-		_ = write2016(conn, response2016{})
-		handle(resp)
-	})
-}
+// ---- the roles of 2016
 
 func requester2016() (asker, consumer) {
 	var tracked sync.Map // of channels, by id
@@ -309,7 +180,7 @@ func requester2016() (asker, consumer) {
 		"unix": receive2016("requester", handle),
 		"http": serveHTTP(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			var resp response2016
-			must(json.NewDecoder(r.Body).Decode(&resp))
+			orExit(json.NewDecoder(r.Body).Decode(&resp))
 			_, _ = w.Write(encode(response2016{}))
 			handle(resp)
 		})),
@@ -358,7 +229,9 @@ func provider2016() {
 		case taskFail:
 			resp.Error = text
 		case taskStream:
-			resp.StreamURL = stream2016(*req.Args)
+			var size int64
+			orExit(json.Unmarshal(*req.Args, &size))
+			resp.StreamURL, _ = stream2016(rand.Text(), newPatternSource(whole(size), nil))
 			fallthrough
 		default:
 			resp.Result = req.Args
@@ -369,26 +242,9 @@ func provider2016() {
 	}
 }
 
-// stream2016 serves a stream to one consumer.
-func stream2016(size json.RawMessage) *url.URL {
-	n, err := strconv.ParseInt(string(size), 10, 64)
-	must(err)
-	path := filepath.Join(os.TempDir(), rand.Text()+".sock")
-	l, err := net.Listen("unix", path)
-	must(err)
-	go func() {
-		conn, err := l.Accept()
-		must(err)
-		defer conn.Close()
-		l.Close()
-		_, _ = io.Copy(conn, newPatternSource(whole(n), nil))
-	}()
-	return &url.URL{Scheme: "unix", Path: path}
-}
-
 func coordinator2016() {
 	provider, err := url.Parse(os.Getenv("PROVIDER"))
-	must(err)
+	orExit(err)
 	var base *url.URL
 	var hooks sync.Map // the requesters', by id
 	responses := receive2016("coordinator", func(resp response2016) {
@@ -406,7 +262,7 @@ func coordinator2016() {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/task", func(w http.ResponseWriter, r *http.Request) {
 		var req request2016
-		must(json.NewDecoder(r.Body).Decode(&req))
+		orExit(json.NewDecoder(r.Body).Decode(&req))
 		if req.ResponseHook.Scheme != "unix" {
 			hooks.Store(req.ID, req.ResponseHook)
 			req.ResponseHook = responses
@@ -419,7 +275,7 @@ func coordinator2016() {
 	})
 	mux.HandleFunc("/stream", func(w http.ResponseWriter, r *http.Request) {
 		addr, err := url.Parse(r.URL.Query().Get("addr"))
-		must(err)
+		orExit(err)
 		_ = consumer2016(w, addr)
 	})
 	base = serveHTTP(mux)
@@ -432,8 +288,8 @@ func coordinator2016() {
 
 func startTracker(streamURL *url.URL) *acomm.Tracker {
 	tracker, err := acomm.NewTracker("", streamURL, patience)
-	must(err)
-	must(tracker.Start())
+	orExit(err)
+	orExit(tracker.Start())
 	return tracker
 }
 
@@ -443,7 +299,7 @@ func requesterToday() (asker, consumer) {
 		"unix": tracker.URL(),
 		"http": serveHTTP(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 			resp := &acomm.Response{}
-			must(json.NewDecoder(r.Body).Decode(resp))
+			orExit(json.NewDecoder(r.Body).Decode(resp))
 			tracker.HandleResponse(resp)
 		})),
 	}
@@ -451,8 +307,8 @@ func requesterToday() (asker, consumer) {
 		responses := make(chan *acomm.Response, 1)
 		handle := func(_ *acomm.Request, resp *acomm.Response) { responses <- resp }
 		req, err := acomm.NewRequest(task, hooks[hookScheme].String(), args, handle, handle)
-		must(err)
-		must(tracker.TrackRequest(req, 0))
+		orExit(err)
+		orExit(tracker.TrackRequest(req, 0))
 		if err := acomm.Send(target, req); err != nil {
 			tracker.RemoveRequest(req)
 			return answer{refusal: err.Error()}, nil
@@ -473,7 +329,7 @@ func requesterToday() (asker, consumer) {
 func providerToday() {
 	tracker := startTracker(nil)
 	listener := acomm.NewUnixListener("", 0)
-	must(listener.Start())
+	orExit(listener.Start())
 	fmt.Println(listener.URL())
 	for {
 		conn := listener.NextConn()
@@ -500,16 +356,16 @@ func providerToday() {
 				failure = errors.New(text)
 			case taskStream:
 				var size int64
-				must(req.UnmarshalArgs(&size))
+				orExit(req.UnmarshalArgs(&size))
 				u, err := tracker.NewStreamUnix("", newPatternSource(whole(size), nil))
-				must(err)
+				orExit(err)
 				stream = u
 				fallthrough
 			default:
 				result = req.Args
 			}
 			resp, err := acomm.NewResponse(req, result, stream, failure)
-			must(err)
+			orExit(err)
 			_ = req.Respond(resp)
 		}()
 	}
@@ -517,13 +373,13 @@ func providerToday() {
 
 func coordinatorToday() {
 	provider, err := url.Parse(os.Getenv("PROVIDER"))
-	must(err)
+	orExit(err)
 	var tracker *acomm.Tracker
 	mux := http.NewServeMux()
 	mux.HandleFunc("/stream", acomm.ProxyStreamHandler)
 	mux.HandleFunc("/task", func(w http.ResponseWriter, r *http.Request) {
 		req := &acomm.Request{}
-		must(json.NewDecoder(r.Body).Decode(req))
+		orExit(json.NewDecoder(r.Body).Decode(req))
 		proxied, err := tracker.ProxyUnix(req, 0)
 		if err == nil {
 			if err = acomm.Send(provider, proxied); err != nil {
@@ -614,7 +470,7 @@ func TestPeersOf2016_AreProxied(t *testing.T) {
 
 // Each of many processes has a part in it: as the provider of one requester, and
 // as a requester of one provider.
-func TestPeersOf2016_ManyProcessesAtOnce(t *testing.T) {
+func TestPeersOf2016_ManyProcessesUnderstandEachOther(t *testing.T) {
 	number := full(100, 5)
 	inAllEras(t, func(t *testing.T, requester, provider string) int {
 		var providers []string

@@ -206,3 +206,21 @@ func TestProcess_IsDrivenAndEnds(t *testing.T) {
 
 	require.ErrorContains(t, startProcess(t, "no such role").Wait(), "exit status 2")
 }
+
+// orExit ends a process in which nothing may go wrong.
+func orExit(err error) {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+const fewDescriptors = 64
+
+// leaveFewDescriptors leaves a process few descriptors.
+func leaveFewDescriptors() {
+	var limit syscall.Rlimit
+	orExit(syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
+	limit.Cur = fewDescriptors
+	orExit(syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit))
+}

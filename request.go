@@ -13,35 +13,37 @@ import (
 	"github.com/pborman/uuid"
 )
 
-// Request is a request data structure for asynchronous requests. The ID is
-// used to identify the request throughout its life cycle. The ResponseHook is
-// the URL the response is sent to: a unix socket, an http(s) URL, or any scheme
-// registered with [net/http.DefaultTransport]. SuccessHandler and ErrorHandler
-// are run on the response; they stay in the process.
+// Request asks a service to carry out a task and to send the [Response] to a hook: a unix
+// socket, an http(s) URL, or a URL with any scheme that is registered with
+// [net/http.DefaultTransport]. Make one with [NewRequest]. Do not change its fields while
+// it is tracked or being sent.
 //
-// On the wire the hook is an object with the fields of [net/url.URL], which
-// carries neither user name nor password. Absent and null mean nil for the hook
-// and the arguments.
+// On the wire the hook is an object with the fields of [net/url.URL], without user name
+// and password. For the hook and the args, absent and null both decode as nil.
 type Request struct {
-	ID             string           `json:"id"`
-	Task           string           `json:"task"`
-	ResponseHook   *url.URL         `json:"responsehook"`
-	Args           *json.RawMessage `json:"args"`
-	SuccessHandler ResponseHandler  `json:"-"`
-	ErrorHandler   ResponseHandler  `json:"-"`
+	ID             string           `json:"id"`           // unique among tracked requests
+	Task           string           `json:"task"`         // what the provider is to do
+	ResponseHook   *url.URL         `json:"responsehook"` // where the response is to be sent
+	Args           *json.RawMessage `json:"args"`         // nil: null
+	SuccessHandler ResponseHandler  `json:"-"`            // for a response without an error; nil: none
+	ErrorHandler   ResponseHandler  `json:"-"`            // for a response with an error; nil: none
 }
 
-// ResponseHandler is a function to run when a request receives a response. It
-// is given the request it was set on and the response.
+// ResponseHandler handles the response to a request. It gets the request it was set on,
+// and the response. A time-out is a response with an error. A handler may call any method
+// of the tracker except Stop, and a panic in it ends the process.
 type ResponseHandler func(*Request, *Response)
 
-// NewRequest creates a new Request with a random id (UUID, version 4). The
-// responseHook is an absolute URL, such as the text of [Tracker.URL]; args is
-// anything that marshals to JSON, nil becomes null. Either handler may be nil:
-// there is nothing to be done then.
+// NewRequest creates a request with a random id (a UUID, version 4).
 //
-// A hook that does not parse, and what [Request.Validate] refuses, give an error that
-// matches [io/fs.ErrInvalid].
+// The responseHook is an absolute URL, such as the text of [Tracker.URL]. The args are
+// anything that marshals to JSON; nil becomes null. The handler sh runs for a response
+// without an error, eh for one with an error or after a time-out. Either may be nil: then
+// nothing runs.
+//
+// A hook that does not parse, and a request that [Request.Validate] refuses, give an
+// error that matches [io/fs.ErrInvalid]. Args that can't be marshalled give
+// encoding/json's error.
 func NewRequest(task, responseHook string, args interface{}, sh ResponseHandler, eh ResponseHandler) (*Request, error) {
 	hook, err := url.ParseRequestURI(responseHook)
 	if err != nil {
@@ -70,10 +72,10 @@ func NewRequest(task, responseHook string, args interface{}, sh ResponseHandler,
 	return req, nil
 }
 
-// Validate checks that the request has an id, a task and a response hook, that all
-// three are UTF-8 (JSON would change anything else), and that a hook with the scheme
-// unix has an absolute path and no host: unix:///run/a.sock. What is missing or wrong
-// gives an error that matches [io/fs.ErrInvalid].
+// Validate checks that the request has an id, a task and a response hook, and that all
+// three are UTF-8: JSON would change anything else. A hook with the scheme unix must have
+// an absolute path and no host, as in unix:///run/a.sock. If a check fails, the error
+// matches [io/fs.ErrInvalid].
 func (req *Request) Validate() error {
 	switch {
 	case req == nil:
@@ -88,8 +90,8 @@ func (req *Request) Validate() error {
 	return req.checkText()
 }
 
-// checkText refuses what would not arrive, or would lead elsewhere. A request may
-// lack a member here.
+// checkText refuses an id, task or hook that JSON would change, and a hook that leads
+// elsewhere. A missing one is not an error here.
 func (req *Request) checkText() error {
 	switch {
 	case !utf8.ValidString(req.ID):
@@ -103,8 +105,8 @@ func (req *Request) checkText() error {
 	return nil
 }
 
-// checkURL refuses a URL that JSON would change, and one of a unix socket that has
-// more than an absolute path. Nil is none.
+// checkURL refuses a URL that JSON would change, and a unix URL that is not just an
+// absolute path. Nil is valid.
 func checkURL(u *url.URL) error {
 	if u == nil {
 		return nil
@@ -115,25 +117,27 @@ func checkURL(u *url.URL) error {
 		}
 	}
 	if u.Scheme == "unix" && !strings.HasPrefix(u.Path, "/") {
-		return fmt.Errorf("URL %q has no absolute path, as in unix:///run/a.sock: %w", u.Redacted(), fs.ErrInvalid)
+		return fmt.Errorf("URL %q has no absolute path; write it as unix:///run/a.sock: %w", u.Redacted(), fs.ErrInvalid)
 	}
 	return checkUnixURL(u)
 }
 
-// checkUnixURL refuses the URL of a unix socket that says more than a path: what looks
-// like the first directory is a host, or it does not begin with slashes at all.
+// checkUnixURL refuses a unix URL with more than a path. In unix://run/a.sock, "run" is a
+// host; unix:run/a.sock has no path at all.
 func checkUnixURL(u *url.URL) error {
 	if u.Scheme == "unix" && (u.Host != "" || u.Opaque != "") {
-		return fmt.Errorf("URL %q has more than a path; it is written unix:///run/a.sock, with three slashes: %w",
+		return fmt.Errorf("URL %q has more than a path; write it as unix:///run/a.sock, with three slashes: %w",
 			u.Redacted(), fs.ErrInvalid)
 	}
 	return nil
 }
 
-// UnmarshalArgs unmarshals the request args into the destination object, as
-// [encoding/json.Unmarshal] does. Absent args are JSON null: they leave a
-// struct as it is and set a pointer, map or slice to nil. A destination that is
-// not a non-nil pointer gives an error that matches [io/fs.ErrInvalid].
+// UnmarshalArgs decodes the request's args into dest, as [encoding/json.Unmarshal] does.
+// Absent args count as JSON null: they leave a struct as it is and set a pointer, map or
+// slice to nil.
+//
+// If the request is nil, or dest is not a non-nil pointer, the error matches
+// [io/fs.ErrInvalid]. Args that do not fit dest give encoding/json's error.
 func (req *Request) UnmarshalArgs(dest interface{}) error {
 	if req == nil {
 		return fmt.Errorf("unmarshal args: request is nil: %w", fs.ErrInvalid)
@@ -141,9 +145,9 @@ func (req *Request) UnmarshalArgs(dest interface{}) error {
 	return unmarshalRaw("args of request", req.ID, req.Args, dest)
 }
 
-// HandleResponse determines whether a response indicates success or error and
-// runs the appropriate handler, in the caller's goroutine. If that handler is
-// not defined, or the response is nil, it does nothing.
+// HandleResponse runs a handler of the request in the caller's goroutine and returns when
+// the handler does: ErrorHandler if the response has an error, otherwise SuccessHandler.
+// If that handler, the request or the response is nil, it does nothing.
 func (req *Request) HandleResponse(resp *Response) {
 	if req == nil || resp == nil {
 		return
@@ -157,10 +161,11 @@ func (req *Request) HandleResponse(resp *Response) {
 	}
 }
 
-// Respond sends a Response to the request's ResponseHook. It blocks until the
-// response has been acknowledged, a minute at most, and returns the errors of
-// [Send]. A nil response, and a hook that is nil or that [Request.Validate] refuses,
-// give one that matches [io/fs.ErrInvalid].
+// Respond sends the response to the request's hook. It blocks until the response is
+// acknowledged, for a minute at most, and returns the errors of [Send].
+//
+// A nil request or response, and a hook that is nil or that [Request.Validate] refuses,
+// give an error that matches [io/fs.ErrInvalid].
 func (req *Request) Respond(resp *Response) error {
 	if req == nil || resp == nil {
 		return fmt.Errorf("respond: request or response is nil: %w", fs.ErrInvalid)
@@ -190,11 +195,11 @@ func unmarshalRaw(what, id string, raw *json.RawMessage, dest interface{}) error
 	return nil
 }
 
-// checkDest refuses what nothing can be decoded into.
+// checkDest refuses a destination that nothing can be decoded into.
 func checkDest(dest interface{}) error {
 	v := reflect.ValueOf(dest)
 	if v.Kind() != reflect.Pointer || v.IsNil() {
-		return fmt.Errorf("destination %T is not a pointer to a value: %w", dest, fs.ErrInvalid)
+		return fmt.Errorf("destination %T is not a non-nil pointer: %w", dest, fs.ErrInvalid)
 	}
 	return nil
 }

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"io/fs"
 	"math"
-	"net/url"
 	"testing"
 
 	"github.com/mistifyio/acomm"
@@ -19,6 +18,9 @@ func TestNewRequest_KeepsWhatItIsGiven(t *testing.T) {
 		func(*acomm.Request, *acomm.Response) { handled = append(handled, "error") })
 	require.NoError(t, err)
 	require.NotNil(t, uuid.Parse(req.ID), "id %q", req.ID)
+	version, ok := uuid.Parse(req.ID).Version()
+	require.True(t, ok)
+	require.EqualValues(t, 4, version)
 	require.Equal(t, "file.hash", req.Task)
 	require.Equal(t, "http://127.0.0.1:8080/hook?k=v", req.ResponseHook.String())
 	require.JSONEq(t, `{"n":3}`, string(*req.Args))
@@ -56,7 +58,7 @@ func TestNewRequest_RefusesBadInput(t *testing.T) {
 }
 
 func TestRequest_ValidateNamesWhatIsMissing(t *testing.T) {
-	hook := &url.URL{Scheme: "unix", Path: "/a"}
+	hook := unixURL("/a")
 	for want, req := range map[string]*acomm.Request{
 		"is nil":           nil,
 		"has no id":        {Task: "t", ResponseHook: hook},
@@ -70,7 +72,7 @@ func TestRequest_ValidateNamesWhatIsMissing(t *testing.T) {
 	require.NoError(t, (&acomm.Request{ID: "1", Task: "t", ResponseHook: hook}).Validate())
 }
 
-func TestRequest_UnmarshalArgs(t *testing.T) {
+func TestRequest_UnmarshalArgsReadsThemOrSaysWhyNot(t *testing.T) {
 	req, err := acomm.NewRequest("t", "unix:///a", []int{1, 2}, nil, nil)
 	require.NoError(t, err)
 	var args []int
@@ -90,19 +92,4 @@ func TestRequest_UnmarshalArgs(t *testing.T) {
 	require.NoError(t, json.Unmarshal([]byte(`{"id":"1","args":null}`), &decoded))
 	require.NoError(t, decoded.UnmarshalArgs(&args))
 	require.Nil(t, args)
-}
-
-func TestRequest_HandleResponseWithoutHandlerDoesNothing(t *testing.T) {
-	req := &acomm.Request{ID: "1"}
-	req.HandleResponse(&acomm.Response{})
-	req.HandleResponse(&acomm.Response{Error: fs.ErrNotExist})
-	req.HandleResponse(nil)
-	(*acomm.Request)(nil).HandleResponse(&acomm.Response{})
-}
-
-func TestRequest_RespondRefusesNil(t *testing.T) {
-	hook := &url.URL{Scheme: "unix", Path: "/a"}
-	require.ErrorIs(t, (*acomm.Request)(nil).Respond(&acomm.Response{}), fs.ErrInvalid)
-	require.ErrorIs(t, (&acomm.Request{ResponseHook: hook}).Respond(nil), fs.ErrInvalid)
-	require.ErrorIs(t, (&acomm.Request{ID: "1"}).Respond(&acomm.Response{}), fs.ErrInvalid)
 }

@@ -10,31 +10,29 @@ import (
 	"unicode/utf8"
 )
 
-// Response is a response data structure for asynchronous requests. The ID is
-// that of the Request it answers. Result is nil if Error is present and vice
-// versa. StreamURL is where additional data can be read with [Stream]; nil if
-// there is none.
+// Response answers a [Request]: with a result or with an error. Make one with
+// [NewResponse]. Do not change its fields while it is being sent.
 //
-// On the wire no error is the empty string; null and absence mean the same.
-// Null and absence mean nil for the result and the stream URL. The stream URL is
-// an object with the fields of [net/url.URL]; a plain string is read as well.
+// On the wire, the error is its text; an empty text, null and absent mean no error. For
+// the result and the stream URL, absent and null decode as nil. The stream URL is written
+// as an object with the fields of [net/url.URL]; a plain string is read as well.
 type Response struct {
-	ID        string           `json:"id"`
-	Result    *json.RawMessage `json:"result"`
-	StreamURL *url.URL         `json:"stream_url"`
-	Error     error            `json:"error"`
+	ID        string           `json:"id"`         // that of the request
+	Result    *json.RawMessage `json:"result"`     // nil if there is an error
+	StreamURL *url.URL         `json:"stream_url"` // where Stream reads more data; nil: none
+	Error     error            `json:"error"`      // nil: success
 }
 
-// errUnspecified is what an error without a text travels as: the empty string
-// would arrive as success.
+// errUnspecified is sent for an error without a text: the empty string would arrive as
+// success.
 const errUnspecified = "unspecified error"
 
-// NewResponse creates a new Response to a Request: with a result, which is
-// anything that marshals to JSON, or with err. The streamURL may be nil.
+// NewResponse creates the response to a request, with a result or with an error. The
+// result is anything that marshals to JSON; nil is no result. The streamURL says where
+// more data can be read with [Stream]; nil if there is none.
 //
-// A nil request, and a result together with an error, give an error that
-// matches [io/fs.ErrInvalid]; a result that can't be marshalled gives
-// encoding/json's error.
+// A nil request, and a result together with an error, give an error that matches
+// [io/fs.ErrInvalid]. A result that can't be marshalled gives encoding/json's error.
 func NewResponse(req *Request, result interface{}, streamURL *url.URL, err error) (*Response, error) {
 	if req == nil {
 		return nil, fmt.Errorf("new response: request is nil: %w", fs.ErrInvalid)
@@ -44,7 +42,7 @@ func NewResponse(req *Request, result interface{}, streamURL *url.URL, err error
 		return resp, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("new response to %s: result and error together: %w", req.ID, fs.ErrInvalid)
+		return nil, fmt.Errorf("new response to %s: it has both a result and an error: %w", req.ID, fs.ErrInvalid)
 	}
 	data, err := json.Marshal(result)
 	if err != nil {
@@ -54,10 +52,12 @@ func NewResponse(req *Request, result interface{}, streamURL *url.URL, err error
 	return resp, nil
 }
 
-// UnmarshalResult unmarshals the response result into the destination object,
-// as [encoding/json.Unmarshal] does. An absent result is JSON null: it leaves a
-// struct as it is and sets a pointer, map or slice to nil. A destination that
-// is not a non-nil pointer gives an error that matches [io/fs.ErrInvalid].
+// UnmarshalResult decodes the response's result into dest, as [encoding/json.Unmarshal]
+// does. An absent result counts as JSON null: it leaves a struct as it is and sets a
+// pointer, map or slice to nil.
+//
+// If the response is nil, or dest is not a non-nil pointer, the error matches
+// [io/fs.ErrInvalid]. A result that does not fit dest gives encoding/json's error.
 func (r *Response) UnmarshalResult(dest interface{}) error {
 	if r == nil {
 		return fmt.Errorf("unmarshal result: response is nil: %w", fs.ErrInvalid)
@@ -65,9 +65,9 @@ func (r *Response) UnmarshalResult(dest interface{}) error {
 	return unmarshalRaw("result of response", r.ID, r.Result, dest)
 }
 
-// MarshalJSON marshals a Response into JSON, with the members error, id, result
-// and stream_url, in this order. An Error whose text is empty travels as
-// "unspecified error", since the empty string means success.
+// MarshalJSON encodes the response as a JSON object with the members error, id, result
+// and stream_url, in this order. An Error with an empty text is sent as "unspecified
+// error", since the empty string means success. A nil Response becomes null.
 func (r *Response) MarshalJSON() ([]byte, error) {
 	if r == nil {
 		return []byte("null"), nil
@@ -84,7 +84,8 @@ func (r *Response) MarshalJSON() ([]byte, error) {
 	}{r.errorText(), r.ID, r.Result, r.StreamURL})
 }
 
-// checkText refuses what would not arrive, or would lead elsewhere.
+// checkText refuses an id or a stream URL that JSON would change, or that leads
+// elsewhere.
 func (r *Response) checkText() error {
 	if !utf8.ValidString(r.ID) {
 		return fmt.Errorf("response id %q is not UTF-8: %w", r.ID, fs.ErrInvalid)
@@ -95,7 +96,7 @@ func (r *Response) checkText() error {
 	return nil
 }
 
-// errorText is what the error travels as.
+// errorText returns the text that is sent for the error; empty if there is none.
 func (r *Response) errorText() string {
 	if r.Error == nil {
 		return ""
@@ -106,12 +107,12 @@ func (r *Response) errorText() string {
 	return errUnspecified
 }
 
-// UnmarshalJSON unmarshals JSON data into a Response. Whatever the Response
-// held before is gone, also when an error is returned; JSON null gives an empty
-// Response.
+// UnmarshalJSON decodes a response from JSON. It resets the Response first, also if it
+// then returns an error. JSON null gives an empty Response. A nil receiver gives an error
+// that matches [io/fs.ErrInvalid].
 func (r *Response) UnmarshalJSON(data []byte) error {
 	if r == nil {
-		return fmt.Errorf("unmarshal response: target is nil: %w", fs.ErrInvalid)
+		return fmt.Errorf("unmarshal response: receiver is nil: %w", fs.ErrInvalid)
 	}
 	*r = Response{}
 	var wire struct {
@@ -127,27 +128,5 @@ func (r *Response) UnmarshalJSON(data []byte) error {
 	if wire.Error != "" {
 		r.Error = errors.New(wire.Error)
 	}
-	return nil
-}
-
-// wireURL reads a URL in either of its forms on the wire. The empty string and
-// null are no URL.
-type wireURL struct{ url *url.URL }
-
-func (w *wireURL) UnmarshalJSON(data []byte) error {
-	w.url = nil
-	if !bytes.HasPrefix(data, []byte(`"`)) {
-		return json.Unmarshal(data, &w.url)
-	}
-	var text string
-	if err := json.Unmarshal(data, &text); err != nil || text == "" {
-		return err
-	}
-	u, err := url.Parse(text)
-	if err != nil {
-		// The parser's error quotes the URL, which is payload.
-		return errors.New("stream_url is not a URL")
-	}
-	w.url = u
 	return nil
 }

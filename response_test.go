@@ -15,7 +15,7 @@ import (
 
 func TestNewResponse_KeepsWhatItIsGiven(t *testing.T) {
 	req := &acomm.Request{ID: "1"}
-	stream := &url.URL{Scheme: "unix", Path: "/s"}
+	stream := unixURL("/s")
 	resp, err := acomm.NewResponse(req, map[string]int{"n": 1}, stream, nil)
 	require.NoError(t, err)
 	require.Equal(t, "1", resp.ID)
@@ -41,7 +41,7 @@ func TestNewResponse_RefusesBadInput(t *testing.T) {
 	require.ErrorIs(t, err, fs.ErrInvalid)
 }
 
-func TestResponse_JSONForm(t *testing.T) {
+func TestResponse_JSONHasTheFormOf2016(t *testing.T) {
 	raw := json.RawMessage(`{"a": "<&>"}`)
 	for want, resp := range map[string]*acomm.Response{
 		`{"error":"","id":"","result":null,"stream_url":null}`:                                {},
@@ -85,7 +85,7 @@ func TestResponse_DecodesWhatPeersSend(t *testing.T) {
 
 	for _, stream := range []string{`{"Scheme":"unix","Path":"/a b%?#"}`, `"unix:///a%20b%25%3F%23"`} {
 		require.NoError(t, json.Unmarshal([]byte(`{"stream_url":`+stream+`}`), &resp), stream)
-		require.Equal(t, &url.URL{Scheme: "unix", Path: "/a b%?#"}, &url.URL{Scheme: resp.StreamURL.Scheme, Path: resp.StreamURL.Path})
+		require.Equal(t, unixURL("/a b%?#"), &url.URL{Scheme: resp.StreamURL.Scheme, Path: resp.StreamURL.Path})
 	}
 	var nested struct {
 		Value   acomm.Response
@@ -110,7 +110,7 @@ func TestResponse_DecodingRefusesBadInput(t *testing.T) {
 	require.ErrorIs(t, (*acomm.Response)(nil).UnmarshalJSON([]byte("{}")), fs.ErrInvalid)
 }
 
-func TestResponse_UnmarshalResult(t *testing.T) {
+func TestResponse_UnmarshalResultReadsItOrSaysWhyNot(t *testing.T) {
 	raw := json.RawMessage(`{"n":1}`)
 	var result struct{ N int }
 	require.NoError(t, (&acomm.Response{Result: &raw}).UnmarshalResult(&result))

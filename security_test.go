@@ -1,90 +1,21 @@
 package acomm_test
 
 import (
-	"bufio"
 	"encoding/json"
 	"fmt"
-	"go/ast"
-	"go/parser"
-	"go/token"
 	"io"
-	"io/fs"
-	"math"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"strings"
-	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/mistifyio/acomm"
 	"github.com/stretchr/testify/require"
 )
-
-const secret = "what nobody outside may read"
-
-// victim is a real listener that counts its connections and tells its secret to
-// all of them.
-type victim struct {
-	t        testing.TB
-	listener net.Listener
-	url      *url.URL
-	accepted atomic.Int64
-}
-
-func newVictim(t testing.TB, network, address string) *victim {
-	t.Helper()
-	l, err := net.Listen(network, address)
-	require.NoError(t, err)
-	v := &victim{t: t, listener: l, url: &url.URL{Scheme: "unix", Path: address}}
-	if network == "tcp" {
-		v.url = &url.URL{Scheme: "http", Host: l.Addr().String(), Path: "/metadata"}
-	}
-	served := async(func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			v.accepted.Add(1)
-			if network == "tcp" {
-				_ = conn.SetReadDeadline(time.Now().Add(patience))
-				_, _ = http.ReadRequest(bufio.NewReader(conn))
-				fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n", len(secret))
-			}
-			_, _ = io.WriteString(conn, secret)
-			conn.Close()
-		}
-	})
-	t.Cleanup(func() {
-		_ = l.Close()
-		<-served
-	})
-	return v
-}
-
-// requireUntouched fails if anybody else has connected. Connections are accepted
-// in their order, so ours is the last.
-func (v *victim) requireUntouched() {
-	v.t.Helper()
-	conn, err := net.Dial(v.listener.Addr().Network(), v.listener.Addr().String())
-	require.NoError(v.t, err)
-	defer conn.Close()
-	if v.url.Scheme == "http" {
-		_, err := io.WriteString(conn, "GET / HTTP/1.0\r\n\r\n")
-		require.NoError(v.t, err)
-	}
-	got, _ := io.ReadAll(conn)
-	require.Contains(v.t, string(got), secret)
-	require.EqualValues(v.t, 1, v.accepted.Load(), "%s was connected to", v.url)
-}
 
 // signatureIn returns the signature in a URL of ProxyStreamHTTPURL.
 func signatureIn(t testing.TB, tracker *acomm.Tracker, addr *url.URL) string {
@@ -106,7 +37,7 @@ func TestProxyStreamHandler_AttacksAreRefused(t *testing.T) {
 	// A stream of our own in the same directory, and a published address.
 	own, err := tracker.NewStreamUnix(dir, bytesSource([]byte("own")))
 	require.NoError(t, err)
-	published := &url.URL{Scheme: "unix", Path: filepath.Join(dir, "published.sock")}
+	published := unixURL(filepath.Join(dir, "published.sock"))
 	signature := signatureIn(t, tracker, published)
 	used, err := tracker.NewStreamUnix(dir, bytesSource([]byte("used")))
 	require.NoError(t, err)
@@ -128,6 +59,12 @@ func TestProxyStreamHandler_AttacksAreRefused(t *testing.T) {
 		want  int
 	}
 	rows := map[string]row{
+		"nothing":                            {"", 400},
+		"no address":                         {"addr=", 400},
+		"signature alone":                    {"signature=xx", 400},
+		"address in a broken escape":         {"addr=%zz", 400},
+		"address that is no URL":             {"addr=://", 400},
+		"address in front of a semicolon":    {"addr=a;b=c", 400},
 		"another service's socket":           {addr(other.url.String()), 403},
 		"another service's stream, guessed":  {addr(unix(filepath.Join(dir, strings.Repeat("A", 26)+".eof"))), 403},
 		"internal HTTP":                      {addr(internal.url.String()), 403},
@@ -184,6 +121,7 @@ func TestProxyStreamHandler_AttacksAreRefused(t *testing.T) {
 		"line end":                           {addr("unix://\r\n" + other.url.Path), 400},
 		"space before":                       {addr(" " + unix(other.url.Path)), 400},
 		"host":                               {addr("unix://host" + other.url.Path), 403},
+		"host, signed":                       {signed("unix://host" + published.Path), 403},
 		"host that is the path":              {addr("unix://" + esc(other.url.Path)), 400},
 		"host that is part of the path":      {addr("unix://" + rest), 403},
 		"user":                               {addr("unix://user:password@" + other.url.Path), 403},
@@ -283,35 +221,28 @@ func TestProxyStreamHandler_EveryTamperedByteIsRefused(t *testing.T) {
 	require.Equal(t, 200, call(text, signature), "as it was published")
 }
 
+func init() { roles["signer"] = signer }
+
+// signer prints the signature of an address.
+func signer() {
+	addr, err := url.Parse(os.Getenv("ADDRESS"))
+	orExit(err)
+	tracker, err := acomm.NewTracker("", &url.URL{Scheme: "http", Host: "h"}, 0)
+	orExit(err)
+	u, err := tracker.ProxyStreamHTTPURL(addr)
+	orExit(err)
+	fmt.Println(u.Query().Get("signature"))
+}
+
 // signElsewhere has another process of this very program sign the address.
 func signElsewhere(t testing.TB, addr *url.URL) string {
 	t.Helper()
-	cmd := exec.Command(os.Args[0], "-test.run=^TestSecurity_SignsElsewhere$")
-	cmd.Env = append(os.Environ(), "ACOMM_TEST_SIGN="+addr.String(),
-		"GORACE=atexit_sleep_ms=0 "+os.Getenv("GORACE")) // the race detector would take a second to end
-	out, err := cmd.CombinedOutput()
-	require.NoError(t, err, "%s", out)
-	_, signature, found := strings.Cut(string(out), "signature: ")
-	require.True(t, found, "%s", out)
-	return strings.Fields(signature)[0]
-}
-
-// TestSecurity_SignsElsewhere is no test: it is what signElsewhere runs.
-func TestSecurity_SignsElsewhere(t *testing.T) {
-	text := os.Getenv("ACOMM_TEST_SIGN")
-	if text == "" {
-		t.Skip("runs in a process of its own, started by other tests")
-	}
-	addr, err := url.Parse(text)
-	require.NoError(t, err)
-	tracker, err := acomm.NewTracker("", &url.URL{Scheme: "http", Host: "h"}, 0)
-	require.NoError(t, err)
-	fmt.Println("signature:", signatureIn(t, tracker, addr))
+	return startProcess(t, "signer", "ADDRESS="+addr.String()).ReadLine()
 }
 
 func TestProxyStreamHTTPURL_EachProcessHasAKeyOfItsOwn(t *testing.T) {
 	tracker, _ := streamProxy(t)
-	addr := &url.URL{Scheme: "unix", Path: "/x"}
+	addr := unixURL("/x")
 	here, there := signatureIn(t, tracker, addr), signElsewhere(t, addr)
 	require.Len(t, here, 43, "256 bits")
 	require.Len(t, there, 43)
@@ -388,187 +319,4 @@ func TestSend_ServiceBoundsTheBodiesItReads(t *testing.T) {
 	require.NoError(t, acomm.Send(service, small))
 	large, _ := newRequest(t, service, strings.Repeat("x", 2*limit))
 	require.ErrorContains(t, acomm.Send(service, large), "413")
-}
-
-// inOwnPlace lists what the library makes where the caller names no place.
-func inOwnPlace(t *testing.T, tracker *acomm.Tracker) map[string]func() (path string, remove func()) {
-	return map[string]func() (string, func()){
-		"listener": func() (string, func()) {
-			ul := acomm.NewUnixListener("", 0)
-			require.NoError(t, ul.Start())
-			return ul.Addr(), func() { ul.Stop(0) }
-		},
-		"tracker": func() (string, func()) {
-			tracker, err := acomm.NewTracker("", nil, 0)
-			require.NoError(t, err)
-			require.NoError(t, tracker.Start())
-			return tracker.Addr(), tracker.Stop
-		},
-		"stream": func() (string, func()) {
-			u, err := tracker.NewStreamUnix("", bytesSource(nil))
-			require.NoError(t, err)
-			return u.Path, func() { require.NoError(t, acomm.Stream(io.Discard, u)) }
-		},
-	}
-}
-
-// Hazard: what is made with the umask's permissions and narrowed a moment later
-// can be opened in between.
-func TestSocket_OwnPlaceIsTheUsersOnlyFromTheFirstMoment(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("elsewhere only the directory keeps others out from the first moment")
-	}
-	for _, mask := range []int{0, 0o022, 0o077} {
-		temp := shortDir(t)
-		t.Setenv("TMPDIR", temp)
-		tracker := newTracker(t)
-		for what, make := range inOwnPlace(t, tracker) {
-			t.Run(fmt.Sprintf("%s, umask %03o", what, mask), func(t *testing.T) {
-				setUmask(t, mask)
-				widest := watchModes(temp)
-				rounds := 200
-				if mask != 0 {
-					rounds = 20 // it is the umask that hides a slip
-				}
-				for range rounds {
-					path, remove := make()
-					require.Equal(t, fs.ModeSocket|0o600, mode(t, path))
-					require.Equal(t, fs.ModeDir|0o700, mode(t, filepath.Dir(path)))
-					require.Equal(t, temp, filepath.Dir(filepath.Dir(path)))
-					remove()
-				}
-				require.Zero(t, widest()&0o077, "group and others")
-			})
-		}
-	}
-}
-
-// watchModes looks at all files below the directory again and again. The
-// function it returns ends that and tells all permissions ever seen.
-func watchModes(dir string) (widest func() fs.FileMode) {
-	var seen fs.FileMode
-	quit := make(chan struct{})
-	done := async(func() {
-		look := func(path string) {
-			if info, err := os.Lstat(path); err == nil {
-				seen |= info.Mode().Perm()
-			}
-		}
-		for {
-			select {
-			case <-quit:
-				return
-			default:
-			}
-			f, err := os.Open(dir)
-			if err != nil {
-				return
-			}
-			names, _ := f.Readdirnames(-1)
-			f.Close()
-			for _, name := range names {
-				look(filepath.Join(dir, name))
-				look(filepath.Join(dir, name, "acomm.sock"))
-				look(filepath.Join(dir, name, "stream.eof"))
-			}
-		}
-	})
-	return func() fs.FileMode {
-		close(quit)
-		<-done
-		return seen
-	}
-}
-
-func TestSocket_NamesOfTheLibraryCantBeGuessed(t *testing.T) {
-	t.Setenv("TMPDIR", shortDir(t))
-	tracker := newTracker(t)
-	makers := inOwnPlace(t, tracker)
-	given := shortDir(t)
-	makers["stream in a directory of the caller"] = func() (string, func()) {
-		u, err := tracker.NewStreamUnix(given, bytesSource(nil))
-		require.NoError(t, err)
-		return u.Path, func() { require.NoError(t, acomm.Stream(io.Discard, u)) }
-	}
-	all := map[string]bool{}
-	for what, make := range makers {
-		t.Run(what, func(t *testing.T) {
-			const names = 200
-			var columns []map[byte]bool // the characters seen at each place
-			for range names {
-				path, remove := make()
-				remove()
-				require.False(t, all[path], "a name came twice")
-				all[path] = true
-				for i := range len(path) {
-					if i == len(columns) {
-						columns = append(columns, map[byte]bool{})
-					}
-					columns[i][path[i]] = true
-				}
-			}
-			var bits float64
-			for _, column := range columns {
-				if len(column) > 1 {
-					require.Greater(t, len(column), 20, "a place that varies little")
-					bits += math.Log2(float64(len(column)))
-				}
-			}
-			want := 128.0
-			if what == "stream in a directory of the caller" {
-				want = 64 // 66, of which 200 names show less: the bytes of its path are scarce
-			}
-			require.GreaterOrEqual(t, bits, want)
-		})
-	}
-}
-
-// In a place of the caller's, the umask decides. Who wants it narrower makes the
-// directory before, with the mode and group that suit: nobody else gets in,
-// whatever the socket's mode.
-func TestSocket_DirectoryOfTheCallerRestrictsWhoGetsIn(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("the permissions of a new socket differ")
-	}
-	for mask, want := range map[int]fs.FileMode{0: 0o777, 0o022: 0o755, 0o027: 0o750, 0o077: 0o700} {
-		t.Run(fmt.Sprintf("umask %03o", mask), func(t *testing.T) {
-			narrow := filepath.Join(shortDir(t), "narrow")
-			require.NoError(t, os.Mkdir(narrow, 0o750))
-			require.NoError(t, os.Chmod(narrow, 0o710))
-			setUmask(t, mask)
-			ul := startListener(t, filepath.Join(narrow, "s.sock"), 0)
-			tracker := newTracker(t)
-			stream, err := tracker.NewStreamUnix(narrow, bytesSource(nil))
-			require.NoError(t, err)
-			for _, path := range []string{ul.Addr(), stream.Path} {
-				require.Equal(t, fs.ModeSocket|want, mode(t, path))
-			}
-			require.Equal(t, fs.ModeDir|0o710, mode(t, narrow), "it stays as the caller made it")
-			made, err := tracker.NewStreamUnix(filepath.Join(narrow, "made"), bytesSource(nil))
-			require.NoError(t, err)
-			require.Equal(t, fs.ModeDir|want, mode(t, filepath.Dir(made.Path)), "what the library makes follows the umask")
-		})
-	}
-}
-
-func TestSecurityDocument_NamesTestsThatExist(t *testing.T) {
-	text, err := os.ReadFile("SECURITY.md")
-	require.NoError(t, err)
-	sources, err := filepath.Glob("*_test.go")
-	require.NoError(t, err)
-	exist := map[string]bool{}
-	for _, source := range sources {
-		file, err := parser.ParseFile(token.NewFileSet(), source, nil, parser.SkipObjectResolution)
-		require.NoError(t, err)
-		for _, decl := range file.Decls {
-			if f, ok := decl.(*ast.FuncDecl); ok && f.Recv == nil {
-				exist[f.Name.Name] = true
-			}
-		}
-	}
-	named := regexp.MustCompile(`\b(Test|Fuzz|Example)[A-Z]\w+`).FindAllString(string(text), -1)
-	require.Greater(t, len(named), 20)
-	for _, name := range named {
-		require.True(t, exist[name], "there is no %s", name)
-	}
 }

@@ -25,24 +25,24 @@ const (
 )
 
 // postClient uses http.DefaultTransport, whatever it is at the time of a request.
-var postClient = http.Client{Transport: &postTransport, CheckRedirect: keepPayload}
+var postClient = http.Client{Transport: &postTransport, CheckRedirect: redirectPost}
 
-// keepPayload follows the redirects that send the payload again; of the others
-// the answer itself is returned, which is no success.
-func keepPayload(req *http.Request, via []*http.Request) error {
+// redirectPost allows the redirects that repeat the payload. For others it returns the
+// redirect itself, whose status is an error.
+func redirectPost(req *http.Request, via []*http.Request) error {
 	switch req.Response.StatusCode {
 	case http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
 		req.Header.Del("Referer") // a hook's URL may hold a secret
 		if err := checkRedirects(via); err != nil {
 			return err
 		}
-		connectionsOf(req.Context()).reset() // who answered so did not keep the payload
+		connectionsOf(req.Context()).reset() // the host that redirects has not taken the payload
 		return nil
 	}
 	return http.ErrUseLastResponse
 }
 
-// sendHTTP posts the payload and returns what the answer acknowledges.
+// sendHTTP posts the payload and returns the acknowledgement in the answer.
 func sendHTTP(deadline time.Time, addr *url.URL, payload []byte) (*Response, error) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
@@ -76,26 +76,26 @@ func sendHTTP(deadline time.Time, addr *url.URL, payload []byte) (*Response, err
 	}
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("answer: %w", err)
+		return nil, fmt.Errorf("read answer: %w", err)
 	case len(body) > maxAnswer:
 		return nil, fmt.Errorf("answer is over the limit of %d bytes: %w", maxAnswer, syscall.EMSGSIZE)
 	case len(bytes.TrimSpace(body)) == 0:
 		return ack, nil
 	}
 	if err := json.Unmarshal(body, ack); err != nil {
-		return nil, fmt.Errorf("answer %s: %w", answer.Status, err)
+		return nil, fmt.Errorf("answered %s with a body that is not a Response: %w", answer.Status, err)
 	}
 	return ack, nil
 }
 
-// unsentError is the error of a post for which there was no connection: nobody has the
-// payload.
+// unsentError is the error of a post that got no connection: the peer certainly does not
+// have the payload.
 type unsentError struct{ error }
 
 func (e unsentError) Unwrap() error { return e.error }
 
-// connections is what is known of the connections for a post. A transport that does
-// not say leaves both false.
+// connections records whether a post asked for a connection and got one. Both stay false
+// if the transport does not support httptrace.
 type connections struct{ asked, got atomic.Bool }
 
 func (c *connections) reset() {
@@ -105,8 +105,7 @@ func (c *connections) reset() {
 
 type connectionsKey struct{}
 
-// traceConnections returns a context in which it is noted whether a request has a
-// connection.
+// traceConnections returns a context that records the connections of a request.
 func traceConnections(ctx context.Context) (context.Context, *connections) {
 	c := &connections{}
 	trace := &httptrace.ClientTrace{
@@ -120,8 +119,8 @@ func connectionsOf(ctx context.Context) *connections {
 	return ctx.Value(connectionsKey{}).(*connections)
 }
 
-// doHTTP sends the request through http.DefaultTransport. Its errors say nothing
-// of the URL: the caller does.
+// doHTTP sends the request through http.DefaultTransport. Its errors do not name the URL:
+// the caller adds it.
 func doHTTP(req *http.Request, client *http.Client) (*http.Response, error) {
 	if isHTTP(req.URL) && req.URL.Host == "" {
 		return nil, fmt.Errorf("URL has no host: %w", fs.ErrInvalid)
@@ -135,22 +134,22 @@ func doHTTP(req *http.Request, client *http.Client) (*http.Response, error) {
 		err = request.Err
 	}
 	if !isHTTP(req.URL) && unsupported(req.URL, err) {
-		return nil, fmt.Errorf("scheme %q: %w", req.URL.Scheme, errors.ErrUnsupported)
+		return nil, fmt.Errorf("http.DefaultTransport handles no scheme %q: %w", req.URL.Scheme, errors.ErrUnsupported)
 	}
 	return nil, err
 }
 
-// unsupported tells the lack of a transport for a scheme from an error of that
-// transport. The standard library has no error value for it, so a transport with
-// nothing registered is asked what it says of the scheme.
+// unsupported reports whether an error says that no transport handles the scheme. The
+// standard library has no error value for that. So it asks a Transport without registered
+// schemes, and compares the texts.
 func unsupported(addr *url.URL, err error) bool {
 	_, lack := new(http.Transport).RoundTrip(&http.Request{URL: addr, Header: http.Header{}})
 	return lack != nil && err.Error() == lack.Error()
 }
 
-// requestURL returns the URL as net/http's client would have parsed it from its text.
-// The user information that a URL has after it has come over the wire is empty, and
-// would be sent as a login without a name.
+// requestURL returns the URL as net/http's client would have parsed it from its text. A
+// URL from the wire may have user information that is empty; net/http would send it as a
+// login without a name.
 func requestURL(addr *url.URL) *url.URL {
 	u := *withSlash(addr)
 	if u.User != nil && u.User.String() == "" {
@@ -159,10 +158,10 @@ func requestURL(addr *url.URL) *url.URL {
 	return &u
 }
 
-// withSlash returns a URL with a host and a relative path, as url.JoinPath makes it of
-// a base without a path, with the slash that its text has between the two.
+// withSlash returns the URL with a slash before its path, as its text has it. A URL with
+// a host and a relative path comes from url.JoinPath on a base without a path.
 func withSlash(u *url.URL) *url.URL {
-	path := u.EscapedPath() // its slash counts: that of %2Fa is another one
+	path := u.EscapedPath() // in %2Fa the slash is escaped and does not begin a path
 	if u.Host == "" || path == "" || path[0] == '/' {
 		return u
 	}
@@ -174,45 +173,44 @@ func withSlash(u *url.URL) *url.URL {
 	return &rooted
 }
 
-// statusError is an HTTP answer that is no success.
+// statusError is the error for an HTTP answer without success.
 type statusError struct {
-	code       int
-	status     string        // code and text
-	words      string        // the peer's error, if it sent a Response
-	comeBack   bool          // the peer said when, with Retry-After
-	retryAfter time.Duration // then
+	code          int
+	status        string // code and text
+	refusal       string // the error of the Response in the body; empty: none
+	hasRetryAfter bool   // the answer has a valid Retry-After
+	retryAfter    time.Duration
 }
 
 func newStatusError(answer *http.Response, body []byte) *statusError {
 	e := &statusError{code: answer.StatusCode, status: answer.Status}
 	var resp Response
 	if json.Unmarshal(body, &resp) == nil && resp.Error != nil {
-		e.words = resp.Error.Error()
+		e.refusal = resp.Error.Error()
 	}
 	after := strings.TrimSpace(answer.Header.Get("Retry-After"))
 	if seconds, err := strconv.ParseUint(after, 10, 31); err == nil {
-		e.comeBack, e.retryAfter = true, time.Duration(seconds)*time.Second
+		e.hasRetryAfter, e.retryAfter = true, time.Duration(seconds)*time.Second
 	} else if at, err := http.ParseTime(after); err == nil {
-		e.comeBack, e.retryAfter = true, max(0, time.Until(at))
+		e.hasRetryAfter, e.retryAfter = true, max(0, time.Until(at))
 	}
 	return e
 }
 
 func (e *statusError) Error() string {
-	if e.words == "" {
+	if e.refusal == "" {
 		return "answered " + e.status
 	}
-	return "answered " + e.status + ": " + e.words
+	return "answered " + e.status + ": " + e.refusal
 }
 
-// notDelivered reports whether an error of send proves that the peer has not
-// taken the payload and might take it later: no connection was got for it, or the
-// peer itself said to come back. A 503 that does not say when may come from a gateway
-// that has passed the payload on.
+// notDelivered reports whether an error of send proves that the peer has not taken the
+// payload and may take it later: there was no connection, or the peer's answer says so. A
+// 503 without Retry-After proves nothing: a gateway may have passed the payload on.
 func notDelivered(err error) bool {
 	var status *statusError
 	if errors.As(err, &status) {
-		return status.code == http.StatusTooManyRequests || status.code == http.StatusServiceUnavailable && status.comeBack
+		return status.code == http.StatusTooManyRequests || status.code == http.StatusServiceUnavailable && status.hasRetryAfter
 	}
 	var unsent unsentError
 	if errors.As(err, &unsent) {

@@ -13,89 +13,93 @@ import (
 )
 
 const (
-	maxInFlight      = 1024    // messages in one direction of a session
-	maxInFlightBytes = 2 << 20 // bytes of JSON in them
-	maxSessions      = 256     // a process opens, or a listener accepts; an eighth of its descriptors, if that is less
-	writePart        = 64 << 10
+	maxInFlight      = 1024     // messages in flight in one direction of a session
+	maxInFlightBytes = 2 << 20  // bytes of JSON in them
+	maxSessions      = 256      // that a process opens or a listener accepts; mostSessions may lower it
+	writePart        = 64 << 10 // bytes, for each sessionWriteTimeout
 
-	// abortGrace is how long a session that is aborted may go on writing.
+	// abortGrace is how long an aborted session may go on writing.
 	abortGrace = 200 * time.Millisecond
 )
 
-// Variables for the tests.
+// Variables, so that tests can set them.
 var (
-	sessionWriteTimeout = sendTimeout     // for a peer to take 64 KiB; for all that is left, once a session is finishing
-	sessionIdleTimeout  = 5 * time.Second // of who has opened a session; who has accepted it waits twice as long
-	sessionCloseTimeout = time.Second     // for the peer to close what is over
-	firstMessage        = uint32(1)       // the number of a session's first message, in each direction
+	sessionWriteTimeout = sendTimeout     // for the peer to take 64 KiB; at the end of a session, to take all that is left
+	sessionIdleTimeout  = 5 * time.Second // of the end that opened the session; the other end waits twice as long
+	sessionCloseTimeout = time.Second     // for the peer to close a session that is over
+	firstMessage        = uint32(1)       // number of a session's first message, in each direction
 )
 
-// session is a connection that carries many exchanges at a time, in both directions.
-// Both ends have the same type. Its two halves are calls, what this end has sent, and
-// exchanges, what it serves.
+// session is a multiplexed connection: it carries many exchanges at a time, in both
+// directions. Both ends have the same type. It has two halves: calls, the messages that
+// this end sends, and exchanges, the messages that this end serves.
 //
-// How a message travels: Send (send.go) asks the sessionPool for the session to the
-// path, and call (session_calls.go) queues the message in the frameWriter. Whoever
-// releases mu then writes what is queued (flush, below), unless the reader is about to.
-// At the other end the reader (read, below) makes an exchange (exchange.go) of it and
-// puts that into the listener's acceptQueue, where NextConn finds it. The handler's
-// answer is queued in the frameWriter of that end, and the reader of this one gives it
-// to the caller.
+// How a message travels:
 //
-// Order of locks: sessionPool.mu, then session.mu; a session and an acceptQueue, whose
-// mutex is taken alone, are never locked together.
+//  1. Send (send.go) asks the sessionPool for the session to the path.
+//  2. call (session_calls.go) queues the message in the frameWriter. The goroutine that
+//     then releases mu writes the queue (flush, below), unless the reader is about to.
+//  3. At the other end the reader (read, below) makes an exchange (exchange.go) of the
+//     message and adds it to the listener's acceptQueue, where NextConn finds it.
+//  4. The handler's answer is queued in the frameWriter of that end. The reader of the
+//     sending end gives it to the waiting call.
+//
+// Order of locks: sessionPool.mu before session.mu; a session and an acceptQueue are
+// never locked together.
 type session struct {
+	// Set before the session is shared, then immutable.
 	conn   *net.UnixConn
-	opened bool // by this process; else accepted
-	name   string
-	file   fileID   // of the socket file at which it was opened
-	as     threadID // whose right to open that was asked for, if opened
+	opened bool     // by this process; false: accepted
+	name   string   // of the socket of the end that opened the session
+	file   fileID   // socket file of the listener that accepted the session
+	as     threadID // opened: the thread that the kernel let connect
 	creds  peerCreds
-	idle   time.Duration
-	token  processToken  // of the peer, if opened; later the pool knows it
-	order  int           // of the sessions that were opened; the pool's
-	ended  chan struct{} // closed when nothing of the session is left
+	idle   time.Duration // idle time-out
+	token  processToken  // opened: the peer's; sessionPool.all has it for all sessions
+	ended  chan struct{} // closed when the session is over
 
-	// The reader's.
+	order int // opened: sequence number in the process; guarded by sessionPool.mu
+
+	// Owned by the reader.
 	in       frameReader
-	greeted  bool       // by the peer
-	arrived  []net.Conn // exchanges of this read, for the queue
-	answered []*call    // in this read
-	targets  int        // that the peer has named
-	target   *fileID    // of them, the one that is to be looked at
-	pair     bool       // to look for a session that can carry the calls of another one, too
+	greeted  bool       // the peer's greeting has arrived
+	arrived  []net.Conn // exchanges of this read, to be added to the acceptQueue
+	answered []*call    // calls of this read, to be given their outcome
+	targets  int        // number of target frames that have arrived
+	target   *fileID    // target frame to be handled; nil: none
+	pair     bool       // sessions.pair is to be called
 
-	unanswered atomic.Bool // no call was answered yet, or since a target was refused
+	unanswered atomic.Bool // no call was answered since the opening, or since a target was refused
 
-	write attempt // of the goroutine that has set writing
+	write attempt // owned by the goroutine that has set writing
 
-	mu        sync.Mutex // guards the fields below, and those of exchanges
+	mu        sync.Mutex // guards the fields below, and those of each exchange that say so
 	out       frameWriter
 	calls     calls
 	exchanges exchanges
-	writing   bool        // a goroutine writes, and takes along what is added
-	corked    bool        // the reader is about to flush
-	finishBy  time.Time   // until then all has to be written, once nothing else is left to do
-	failed    bool        // a write did
-	closing   bool        // the peer was told that the session is over, and is to close it
-	ending    bool        // the reader was told to end
-	closed    bool        // the connection is
+	writing   bool        // a goroutine writes the queue, and what is added to it meanwhile
+	corked    bool        // the reader will write the queue; nobody else does
+	finishBy  time.Time   // deadline for all that is still to be written; zero: a half is not closed
+	failed    bool        // a write has failed, and checkFailedLocked has acted on it
+	closing   bool        // opened: the last stop is queued, the peer is to close the connection
+	ending    bool        // the reader has to return
+	closed    bool        // the connection is closed
 	over      bool        // ended is closed, or about to be
-	timer     *time.Timer // of idleness
-	closer    *time.Timer // for the peer to close
-	seen      uint64      // messages, when the timer looked
+	timer     *time.Timer // idle time-out
+	closer    *time.Timer // runs from closing: sessionCloseTimeout
+	seen      uint64      // number of messages at the last checkIdle
 }
 
-// halfState is how far one direction of a session is.
+// halfState is the state of one direction of a session.
 type halfState int
 
 const (
-	halfClosed   halfState = iota // has not begun, or is over
+	halfClosed   halfState = iota // not yet opened, or over
 	halfOpen                      // messages may be sent
-	halfDraining                  // no further message; those before are being answered
+	halfDraining                  // no further message may be sent; earlier ones are being answered
 )
 
-// newSession makes the session of a connection. Nothing happens before read.
+// newSession makes a session of a connection. Nothing is read or written before read.
 func newSession(conn *net.UnixConn, opened bool, name string, file fileID) (*session, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
@@ -115,10 +119,10 @@ func newSession(conn *net.UnixConn, opened bool, name string, file fileID) (*ses
 	return s, nil
 }
 
-// read is the session's goroutine: it reads until the connection ends, or the session
-// has nothing left to do, and ends it. It waits inside one call, so that nobody asks
-// the system for what is not there; Close would wait for that call, so nobody else
-// closes the connection.
+// read is the session's goroutine: it reads until the connection ends or the session has
+// nothing left to do, and then closes the connection. It reads inside one RawConn.Read
+// call, which saves the read that finds nothing. Close would wait for that call, so no
+// other goroutine closes the connection.
 func (s *session) read() {
 	s.mu.Lock()
 	s.timer = time.AfterFunc(s.idle, s.checkIdle)
@@ -133,9 +137,9 @@ func (s *session) read() {
 	s.unlock()
 }
 
-// readable reads what is there, does what its frames say, lets the goroutines run that
-// have got something by it, and flushes what they have queued: in one write, so that
-// the other end is woken once. It reports whether reading is over.
+// readable reads what has arrived and handles its frames. Then it lets the goroutines run
+// that the frames have woken, and flushes what they have queued, in one write: so the
+// peer is woken once. It reports whether reading is over.
 func (s *session) readable(fd uintptr) bool {
 	for {
 		space := s.in.space()
@@ -156,15 +160,17 @@ func (s *session) readable(fd uintptr) bool {
 			return true
 		}
 		if n < len(space) && written {
-			// That was all, and the peer had not closed by then: its end would come with
-			// what has been read, and no further notice.
+			// The socket is empty, so another read is saved. The write shows that the
+			// peer had not closed by then. Had it closed earlier, no further event
+			// would tell.
 			s.in.release()
 			return false
 		}
 	}
 }
 
-// handle does what the frames say that have arrived. An error breaks the session.
+// handle handles the frames that have arrived, up to a target. An error breaks the
+// session.
 func (s *session) handle() error {
 	s.mu.Lock()
 	err := s.handleLocked()
@@ -172,11 +178,11 @@ func (s *session) handle() error {
 	s.exchanges.adding = len(s.arrived) > 0
 	f := s.exchanges.feed
 	if err == nil && s.ending {
-		err = net.ErrClosed // a peer that goes on writing holds up nobody
+		err = net.ErrClosed // else a peer that goes on writing would delay the end
 	}
 	s.unlock()
 	for _, c := range s.answered {
-		c.outcome <- c.answered // not under the lock: whoever gets it wants that
+		c.outcome <- c.answered // after unlocking: the goroutine that it wakes may need mu next
 	}
 	if len(s.arrived) > 0 && !f.queue.add(s.arrived) {
 		s.abandon()
@@ -187,7 +193,7 @@ func (s *session) handle() error {
 	return err
 }
 
-// handleLocked does what the frames say, up to a target.
+// handleLocked handles the frames that have arrived, up to a target. The caller holds mu.
 func (s *session) handleLocked() error {
 	for s.target == nil {
 		f, ok, err := s.in.next()
@@ -213,7 +219,8 @@ func (s *session) handleLocked() error {
 	return nil
 }
 
-// handleAll does what the frames say that have arrived, and what needs the pool.
+// handleAll handles the frames that have arrived. In between it makes the calls to the
+// pool, which must not be made under mu.
 func (s *session) handleAll() error {
 	if ok, err := s.takeGreeting(); !ok || err != nil {
 		return err
@@ -237,8 +244,8 @@ func (s *session) handleAll() error {
 	}
 }
 
-// takeGreeting takes the peer's greeting, which comes before its first frame. It reports
-// whether it has come.
+// takeGreeting reads the peer's greeting, which comes before its first frame. It reports
+// whether the greeting has arrived.
 func (s *session) takeGreeting() (bool, error) {
 	if s.greeted {
 		return true, nil
@@ -256,10 +263,10 @@ func (s *session) takeGreeting() (bool, error) {
 	return true, nil
 }
 
-// uncork ends the time in which the reader is about to flush. It reports whether it has
+// uncork lets the woken goroutines run once and then flushes. It reports whether it has
 // written something.
 func (s *session) uncork() bool {
-	if !s.corked { // which only the reader sets
+	if !s.corked { // needs no lock: only the reader sets it
 		return false
 	}
 	runtime.Gosched()
@@ -269,22 +276,22 @@ func (s *session) uncork() bool {
 	return s.unlock()
 }
 
-// endings is what a change has brought about, to be done without mu.
+// endings lists what follows from a change and has to be done after unlocking.
 type endings struct {
-	retired bool  // no further message may be sent
-	refused bool  // that is since a target was refused
-	feed    *feed // of the two below
-	noMore  bool  // no further message arrives for its listener
-	left    bool  // all is answered, and written
-	end     bool  // the reader has to close the connection
-	over    bool  // nothing of the session is left
-	flush   bool  // the caller has to write
-	yield   bool  // after others, who are likely to queue frames at this moment
+	retired bool  // tell the pool: no further message may be sent
+	refused bool  // with retired: because a target was refused
+	feed    *feed // the one that noMore and left are about
+	noMore  bool  // tell the acceptQueue: no further message arrives by the feed
+	left    bool  // tell the acceptQueue: each message of the feed is answered, each answer written
+	end     bool  // let the reader return and close the connection
+	over    bool  // the session is over: tell the pool, close ended
+	flush   bool  // write the queue
+	yield   bool  // with flush: let goroutines run first that probably queue frames now
 }
 
-// unlock releases mu after a change. Here, and nowhere else, it is decided what has
-// ended by it: a half, the connection, the session; and whether the caller has to
-// write. It reports whether it has written something.
+// unlock releases mu after a change. Here, and nowhere else, it is decided what follows
+// from a change: which half has ended, whether the connection or the session has, and
+// whether the caller has to write. It reports whether it has written something.
 func (s *session) unlock() bool {
 	e := s.decideLocked()
 	s.mu.Unlock()
@@ -307,11 +314,12 @@ func (s *session) unlock() bool {
 	return e.flush && s.flush(e.yield)
 }
 
-// decideLocked decides what has ended, and notes it, so that it is decided once.
+// decideLocked decides what follows from a change, and records each decision, so that it
+// is made once. The caller holds mu.
 func (s *session) decideLocked() (e endings) {
 	c, x := &s.calls, &s.exchanges
 	s.checkFailedLocked()
-	if s.closed && !s.writing && !s.over { // only then it is known what was written
+	if s.closed && !s.writing && !s.over { // no write is under way, so out.written is final
 		s.over, e.over = true, true
 		s.stopTimersLocked()
 		c.failLocked(s.out.written)
@@ -333,7 +341,8 @@ func (s *session) decideLocked() (e endings) {
 	return e
 }
 
-// decideFeedLocked decides what a listener is to be told of its messages.
+// decideFeedLocked decides what the listener's acceptQueue has to be told. The caller
+// holds mu.
 func (s *session) decideFeedLocked(e *endings) {
 	x := &s.exchanges
 	if x.feed == nil || x.state == halfOpen {
@@ -342,8 +351,9 @@ func (s *session) decideFeedLocked(e *endings) {
 	e.feed = x.feed
 	e.noMore = !x.adding && !x.toldNoMore
 	x.toldNoMore = x.toldNoMore || e.noMore
-	said := s.out.written >= x.end || s.out.err != nil || x.graceOver || s.closed
-	e.left = x.state == halfClosed && said && (s.calls.state != halfClosed || s.over) // not before the connection is closed, if that is next
+	written := s.out.written >= x.end || s.out.err != nil || x.graceOver || s.closed
+	// If the connection is about to close, Stop waits for that as well.
+	e.left = x.state == halfClosed && written && (s.calls.state != halfClosed || s.over)
 	switch {
 	case e.left:
 		x.feed = nil
@@ -353,10 +363,12 @@ func (s *session) decideFeedLocked(e *endings) {
 	}
 }
 
-// decideCloseLocked ends the connection if both halves are over and all is written. It
-// reports whether the caller has to do that. Who has opened it says so first, and waits
-// for the peer to close: until then that may name a target, and has to be told that
-// nothing is served.
+// decideCloseLocked ends the connection if both halves are closed and everything is
+// written. It reports whether the caller has to call end.
+//
+// The end that opened the session does not close at once: it sends a stop and waits for
+// the peer to close. Until then the peer may name a target, and has to learn that its
+// messages are not served. The caller holds mu.
 func (s *session) decideCloseLocked() bool {
 	written := s.out.unwritten() == 0
 	switch {
@@ -379,7 +391,7 @@ func (s *session) stopTimersLocked() {
 	}
 }
 
-// end lets the reader return, who closes the connection.
+// end lets the reader return, which then closes the connection.
 func (s *session) end() {
 	s.mu.Lock()
 	s.ending = true
@@ -387,9 +399,9 @@ func (s *session) end() {
 	_ = s.conn.SetReadDeadline(time.Unix(1, 0))
 }
 
-// checkFailedLocked lets the messages go elsewhere that a failed write has not written,
-// and ends what this end serves. What was written may yet be answered. The caller holds
-// mu.
+// checkFailedLocked acts on the first failed write. Calls that were not wholly written
+// are released to be sent elsewhere; those that were may yet be answered. The exchanges
+// of this end are over. The caller holds mu.
 func (s *session) checkFailedLocked() {
 	if s.out.err == nil || s.failed {
 		return
@@ -399,13 +411,13 @@ func (s *session) checkFailedLocked() {
 	s.calls.refuseLocked(func(_ uint32, c *call) bool { return c.end > s.out.written })
 	s.exchanges.abandonLocked()
 	if !errors.Is(s.out.err, syscall.EPIPE) && !errors.Is(s.out.err, syscall.ECONNRESET) {
-		s.ending = true // the other end is there, and could not be told
+		s.ending = true // the peer is alive but can't be told: close, so that it notices
 		_ = s.conn.SetReadDeadline(time.Unix(1, 0))
 	}
 }
 
-// finish lets nothing begin any more, in either direction. The connection is closed
-// after the last exchange; finish reports whether that is about to happen.
+// finish drains both halves: no further message begins, and the connection closes after
+// the last exchange. It reports whether the connection is closing now.
 func (s *session) finish() bool {
 	s.mu.Lock()
 	s.calls.drainLocked()
@@ -416,14 +428,14 @@ func (s *session) finish() bool {
 	return s.closing || s.ending || s.closed
 }
 
-// isIdle reports whether no exchange is under way.
+// isIdle reports whether nothing is in flight in either direction.
 func (s *session) isIdle() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return len(s.calls.pending)+len(s.exchanges.pending) == 0
 }
 
-// checkIdle finishes the session if it has not been used for the idle time.
+// checkIdle finishes the session if it was idle since the last check.
 func (s *session) checkIdle() {
 	s.mu.Lock()
 	messages := s.calls.sent + s.exchanges.received
@@ -438,10 +450,10 @@ func (s *session) checkIdle() {
 	}
 }
 
-// flush writes what is queued, and what is queued meanwhile. With yield, that is where
-// other goroutines are likely to queue frames at this moment, it lets them run first.
-// It does not block: what the socket does not take is left to a goroutine. It reports
-// whether the socket has taken something.
+// flush writes the queue, and what is added to it meanwhile. With yield it first lets
+// other goroutines run, which probably queue frames at this moment. It does not block: a
+// goroutine writes what the socket does not take. It reports whether the socket has taken
+// something.
 func (s *session) flush(yield bool) (written bool) {
 	if yield {
 		runtime.Gosched()
@@ -458,8 +470,8 @@ func (s *session) flush(yield bool) (written bool) {
 	return written
 }
 
-// nextChunk returns what is to be written next. If there is nothing, writing has
-// ended.
+// nextChunk returns the chunk to be written next. If there is none, it clears writing and
+// returns false.
 func (s *session) nextChunk() (chunk, bool) {
 	s.mu.Lock()
 	c, ok := s.out.next()
@@ -475,14 +487,15 @@ func (s *session) nextChunk() (chunk, bool) {
 func (s *session) wrote(c chunk, n int, err error) {
 	s.mu.Lock()
 	s.out.wrote(c, n, err)
-	if x := &s.exchanges; err != nil || x.state == halfClosed && x.feed != nil { // the queue waits for that
+	if x := &s.exchanges; err != nil || x.state == halfClosed && x.feed != nil { // the acceptQueue may wait for this write
 		s.unlock()
 		return
 	}
 	s.mu.Unlock()
 }
 
-// writeRest writes what the socket did not take at once, and what is queued meanwhile.
+// writeRest writes what the socket did not take at once, and what is added to the queue
+// meanwhile. It may block.
 func (s *session) writeRest(c chunk, from int) {
 	for ok := true; ok; c, ok = s.nextChunk() {
 		n, err := s.writeSlowly(c.data[from:])
@@ -491,7 +504,7 @@ func (s *session) writeRest(c chunk, from int) {
 	}
 }
 
-// writeSlowly writes the data in parts, each of which may take its time.
+// writeSlowly writes the data in parts of 64 KiB, each with a deadline of its own.
 func (s *session) writeSlowly(data []byte) (n int, err error) {
 	defer func() { _ = s.conn.SetWriteDeadline(time.Time{}) }()
 	for n < len(data) && err == nil {
@@ -505,8 +518,8 @@ func (s *session) writeSlowly(data []byte) (n int, err error) {
 	return n, err
 }
 
-// writeDeadline returns until when the peer has to take what is written next: all that
-// is left, once the session has nothing else to do.
+// writeDeadline returns the deadline for the next write. Once both halves are closed, one
+// deadline applies to all that is left.
 func (s *session) writeDeadline() time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -520,8 +533,8 @@ func (s *session) writeDeadline() time.Time {
 	return s.finishBy
 }
 
-// attempt writes without waiting. It is made once, as each write would otherwise need
-// memory of its own.
+// attempt writes without blocking. A session has one and uses it again for each write: a
+// new closure for each write would cost an allocation.
 type attempt struct {
 	raw  syscall.RawConn
 	try  func(fd uintptr) bool
@@ -555,9 +568,10 @@ func (a *attempt) once(fd uintptr) bool {
 	}
 }
 
-// errUnsent is the outcome of a message that was certainly not served: it may be sent
+// errUnsent is the outcome of a message that was certainly not served. It may be sent
 // again.
 var errUnsent = errors.New("not sent")
 
-// errNoAnswer is the outcome of a message that may have been served.
-var errNoAnswer = fmt.Errorf("acknowledgement: %w", io.ErrUnexpectedEOF)
+// errNoAnswer is the outcome of a message that may have been served. It must not be sent
+// again.
+var errNoAnswer = fmt.Errorf("read acknowledgement: %w", io.ErrUnexpectedEOF)

@@ -8,48 +8,48 @@ import (
 )
 
 const (
-	// maxUnsentAnswers is how many bytes of answers may wait to be written. With more
-	// of them the session serves nothing further: its peer does not read.
+	// maxUnsentAnswers limits the bytes of answers that wait to be written. A peer that
+	// leaves more unread gets a stop: the session serves nothing further.
 	maxUnsentAnswers = 20 << 20
 
-	// maxAhead is how many bytes of messages may wait for NextConn, each with
-	// exchangeCost. The peer has given up on half of them, as it keeps to
-	// maxInFlightBytes.
+	// maxAhead limits the bytes of the messages that wait for NextConn; each message
+	// counts for exchangeCost bytes more. At most maxInFlightBytes of them are in
+	// flight, so the peer has cancelled the others.
 	maxAhead     = 2 * maxInFlightBytes
 	exchangeCost = 512
 
-	maxTargets = 16 // that a peer names on a session
+	maxTargets = 16 // target frames that a peer may send on a session
 )
 
 // exchanges is the half of a session that this end serves. The session's mu guards it.
 type exchanges struct {
 	state      halfState
-	feed       *feed                // to a listener; nil: none, or the listener knows that it is over
-	received   uint64               // messages, ever
-	last       uint32               // the number of the last message
-	pending    map[uint32]*exchange // not answered
+	feed       *feed                // nil: none, or its acceptQueue was told that it has left
+	received   uint64               // number of messages, for all listeners
+	last       uint32               // number of the last message
+	pending    map[uint32]*exchange // not answered, by number
 	size       int                  // bytes of their messages
-	adding     bool                 // the reader is about to add some to the queue
-	toldNoMore bool                 // the queue knows that no more come
-	end        uint64               // of what was said of them, in bytes added to the frameWriter
-	graceOver  bool                 // what is not written by now is not waited for
-	grace      *time.Timer          // until that
+	adding     bool                 // the reader is about to add exchanges to the acceptQueue
+	toldNoMore bool                 // the acceptQueue was told that no further message arrives
+	end        uint64               // frameWriter.queued after the last answer or stop was added
+	graceOver  bool                 // Stop no longer waits for unwritten answers
+	grace      *time.Timer          // sets graceOver
 }
 
-// feed is how messages of a session come to a listener: the queue knows it from join to
-// left. A session has one at a time.
+// feed connects a session to the acceptQueue of the listener that its messages are for.
+// The queue knows it from join to left. A session has one at a time.
 type feed struct {
 	session *session
 	queue   *acceptQueue
-	local   net.Addr // the addresses of the session that the peer has opened to the listener
-	remote  net.Addr
+	local   net.Addr // addresses of the session that the peer opened to the listener,
+	remote  net.Addr // which may be another one than session
 
-	ahead  atomic.Int64  // bytes of the messages that wait in the queue
-	handed atomic.Uint32 // the number of the last one that NextConn has returned
+	ahead  atomic.Int64  // bytes of the messages that wait for NextConn; see maxAhead
+	handed atomic.Uint32 // number of the last message that NextConn has returned
 }
 
-// serveLocked lets the peer send messages to the listener of the queue, which is to join
-// the feed.
+// serveLocked opens the half for messages to the listener of the queue. The caller lets
+// the returned feed join the queue.
 func (s *session) serveLocked(queue *acceptQueue, local, remote net.Addr) *feed {
 	x := &s.exchanges
 	x.feed = &feed{session: s, queue: queue, local: local, remote: remote}
@@ -60,22 +60,24 @@ func (s *session) serveLocked(queue *acceptQueue, local, remote net.Addr) *feed 
 	return x.feed
 }
 
-// messageLocked takes a message. It is added to the queue later, without the lock.
+// messageLocked handles a message frame: it makes an exchange of it. The reader adds that
+// to the acceptQueue after unlocking.
 func (s *session) messageLocked(f sessionFrame) error {
 	x := &s.exchanges
 	size := len(f.data)
 	switch {
 	case x.state == halfOpen && (s.out.answers > maxUnsentAnswers || x.feed.ahead.Load() > maxAhead):
-		// To wait would hold up what comes in the other direction, which may be what
-		// the handlers wait for. The peer will send it elsewhere.
+		// The reader must not wait until there is room: it would delay the other
+		// direction, for which the handlers may be waiting. So the peer is told to send
+		// this message elsewhere.
 		s.stopServingLocked()
 		return nil
 	case x.state != halfOpen && (!s.opened || s.targets > 0):
-		return nil // the peer is told so
+		return nil // not served: the peer sent it before it read our stop
 	case x.state != halfOpen || f.number != x.last+1 || len(x.pending) >= maxInFlight || x.size+size > maxInFlightBytes:
 		return errBadFrame
 	}
-	frame := make([]byte, headerSize+size) // a plain frame, as the handler expects it
+	frame := make([]byte, headerSize+size) // a plain frame, for the handler to read
 	binary.BigEndian.PutUint32(frame, uint32(size))
 	copy(frame[headerSize:], f.data)
 	e := &exchange{session: s, number: f.number, size: size, unread: frame, feed: x.feed}
@@ -88,7 +90,7 @@ func (s *session) messageLocked(f sessionFrame) error {
 	return nil
 }
 
-// cancelLocked ends an exchange whose peer has given up.
+// cancelLocked handles a cancel frame: it ends the exchange.
 func (s *session) cancelLocked(number uint32) error {
 	if s.opened && s.targets == 0 {
 		return errBadFrame
@@ -99,17 +101,18 @@ func (s *session) cancelLocked(number uint32) error {
 	return nil
 }
 
-// parseTarget returns which socket file a target names.
+// parseTarget returns the socket file that a target frame names.
 func parseTarget(data []byte) *fileID {
 	return &fileID{device: binary.BigEndian.Uint64(data), inode: binary.BigEndian.Uint64(data[8:])}
 }
 
-// retarget lets the peer's messages go to the listener that it names, if it may send to
-// that: it has a session to it. Else it is told that none of them is served.
+// retarget handles a target frame: it opens the half for messages to the listener that
+// the frame names. The peer must have a session of its own to that listener. Otherwise it
+// gets a stop, and none of these messages is served.
 func (s *session) retarget(to fileID) error {
 	s.targets++
 	s.mu.Lock()
-	s.exchanges.adding = false // it was
+	s.exchanges.adding = false // the exchanges before the target are in the acceptQueue
 	s.unlock()
 	s.mu.Lock()
 	x := &s.exchanges
@@ -117,7 +120,7 @@ func (s *session) retarget(to fileID) error {
 		s.mu.Unlock()
 		return errBadFrame
 	}
-	before := x.feed // the peer knows that it is not served there, as it names another
+	before := x.feed // over: the peer has read our stop, else it would not name another target
 	x.feed = nil
 	x.stopGraceLocked()
 	s.mu.Unlock()
@@ -139,8 +142,8 @@ func (s *session) retarget(to fileID) error {
 	return nil
 }
 
-// serving returns the queue to which messages may come, and whose they are; nil if there
-// is none.
+// serving returns the acceptQueue that messages go to, and the addresses of their sender;
+// nil if no further message may arrive.
 func (s *session) serving() (queue *acceptQueue, local, remote net.Addr) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -151,28 +154,28 @@ func (s *session) serving() (queue *acceptQueue, local, remote net.Addr) {
 	return x.feed.queue, x.feed.local, x.feed.remote
 }
 
-// stopServingLocked lets the peer send no further message, and tells it so. Those that
-// have arrived are served.
+// stopServingLocked sends the peer a stop after the last message that has arrived. Those
+// before it are served.
 func (s *session) stopServingLocked() {
 	x := &s.exchanges
 	if x.state != halfOpen {
 		return
 	}
 	x.state = halfDraining
-	s.sayLocked(frameStop, x.last, nil)
+	s.queueFrameLocked(frameStop, x.last, nil)
 	if !s.opened {
-		// What goes the other way moves, too: the peer's next session is a better one.
+		// The peer will open another session. Calls move to that one.
 		s.calls.drainLocked()
 	}
 }
 
-// sayLocked queues a frame about the exchanges.
-func (s *session) sayLocked(kind frameKind, number uint32, data []byte) {
+// queueFrameLocked queues an answer or a stop, which Stop of the listener waits for.
+func (s *session) queueFrameLocked(kind frameKind, number uint32, data []byte) {
 	s.out.addCopy(kind, number, data)
 	s.exchanges.end = s.out.queued
 }
 
-// drain lets nothing more be sent to the listener.
+// drain lets no further message be sent to the listener.
 func (f *feed) drain() {
 	s := f.session
 	s.mu.Lock()
@@ -182,9 +185,9 @@ func (f *feed) drain() {
 	s.unlock()
 }
 
-// abort ends the serving, whatever is open: of the messages that have arrived only those
-// are served that NextConn has returned. What was answered is still written, for a
-// moment.
+// abort stops serving at once: messages that NextConn has not returned are not served,
+// and the peer is told so. Answers that are queued are still written, for abortGrace at
+// most.
 func (f *feed) abort() {
 	s := f.session
 	s.mu.Lock()
@@ -193,10 +196,10 @@ func (f *feed) abort() {
 		s.stopServingLocked()
 		if x.state == halfDraining {
 			handed := f.handed.Load()
-			s.sayLocked(frameStop, handed, nil)
+			s.queueFrameLocked(frameStop, handed, nil)
 			for number, e := range x.pending {
 				if int32(number-handed) > 0 {
-					e.endLocked() // no answer: that is said
+					e.endLocked() // without an answer: the stop says that it was not served
 				}
 			}
 		}
@@ -205,8 +208,7 @@ func (f *feed) abort() {
 	s.unlock()
 }
 
-// limitGraceLocked limits how long what is to be written about the exchanges is waited
-// for.
+// limitGraceLocked limits how long Stop waits for queued answers to be written.
 func (s *session) limitGraceLocked(grace time.Duration) {
 	x := &s.exchanges
 	x.stopGraceLocked()
@@ -225,7 +227,7 @@ func (x *exchanges) stopGraceLocked() {
 	}
 }
 
-// abandon ends the exchanges that the queue has not taken.
+// abandon ends the exchanges that an aborted acceptQueue has refused.
 func (s *session) abandon() {
 	s.mu.Lock()
 	for _, conn := range s.arrived {
@@ -234,7 +236,7 @@ func (s *session) abandon() {
 	s.unlock()
 }
 
-// abandonLocked ends all exchanges: nobody waits for answers any more.
+// abandonLocked ends all exchanges, without answers: the connection can't carry any.
 func (x *exchanges) abandonLocked() {
 	if x.state == halfOpen {
 		x.state = halfDraining

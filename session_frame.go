@@ -13,23 +13,23 @@ const (
 	maxMessage        = 64 << 10 // bytes of JSON in a message; a longer one gets a connection of its own
 	targetSize        = 8 + 8    // bytes: device and inode of a listener's socket file
 
-	// readBufferSize holds every frame but a long answer.
+	// readBufferSize is room for any frame but a long answer.
 	readBufferSize = maxMessage + 4<<10
 )
 
-// frameKind is what a frame of a session is. Its highest bit is set, so that its
-// header can't be one of a plain frame.
+// frameKind tells the kinds of a session's frames apart. The highest of its 4 bits is
+// set, which it never is in the header of a plain frame.
 type frameKind uint32
 
 const (
 	frameMessage frameKind = 8 + iota // a request or response, with a number
-	frameCancel                       // the sender has given up on the message of that number
-	frameAnswer                       // what was written in answer to the message of that number
-	frameStop                         // no message after that number is served (HTTP/2: GOAWAY)
-	frameTarget                       // which listener the sender's messages are for
+	frameCancel                       // the sender of that message no longer waits for the answer (HTTP/2: RST_STREAM)
+	frameAnswer                       // the answer to the message with that number
+	frameStop                         // no message with a higher number is served (HTTP/2: GOAWAY)
+	frameTarget                       // the messages that follow are for this listener
 )
 
-// isSize reports whether a frame of the kind may have so many bytes after its header.
+// isSize reports whether a frame of that kind may have that length.
 func (k frameKind) isSize(size int) bool {
 	switch k {
 	case frameMessage:
@@ -46,12 +46,12 @@ func (k frameKind) isSize(size int) bool {
 
 var errBadFrame = errors.New("not a frame of a session")
 
-// sessionFrame is a frame that has arrived.
+// sessionFrame is a frame that was received.
 type sessionFrame struct {
 	kind   frameKind
 	number uint32
 	data   []byte
-	owned  bool // data is the frame's own; else it is good until the next read
+	owned  bool // data belongs to the frame; false: it is valid until the next read
 }
 
 func putSessionHeader(header []byte, kind frameKind, size int, number uint32) {
@@ -66,16 +66,16 @@ func parseSessionHeader(header []byte) (kind frameKind, size int, number uint32)
 
 var readBuffers = sync.Pool{New: func() any { return new([readBufferSize]byte) }}
 
-// frameReader cuts the bytes that arrive into frames. It has a buffer only while
-// something is in it.
+// frameReader cuts the received bytes into frames. It takes a buffer from readBuffers,
+// and returns it when it is empty: an idle session has none.
 type frameReader struct {
-	buf        *[readBufferSize]byte
-	start, end int
-	long       sessionFrame // an answer too long for buf, as far as it has arrived; kind 0: none
-	missing    int          // bytes of it
+	buf        *[readBufferSize]byte // nil: it is empty
+	start, end int                   // of the bytes in buf
+	long       sessionFrame          // the part that has arrived of an answer too long for buf; kind 0: none
+	missing    int                   // bytes of long that have not arrived
 }
 
-// space returns where the next bytes have to be put.
+// space returns the memory that the next bytes are to be read into.
 func (r *frameReader) space() []byte {
 	if r.missing > 0 {
 		return r.longSpace()
@@ -90,8 +90,8 @@ func (r *frameReader) space() []byte {
 	return r.buf[r.end:]
 }
 
-// longSpace returns room for more of the long answer: at most as much again as has
-// arrived of it.
+// longSpace returns memory for more of a long answer: at most as many bytes as have
+// arrived of it, so that memory follows what arrives and not what was announced.
 func (r *frameReader) longSpace() []byte {
 	have := len(r.long.data)
 	if have == cap(r.long.data) {
@@ -102,7 +102,7 @@ func (r *frameReader) longSpace() []byte {
 	return r.long.data[have:cap(r.long.data)]
 }
 
-// added notes that so many bytes were put into space.
+// added records that n bytes were read into space.
 func (r *frameReader) added(n int) {
 	if r.missing > 0 {
 		r.long.data = r.long.data[:len(r.long.data)+n]
@@ -112,7 +112,7 @@ func (r *frameReader) added(n int) {
 	r.end += n
 }
 
-// skip takes so many bytes off the front, if they are there.
+// skip takes n bytes off the front, if that many have arrived.
 func (r *frameReader) skip(n int) ([]byte, bool) {
 	if r.end-r.start < n {
 		return nil, false
@@ -121,7 +121,7 @@ func (r *frameReader) skip(n int) ([]byte, bool) {
 	return r.buf[r.start-n : r.start], true
 }
 
-// next returns the next frame that has arrived as a whole, if there is one.
+// next returns the next frame, if it has arrived as a whole.
 func (r *frameReader) next() (f sessionFrame, ok bool, err error) {
 	if r.long.kind != 0 {
 		if r.missing > 0 {
@@ -153,7 +153,7 @@ func (r *frameReader) next() (f sessionFrame, ok bool, err error) {
 	return sessionFrame{}, false, nil
 }
 
-// release gives the buffer back if nothing is in it.
+// release returns the buffer to readBuffers if it is empty.
 func (r *frameReader) release() {
 	if r.buf != nil && r.start == r.end {
 		readBuffers.Put(r.buf)

@@ -120,7 +120,7 @@ func TestFrameReader_LongAnswersAreOwned(t *testing.T) {
 }
 
 // An answer that fits in the buffer is good until the next read, whatever its length.
-func TestFrameReader_AnswersAtTheEndOfTheBuffer(t *testing.T) {
+func TestFrameReader_AnswersAtTheEndOfTheBufferAreWhole(t *testing.T) {
 	for size := maxMessage - 2; size <= readBufferSize+2; size++ {
 		data := append(sessionFrameOf(frameAnswer, 1, bytes.Repeat([]byte{'a'}, size)), sessionFrameOf(frameStop, 2, nil)...)
 		for _, piece := range []int{readBufferSize - 1, readBufferSize, len(data) - sessionHeaderSize - 1} {

@@ -111,10 +111,7 @@ func FuzzSessionSender(f *testing.F) {
 				text.Data = strings.Repeat("large", 1000) // is not copied
 			}
 			sent := sendAsync(hub.addr, text)
-			kind, got, payload, err := readFrame(conn)
-			require.NoError(t, err)
-			require.Equal(t, []uint32{frameMessage, n}, []uint32{kind, got})
-			require.JSONEq(t, string(encode(text)), payload)
+			require.JSONEq(t, string(encode(text)), requireFrame(t, conn, frameMessage, n))
 			return sent
 		}
 		sent := make(map[uint32]<-chan error)
@@ -213,7 +210,7 @@ type fuzzHub struct {
 }
 
 func newFuzzHub(f *testing.F) *fuzzHub {
-	h := &fuzzHub{rawListener: newRawListenerOf(f), sessions: make(chan net.Conn, 1), served: make(map[int]int)}
+	h := &fuzzHub{rawListener: newRawListenerAlone(f), sessions: make(chan net.Conn, 1), served: make(map[int]int)}
 	accepting := async(func() {
 		for conn, err := h.Accept(); err == nil; conn, err = h.Accept() {
 			if strings.HasPrefix(conn.RemoteAddr().String(), acomm.SessionName) {
@@ -227,7 +224,7 @@ func newFuzzHub(f *testing.F) *fuzzHub {
 				h.mu.Unlock()
 				answer := accepted
 				if h.offering.Load() {
-					answer = string(plainFrame(`{"error":"","sessions":1}`))
+					answer = offering
 				}
 				_, _ = io.WriteString(conn, answer)
 			}
@@ -249,9 +246,7 @@ func (h *fuzzHub) open(t *testing.T) net.Conn {
 	conn := within(t, h.sessions, "the session")
 	t.Cleanup(func() { _ = conn.Close() })
 	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
-	h.write(t, conn, []byte(acomm.Greeting+lesserToken))
-	_, err := io.ReadFull(conn, make([]byte, len(acomm.Greeting)+len(lesserToken)))
-	require.NoError(t, err)
+	greetSender(t, conn, lesserToken)
 	soon(t, "the session", func() bool { return acomm.SessionTo(h.addr.Path).Open })
 	return conn
 }

@@ -17,19 +17,19 @@ import (
 // How a session begins, at both ends. PROTOCOL.md, section 11, has the steps.
 
 const (
-	senderName  = "@acomm-3/"         // begins the name of a plain connection's socket whose owner can have sessions
+	senderName  = "@acomm-3/"         // begins the name of a plain connection's socket if its sender can have sessions
 	sessionName = "@acomm-3s/"        // begins the name of a session's socket
-	greeting    = "\xffacomm\x00\x03" // the first bytes of a session, from each end; its token follows
-	openTimeout = time.Second         // for a session to be opened
-	openBackoff = 5 * time.Second     // until it is tried again, where that failed
+	greeting    = "\xffacomm\x00\x03" // the first bytes from each end of a session; its token follows
+	openTimeout = time.Second         // for opening a session
+	openBackoff = 5 * time.Second     // after a failed opening, until the next one
 )
 
-// hasSessions says whether the system has what sessions need: names for sockets without
-// a file.
+// hasSessions says whether the system supports sessions: they need sockets with abstract
+// names and a /proc.
 const hasSessions = runtime.GOOS == "linux"
 
-// processToken tells processes apart. It is made once in a process, and only those that
-// have a session with it know it.
+// processToken names a process. It is made once in a process, and told only to the peers
+// of its sessions.
 type processToken [16]byte
 
 var ownToken = sync.OnceValue(func() (t processToken) {
@@ -49,8 +49,8 @@ func parseGreeting(data []byte) (processToken, error) {
 	return processToken(data[len(greeting):]), nil
 }
 
-// hasSessionsMember reports whether an acknowledgement says that its listener can have
-// sessions.
+// hasSessionsMember reports whether an acknowledgement has the member "sessions": its
+// listener can have sessions.
 func hasSessionsMember(ack []byte) bool {
 	if !bytes.Contains(ack, []byte(`"sessions"`)) {
 		return false
@@ -61,12 +61,12 @@ func hasSessionsMember(ack []byte) bool {
 	return json.Unmarshal(ack, &member) == nil && member.Sessions >= 1
 }
 
-// openSession opens a session to the listener at the path, in the name of the calling
-// thread.
+// openSession opens a session to the listener at the path, with the rights of the calling
+// thread. It blocks for openTimeout at most.
 func openSession(ctx context.Context, path string) (*session, error) {
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
-	runtime.LockOSThread() // the one that the kernel asks whether it may connect
+	runtime.LockOSThread() // connect and thisThread have to see the same user and group
 	defer runtime.UnlockOSThread()
 	file, name, id, err := openSocketFile(path)
 	if err != nil {
@@ -87,10 +87,10 @@ func openSession(ctx context.Context, path string) (*session, error) {
 	return s, nil
 }
 
-// greetedSession waits for the listener's greeting.
+// greetedSession waits for the listener's greeting and makes a session of the connection.
 func greetedSession(ctx context.Context, conn *net.UnixConn, name string, file fileID) (*session, error) {
 	if conn.LocalAddr().String() != name {
-		return nil, errors.New("the socket has no name")
+		return nil, errors.New("socket could not be bound to its name")
 	}
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
@@ -110,30 +110,31 @@ func greetedSession(ctx context.Context, conn *net.UnixConn, name string, file f
 		return nil, err
 	}
 	s.greeted = true
-	s.calls.openLocked(file) // nobody else has the session
+	s.calls.openLocked(file) // without the lock: the session is not shared yet
 	s.token = token
 	return s, nil
 }
 
-// isSession reports whether a connection that was accepted is there to be a session.
+// isSession reports whether an accepted connection is to become a session: its name
+// tells.
 func isSession(conn *net.UnixConn) bool {
 	addr, ok := conn.RemoteAddr().(*net.UnixAddr)
 	return ok && hasSessions && strings.HasPrefix(addr.Name, sessionName)
 }
 
-// acceptSession makes a session of a connection that was accepted, if the listener can
-// have one more.
+// acceptSession makes a session of an accepted connection. If the listener can't have one
+// more, it closes the connection.
 func acceptSession(conn *net.UnixConn, queue *acceptQueue) {
 	s, err := newSession(conn, false, conn.RemoteAddr().String(), queue.file)
 	if err != nil {
 		_ = conn.Close()
 		return
 	}
-	f := s.serveLocked(queue, conn.LocalAddr(), conn.RemoteAddr()) // nobody else has the session
+	f := s.serveLocked(queue, conn.LocalAddr(), conn.RemoteAddr()) // without the lock: the session is not shared yet
 	if !queue.join(f) {
 		_ = conn.Close()
 		return
 	}
 	sessions.add(s)
-	go s.read() // ends with the session; the queue waits for that
+	go s.read() // ends with the session; the listener's Stop waits until f has left the queue
 }

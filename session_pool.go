@@ -16,24 +16,24 @@ import (
 )
 
 const (
-	maxRoutes   = 4 * maxSessions  // paths that lead to listeners with a session
-	maxRefusals = 3                // of a target, until a listener's own session is left alone with its messages
-	checkedFor  = time.Millisecond // that a path is taken to lead to the same socket
+	maxRoutes   = 4 * maxSessions  // paths to listeners with a session; also paths in avoid
+	maxRefusals = 3                // of targets for a listener; after more, messages to it stay on its own session
+	checkedFor  = time.Millisecond // after a check, a path is taken to lead to the same socket file
 )
 
-// sessionPool has the sessions of the process. It opens them while the process has a
-// listener or tracker that is started.
+// sessionPool holds the sessions of the process, by path. It opens sessions while a
+// listener or tracker of the process is started.
 type sessionPool struct {
-	mu       sync.Mutex      // guards the fields below
-	users    int             // listeners that are started
-	opening  context.Context // ends with the last user
-	cancel   context.CancelFunc
-	openers  *sync.WaitGroup // goroutines that open sessions; the last leave waits. Add only under mu, while there are users
-	all      map[*session]peer
+	mu       sync.Mutex           // guards the fields below, and those of each destination
+	users    int                  // listeners that are started, those of trackers included
+	opening  context.Context      // for openSession; cancelled when the last user leaves
+	cancel   context.CancelFunc   // of opening
+	openers  *sync.WaitGroup      // goroutines that open sessions; Add only under mu and while there are users; the last leave waits
+	all      map[*session]peer    // opened and accepted sessions that are not over
 	pending  int                  // sessions that are being opened
-	admitted int                  // sessions that were opened
+	admitted int                  // number of sessions ever opened; numbers session.order
 	routes   map[string]*route    // by path
-	avoid    map[string]time.Time // paths to which no session is opened until then
+	avoid    map[string]time.Time // back-off: no session is opened to the path before that time
 }
 
 var sessions = sessionPool{
@@ -42,8 +42,8 @@ var sessions = sessionPool{
 	avoid:  make(map[string]time.Time),
 }
 
-// peer is the process at the other end of a session: what it says, and what the kernel
-// says of it.
+// peer identifies the process at the other end of a session: by the token that it sent,
+// and by what the kernel says of it.
 type peer struct {
 	token processToken
 	creds peerCreds
@@ -58,28 +58,29 @@ type peerCreds struct {
 	groups   string // the supplementary ones, as the kernel writes them
 }
 
-// threadID is what the kernel asks for when a thread opens a file.
+// threadID is the user and group of a thread that the kernel checks when it opens or
+// connects to a file.
 type threadID struct{ fsuid, fsgid uintptr }
 
 // destination is a listener that this process has opened a session to.
 type destination struct {
-	own     *session // to it
-	carrier *session // nil, or one that the listener's process has opened, and that carries messages to it, too
+	own     *session // the session that was opened to the listener
+	carrier *session // a session that the listener's process opened and that carries messages to the listener too; nil: none
 
-	ownOver  bool
-	refusals int // of carriers
+	ownOver  bool // no further message may be sent on own
+	refusals int  // number of targets refused by the peer
 }
 
-// route is a path that leads to a destination.
+// route is a path that leads to a destination. Several may lead to the same one.
 type route struct {
 	*destination
 	path    string
-	checked atomic.Int64 // when it was found to do so, in nanoseconds since processStart
+	checked atomic.Int64 // time of the last check that succeeded, in nanoseconds since processStart
 }
 
 var processStart = time.Now()
 
-// join counts a listener that has started.
+// join counts a listener that starts.
 func (p *sessionPool) join() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -89,8 +90,9 @@ func (p *sessionPool) join() {
 	}
 }
 
-// leave closes the sessions with the last listener, and waits for those that are idle.
-// The others end after their last exchange.
+// leave counts a listener that has stopped. After the last one it finishes all sessions
+// that the process opened, and waits for those that are idle. The others close after
+// their last exchange.
 func (p *sessionPool) leave() {
 	p.mu.Lock()
 	p.users--
@@ -108,7 +110,7 @@ func (p *sessionPool) leave() {
 	finish(p.opened())
 }
 
-// finish finishes sessions, and waits for those that end now. It reports whether there
+// finish drains sessions and waits for those that close now. It reports whether there
 // were any.
 func finish(all []*session) bool {
 	all = slices.DeleteFunc(all, func(s *session) bool { return !s.finish() })
@@ -118,7 +120,8 @@ func finish(all []*session) bool {
 	return len(all) > 0
 }
 
-// opened returns the sessions that this process has opened, if it has no listener.
+// opened returns the sessions that the process opened; none if a listener has started
+// again.
 func (p *sessionPool) opened() (opened []*session) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -130,8 +133,8 @@ func (p *sessionPool) opened() (opened []*session) {
 	return opened
 }
 
-// makeRoom closes the sessions that are idle, where a descriptor is needed. It reports
-// whether there were any.
+// makeRoom closes idle sessions because a descriptor is needed. It reports whether it
+// closed any.
 func (p *sessionPool) makeRoom() bool {
 	p.mu.Lock()
 	all := slices.Collect(maps.Keys(p.all))
@@ -144,7 +147,8 @@ func lacksDescriptor(err error) bool {
 	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
 }
 
-// mostSessions is how many sessions the process opens, or a listener accepts.
+// mostSessions returns how many sessions the process opens, and how many a listener
+// accepts: 256, or an eighth of the descriptor limit if that is less.
 func mostSessions() int {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
@@ -153,12 +157,12 @@ func mostSessions() int {
 	return int(min(maxSessions, limit.Cur/8))
 }
 
-// send sends a message to the listener at the path by a session, behind room for a
-// header, and returns its acknowledgement. With errUnsent it was not served and is the
-// caller's still; else the message is released.
+// send sends a message on the session to the path and returns its acknowledgement. With
+// errUnsent the message was not served and still belongs to the caller; otherwise send
+// has released it. The message begins with room for a session header.
 func (p *sessionPool) send(deadline time.Time, path string, m *message) (*Response, error) {
 	r, carrier := p.route(path)
-	if r == nil || r.own.as != thisThread() || !r.leads() {
+	if r == nil || r.own.as != thisThread() || !r.revalidate() {
 		return nil, errUnsent
 	}
 	to := r.own.file
@@ -178,7 +182,8 @@ func (p *sessionPool) send(deadline time.Time, path string, m *message) (*Respon
 	return parseAck(o.answer)
 }
 
-// send is call for a message. With errUnsent it is the caller's still.
+// send is call for a message. With errUnsent the message still belongs to the caller;
+// otherwise send has released it where that is safe.
 func (s *session) send(deadline time.Time, to fileID, m *message) outcome {
 	o := s.call(deadline, to, m.text)
 	free := o.free || len(m.text) <= maxCopied
@@ -186,13 +191,13 @@ func (s *session) send(deadline time.Time, to fileID, m *message) outcome {
 	case o.err != errUnsent && free:
 		m.release()
 	case o.err == errUnsent && !free:
-		m.text = bytes.Clone(m.text) // that one may yet be written
+		m.text = bytes.Clone(m.text) // the frameWriter may yet read the old memory
 	}
 	return o
 }
 
-// route returns where messages to the path go, if there is a session, and the one that
-// carries them if it is not the listener's own.
+// route returns the route of the path, and its carrier; nil if there is no session to the
+// path. The carrier is nil if messages travel on the listener's own session.
 func (p *sessionPool) route(path string) (*route, *session) {
 	p.mu.Lock()
 	r := p.routes[path]
@@ -216,8 +221,8 @@ func (p *sessionPool) route(path string) (*route, *session) {
 	return r, r.carrier
 }
 
-// addRouteLocked adds a path that leads to the socket file of a destination, if there is
-// one. The caller holds mu.
+// addRouteLocked adds a route from the path to the destination with that socket file; nil
+// if there is none. The caller holds mu.
 func (p *sessionPool) addRouteLocked(path string, file fileID) *route {
 	for _, r := range p.routes {
 		if r.own.file == file {
@@ -228,9 +233,10 @@ func (p *sessionPool) addRouteLocked(path string, file fileID) *route {
 	return nil
 }
 
-// leads reports whether the path leads to the same socket file still, unchanged. That it
-// did is good for a moment.
-func (r *route) leads() bool {
+// revalidate reports whether the path still leads to the socket file of the session, and
+// the file is unchanged. If not, it drops the route. For checkedFor after a success it
+// does not look at the file.
+func (r *route) revalidate() bool {
 	now := int64(time.Since(processStart))
 	if checked := r.checked.Load(); checked != 0 && now-checked < int64(checkedFor) {
 		return true
@@ -239,12 +245,12 @@ func (r *route) leads() bool {
 		sessions.drop(r)
 		return false
 	}
-	r.checked.Store(now) // what was found was so after that
+	r.checked.Store(now) // the time before the check: what it found was true after that
 	return true
 }
 
-// drop forgets that a path leads to a destination. Without any path its sessions
-// finish.
+// drop removes a route. If it was the last one to its destination, no further message is
+// sent on the destination's sessions.
 func (p *sessionPool) drop(r *route) {
 	p.mu.Lock()
 	if p.routes[r.path] == r {
@@ -265,17 +271,17 @@ func (p *sessionPool) drop(r *route) {
 	}
 }
 
-// wants reports whether a session to the path would be opened.
-func (p *sessionPool) wants(path string) bool {
+// mayOpen reports whether open would open a session to the path.
+func (p *sessionPool) mayOpen(path string) bool {
 	if !hasSessions {
 		return false
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.wantsLocked(path)
+	return p.mayOpenLocked(path)
 }
 
-func (p *sessionPool) wantsLocked(path string) bool {
+func (p *sessionPool) mayOpenLocked(path string) bool {
 	if p.users == 0 || p.routes[path] != nil {
 		return false
 	}
@@ -291,12 +297,11 @@ func (p *sessionPool) wantsLocked(path string) bool {
 	return opened+p.pending < mostSessions()
 }
 
-// open opens a session to the path in the background, unless that is being done or was
-// done in vain a moment ago.
+// open opens a session to the path in the background, if mayOpen says so.
 func (p *sessionPool) open(path string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !p.wantsLocked(path) || !p.avoidLocked(path) {
+	if !p.mayOpenLocked(path) || !p.backOffLocked(path) {
 		return
 	}
 	ctx := p.opening
@@ -304,15 +309,16 @@ func (p *sessionPool) open(path string) {
 	p.openers.Go(func() {
 		s, err := openSession(ctx, path)
 		if p.admit(path, s, err) {
-			go s.read() // ends with the session; leave, and the idle time, end it
+			go s.read() // ends with the session, which leave or the idle time-out finishes
 		} else if err == nil {
 			_ = s.conn.Close()
 		}
 	})
 }
 
-// avoidLocked has no session opened to the path for a while. The caller holds mu.
-func (p *sessionPool) avoidLocked(path string) bool {
+// backOffLocked has no session opened to the path for openBackoff. It reports false if
+// too many paths are in back-off. The caller holds mu.
+func (p *sessionPool) backOffLocked(path string) bool {
 	now := time.Now()
 	if len(p.avoid) >= maxRoutes {
 		maps.DeleteFunc(p.avoid, func(_ string, until time.Time) bool { return now.After(until) })
@@ -324,8 +330,9 @@ func (p *sessionPool) avoidLocked(path string) bool {
 	return true
 }
 
-// admit ends an opening. It lets messages to the path go by the session that was opened,
-// if one was, unless another one leads to the same socket already.
+// admit ends an opening. If it succeeded, messages to the path travel on the new session
+// from now on. If another session leads to the same socket already, the new one is not
+// needed. It reports whether the session was taken.
 func (p *sessionPool) admit(path string, s *session, err error) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -346,20 +353,20 @@ func (p *sessionPool) admit(path string, s *session, err error) bool {
 	return true
 }
 
-// isGone reports whether an error says that the listener is gone: the next one at the path
-// may greet.
+// isGone reports whether an error says that the listener is gone. Then there is no reason
+// for a back-off: the path's next listener may accept sessions.
 func isGone(err error) bool {
 	return errors.Is(asUnexpectedEOF(err), io.ErrUnexpectedEOF) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)
 }
 
-// add notes a session that was accepted.
+// add adds an accepted session, whose peer is not known yet.
 func (p *sessionPool) add(s *session) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.all[s] = peer{}
 }
 
-// setPeer notes what the peer of a session calls its process.
+// setPeer records the token that the peer of a session has sent.
 func (p *sessionPool) setPeer(s *session, token processToken) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -368,15 +375,15 @@ func (p *sessionPool) setPeer(s *session, token processToken) {
 	}
 }
 
-// gone forgets a session that is over.
+// gone removes a session that is over.
 func (p *sessionPool) gone(s *session) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.all, s)
 }
 
-// forget notes that no further message may be sent by a session: its peer has refused
-// to carry some, or it ends.
+// forget records that no further message may be sent on a session: it ends, or its peer
+// has refused the target.
 func (p *sessionPool) forget(s *session, refused bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -388,7 +395,7 @@ func (p *sessionPool) forget(s *session, refused bool) {
 			r.carrier = nil
 			if refused {
 				r.refusals++
-				r.own.unanswered.Store(true) // it is tried again after the next answer
+				r.own.unanswered.Store(true) // the next answer on own leads to another try
 			}
 		}
 		if r.ownOver && r.carrier == nil {
@@ -397,8 +404,9 @@ func (p *sessionPool) forget(s *session, refused bool) {
 	}
 }
 
-// pair looks for sessions with the peer of this one that can carry what is sent to its
-// listeners, so that an acknowledgement and the response after it share a write.
+// pair looks for two sessions with the same peer, of which one can carry the messages of
+// both, and sends the target. An acknowledgement and the response after it can then share
+// a write.
 func (p *sessionPool) pair(s *session) {
 	for {
 		d, carrier := p.choose(s)
@@ -412,8 +420,8 @@ func (p *sessionPool) pair(s *session) {
 	}
 }
 
-// choose returns a listener of the session's peer that has none yet, and the session
-// that may carry what is sent to it.
+// choose returns a listener of the session's peer without a carrier, and a session that
+// may become its carrier; nil if there is no such pair.
 func (p *sessionPool) choose(s *session) (*destination, *session) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -439,10 +447,10 @@ func (p *sessionPool) choose(s *session) (*destination, *session) {
 	return nil, nil
 }
 
-// carriesLocked reports whether a session that was accepted carries the messages of one
-// that was opened to the same peer, and not the other way round. Both ends have to see
-// that in the same way: the token tells, or the order where the peer is this process.
-// The caller holds mu.
+// carriesLocked reports whether, of an accepted session and an own session with the same
+// peer, the accepted one carries the messages of both. Both ends have to come to the same
+// result without asking. So the lesser token decides, or the order of opening if the peer
+// is this process. The caller holds mu.
 func (p *sessionPool) carriesLocked(accepted, own *session) bool {
 	token, self := p.all[own].token, ownToken()
 	if token != self {
@@ -456,8 +464,9 @@ func (p *sessionPool) carriesLocked(accepted, own *session) bool {
 	return false
 }
 
-// feedOf returns the queue of a listener of this process to which the peer of the session
-// has opened one, and the addresses of that.
+// feedOf returns the acceptQueue of the listener that a target names, and the addresses
+// of the session that the target's sender has opened to that listener. If there is no
+// such session, the queue is nil.
 func (p *sessionPool) feedOf(s *session, to fileID) (queue *acceptQueue, local, remote net.Addr) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -96,41 +96,6 @@ func sessionRequester() {
 	senders.Wait()
 }
 
-// gate lets goroutines wait until it is open. It begins shut.
-type gate struct {
-	mu     sync.Mutex
-	opened chan struct{} // closed while it is open
-}
-
-func (g *gate) channelLocked() chan struct{} {
-	if g.opened == nil {
-		g.opened = make(chan struct{})
-	}
-	return g.opened
-}
-
-func (g *gate) open() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	close(g.channelLocked())
-}
-
-func (g *gate) shut() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.opened = nil
-}
-
-func (g *gate) wait(ctx context.Context) {
-	g.mu.Lock()
-	opened := g.channelLocked()
-	g.mu.Unlock()
-	select {
-	case <-opened:
-	case <-ctx.Done():
-	}
-}
-
 // A provider is killed in the middle of its work, again and again: of each message
 // is known what became of it, and none is handled twice.
 func TestSession_KilledProvidersHandleNothingTwice(t *testing.T) {
@@ -167,9 +132,7 @@ func TestSession_KilledProvidersHandleNothingTwice(t *testing.T) {
 		senders.Go(func() {
 			for ctx.Err() == nil {
 				id := int(next.Add(1))
-				sendCtx, done := context.WithTimeout(context.Background(), patience)
-				err := acomm.SendContext(sendCtx, addr, note{ID: id})
-				done()
+				err := sendSoon(addr, note{ID: id}, patience)
 				mu.Lock()
 				results[id] = err
 				mu.Unlock()

@@ -17,32 +17,32 @@ import (
 )
 
 const (
-	// maxSocketPath is what fits a socket address, with its closing NUL.
+	// maxSocketPath is the limit of a socket address, without the NUL at its end.
 	maxSocketPath = len(syscall.RawSockaddrUnix{}.Path) - 1
 
-	// lockTimeout bounds the wait for another process that is replacing a dead
-	// socket in the same directory, which takes it milliseconds.
+	// lockTimeout bounds the wait for a process that replaces a dead socket in the
+	// same directory. That takes milliseconds.
 	lockTimeout = 5 * time.Second
 
-	// insideBind is how long a process is given inside bind. The kernel makes the
-	// file a moment before it ties the socket to it, which looks dead until then; a
-	// socket that has yet to listen looks alive.
+	// insideBind is the time another process may need inside bind. The kernel makes the
+	// file a moment before it binds the socket to it. Until then the file looks dead.
+	// Between bind and listen it looks alive.
 	insideBind = 20 * time.Millisecond
 )
 
-// socket is a listening unix socket with its file.
+// socket is a listening unix socket and its file.
 type socket struct {
 	*net.UnixListener
 	path string
-	file fs.FileInfo // the socket's own file, whatever the path leads to now
-	dir  string      // private directory that goes with the socket, or ""
+	file fs.FileInfo // the socket's own file, even if the path leads to another one now
+	dir  string      // private directory that close removes; empty: none
 
 	closing sync.Once
 }
 
-// fileID tells socket files apart, and a file before its mode, owner or name changed
-// from the same file after it. The number of a file that is gone is used again, the
-// time is then another.
+// fileID identifies a state of a socket file. It differs between two files, and also
+// between a file before and after a change of its mode, owner or name. The inode number
+// of a removed file may be used again; then the time differs.
 type fileID struct {
 	device, inode uint64
 	changed       syscall.Timespec
@@ -65,14 +65,16 @@ func newFileID(st *syscall.Stat_t) fileID {
 	return fileID{uint64(st.Dev), uint64(st.Ino), changeTime(st)}
 }
 
-// randomSocketPath names a socket in a private directory. Nobody can guess it.
+// randomSocketPath returns the path of a socket in a private directory with a name that
+// nobody can guess.
 func randomSocketPath(name string) string {
 	return filepath.Join(os.TempDir(), "acomm-"+rand.Text(), name)
 }
 
-// socketPath returns the path of the socket that a URL of the scheme unix leads to.
-// Where the parser took a part of "unix://" + path for a query, a fragment or an
-// escape, and no socket is at what is left, it is the text as it was written.
+// socketPath returns the path of the socket that a unix URL leads to: its Path, if there
+// is a socket. In "unix://" + path, the URL parser takes ? for a query, # for a fragment
+// and %41 for an A. So if no socket is at Path but one is at the text as it was written,
+// it returns that.
 func socketPath(u *url.URL) string {
 	written := asWritten(u.Path, u.RawPath, u.EscapedPath())
 	if u.RawQuery != "" || u.ForceQuery {
@@ -87,9 +89,8 @@ func socketPath(u *url.URL) string {
 	return written
 }
 
-// asWritten returns the text that was parsed: raw, or else escaped. Raw text that
-// decodes to something else was never parsed: a peer has made it up, for those who
-// look at the path and not at it.
+// asWritten returns the text that was parsed: raw if it decodes to decoded, else escaped.
+// A peer may send raw text that does not: to fool a check that looks at the path only.
 func asWritten(decoded, raw, escaped string) string {
 	if text, err := url.PathUnescape(raw); raw != "" && err == nil && text == decoded {
 		return raw
@@ -97,8 +98,8 @@ func asWritten(decoded, raw, escaped string) string {
 	return escaped
 }
 
-// locate returns a URL of the scheme unix with nothing but the path of its socket;
-// others as they are.
+// locate returns a unix URL with only the path of its socket. It returns other URLs as
+// they are.
 func locate(u *url.URL) (*url.URL, error) {
 	if u.Scheme != "unix" {
 		return u, nil
@@ -114,7 +115,7 @@ func isSocket(path string) bool {
 	return err == nil && file.Mode().Type() == fs.ModeSocket
 }
 
-// checkSocketPath refuses what is no path of a socket file.
+// checkSocketPath refuses what can't be the path of a socket file.
 func checkSocketPath(path string) error {
 	switch {
 	case path == "":
@@ -122,15 +123,15 @@ func checkSocketPath(path string) error {
 	case strings.ContainsRune(path, 0):
 		return fmt.Errorf("socket path %q contains NUL: %w", path, fs.ErrInvalid)
 	case path[0] == '@':
-		return fmt.Errorf("socket path %q is the name of an abstract socket: %w", path, fs.ErrInvalid)
+		return fmt.Errorf("socket path %q names an abstract socket, not a file: %w", path, fs.ErrInvalid)
 	case len(path) > maxSocketPath:
-		return fmt.Errorf("socket path %q has %d bytes, limit %d: %w", path, len(path), maxSocketPath, syscall.ENAMETOOLONG)
+		return fmt.Errorf("socket path %q has %d bytes, the limit is %d: %w", path, len(path), maxSocketPath, syscall.ENAMETOOLONG)
 	}
 	return nil
 }
 
-// listenPrivate makes a socket that only this user can reach, in a new
-// directory of its own that goes with it.
+// listenPrivate makes a socket that only this user can reach, in a new directory of its
+// own.
 func listenPrivate(path string) (*socket, error) {
 	if err := checkSocketPath(path); err != nil {
 		return nil, err
@@ -139,7 +140,7 @@ func listenPrivate(path string) (*socket, error) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, err
 	}
-	err := os.Chmod(dir, 0o700) // whatever the umask took away
+	err := os.Chmod(dir, 0o700) // the umask may have removed bits
 	var s *socket
 	if err == nil {
 		s, err = bind(path, 0o600)
@@ -152,7 +153,7 @@ func listenPrivate(path string) (*socket, error) {
 	return s, nil
 }
 
-// listenUnclaimed makes a socket at a path that nobody else knows of. The
+// listenUnclaimed makes a socket under a random name, which no other process uses. The
 // process's umask decides its permissions.
 func listenUnclaimed(path string) (*socket, error) {
 	if err := checkSocketPath(path); err != nil {
@@ -164,9 +165,8 @@ func listenUnclaimed(path string) (*socket, error) {
 	return bind(path, 0)
 }
 
-// listenAt makes a socket at a path that others may want as well. The socket
-// file of a dead process is replaced. The process's umask decides the
-// permissions.
+// listenAt makes a socket at a path that other processes may use too. It replaces the
+// socket file of a dead process. The process's umask decides the permissions.
 func listenAt(path string) (*socket, error) {
 	if err := checkSocketPath(path); err != nil {
 		return nil, err
@@ -182,7 +182,7 @@ func listenAt(path string) (*socket, error) {
 	if err := checkDead(path); err != nil {
 		return nil, err
 	}
-	unlock, err := lockDir(dir) // only who removes a file needs the others to wait
+	unlock, err := lockDir(dir) // needed only to remove a file
 	if err != nil {
 		return nil, err
 	}
@@ -193,14 +193,14 @@ func listenAt(path string) (*socket, error) {
 	return bind(path, 0)
 }
 
-// bind makes the socket and its file. With a mode other than zero the file has
-// that mode from the start; elsewhere than on Linux, from a moment later.
+// bind makes the socket and its file. If mode is not zero, the file has that mode: on
+// Linux from the start, elsewhere from a moment later.
 func bind(path string, mode fs.FileMode) (*socket, error) {
 	var config net.ListenConfig
 	if mode != 0 {
 		config.Control = func(_, _ string, c syscall.RawConn) error {
-			// The file inherits the mode of the socket on Linux; other systems
-			// refuse this, and have the chmod below.
+			// On Linux the file inherits the mode of the socket. Other systems refuse
+			// this; for them there is the chmod below.
 			return c.Control(func(fd uintptr) { _ = syscall.Fchmod(int(fd), uint32(mode)) })
 		}
 	}
@@ -209,7 +209,7 @@ func bind(path string, mode fs.FileMode) (*socket, error) {
 		return nil, err
 	}
 	s := &socket{UnixListener: l.(*net.UnixListener), path: path}
-	s.SetUnlinkOnClose(false) // it would remove whatever is there by then
+	s.SetUnlinkOnClose(false) // it would also remove a file that has replaced ours
 	if s.file, err = os.Lstat(path); err == nil && mode != 0 && s.file.Mode().Perm() != mode {
 		err = os.Chmod(path, mode)
 	}
@@ -220,7 +220,7 @@ func bind(path string, mode fs.FileMode) (*socket, error) {
 	return s, nil
 }
 
-// id returns what tells the socket's file from others.
+// id returns the fileID of the socket's file at the time it was made.
 func (s *socket) id() fileID {
 	st, ok := s.file.Sys().(*syscall.Stat_t)
 	if !ok {
@@ -229,7 +229,8 @@ func (s *socket) id() fileID {
 	return newFileID(st)
 }
 
-// accept waits for a connection. Where a descriptor is lacking, idle sessions give way.
+// accept waits for a connection. If the process has no descriptor left, it closes idle
+// sessions and tries again.
 func (s *socket) accept() (*net.UnixConn, error) {
 	for {
 		conn, err := s.AcceptUnix()
@@ -239,12 +240,12 @@ func (s *socket) accept() (*net.UnixConn, error) {
 	}
 }
 
-// close removes the socket's file and its private directory and ends Accept.
-// Once is enough, more does no harm.
+// close removes the socket's file and its private directory and ends accept. Only the
+// first call does something.
 func (s *socket) close() {
 	s.closing.Do(func() {
-		// While the socket is open its file's inode can't be used again, so an
-		// equal number means that the file is still ours. That ends with Close.
+		// While the socket is open, the inode number of its file can't be used again. So
+		// an equal number means that the file is still ours. Close comes last.
 		if now, err := os.Lstat(s.path); err == nil && s.file != nil && os.SameFile(now, s.file) {
 			_ = os.Remove(s.path)
 		}
@@ -255,8 +256,8 @@ func (s *socket) close() {
 	})
 }
 
-// removeDead removes the socket file of a process that is gone. The caller holds
-// the directory's lock.
+// removeDead removes the socket file of a dead process. The caller holds the directory's
+// lock.
 func removeDead(path string) error {
 	if err := checkDead(path); err != nil {
 		return err
@@ -271,7 +272,7 @@ func removeDead(path string) error {
 	return nil
 }
 
-// checkDead returns an error unless the file is a dead socket's, or gone.
+// checkDead returns an error unless the socket file is dead, or gone.
 func checkDead(path string) error {
 	dead, err := isDead(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -283,9 +284,9 @@ func checkDead(path string) error {
 	return err
 }
 
-// isDead reports whether nobody listens on the socket file. It asks with a
-// datagram socket, which the kernel refuses in two ways, and a live listener
-// never sees.
+// isDead reports whether nobody listens on the socket file. It connects a datagram socket
+// to it. The kernel refuses that: with EPROTOTYPE if the listener is alive, with
+// ECONNREFUSED if it is dead. The listener does not notice.
 func isDead(path string) (bool, error) {
 	file, err := os.Lstat(path)
 	if err != nil {
@@ -297,19 +298,19 @@ func isDead(path string) (bool, error) {
 	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
 	switch {
 	case err == nil:
-		return false, conn.Close() // somebody's datagram socket
+		return false, conn.Close() // a datagram socket, and in use
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return true, nil
 	case errors.Is(err, syscall.EPROTOTYPE):
 		return false, nil
 	}
-	return false, fmt.Errorf("socket %s is in use or not ours to replace: %w: %w", path, syscall.EADDRINUSE, err)
+	return false, fmt.Errorf("can't tell that the owner of socket %s is dead, so it stays: %w: %w", path, syscall.EADDRINUSE, err)
 }
 
-// lockDir keeps other processes from removing dead sockets in the directory, so
-// that of several that find the same dead file one replaces it and the others
-// find that one alive. File systems without locks do without, and so do
-// directories that the process may write to but not read.
+// lockDir locks the directory against other processes that want to remove a dead socket
+// in it. Of several that find the same dead file, one replaces it and the others then
+// find a live one. If the file system has no locks, or the process may not read the
+// directory, it does without.
 func lockDir(dir string) (unlock func(), err error) {
 	f, err := os.Open(dir)
 	if errors.Is(err, fs.ErrPermission) {
@@ -326,17 +327,17 @@ func lockDir(dir string) (unlock func(), err error) {
 			return func() { _ = f.Close() }, nil
 		case !errors.Is(err, syscall.EWOULDBLOCK) && !errors.Is(err, syscall.EINTR):
 			_ = f.Close()
-			return nil, fmt.Errorf("lock %s: %w", dir, err)
+			return nil, fmt.Errorf("lock directory %s: %w", dir, err)
 		case time.Now().After(deadline):
 			_ = f.Close()
-			return nil, fmt.Errorf("lock %s: held by another process: %w", dir, os.ErrDeadlineExceeded)
+			return nil, fmt.Errorf("lock directory %s: another process holds the lock: %w", dir, os.ErrDeadlineExceeded)
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
 }
 
-// dialUnix connects to a stream socket at the path, by a socket with the name. Where its
-// backlog is full it tries again until the context ends.
+// dialUnix connects a socket with the name, if any, to the listener at the path. While
+// the listener's backlog is full it tries again until the context ends.
 func dialUnix(ctx context.Context, path, name string) (*net.UnixConn, error) {
 	if err := checkSocketPath(path); err != nil {
 		return nil, err
@@ -358,14 +359,14 @@ func dialUnix(ctx context.Context, path, name string) (*net.UnixConn, error) {
 		}
 		select {
 		case <-ctx.Done():
-			return nil, fmt.Errorf("backlog is full: %w", ctx.Err())
+			return nil, fmt.Errorf("the listener's backlog is full: %w", ctx.Err())
 		case <-time.After(wait):
 		}
 	}
 }
 
-// bindName names a socket that is about to connect. Without the name it connects as
-// well, but there will be no session.
+// bindName names a socket that is about to connect. If that fails, the socket connects
+// without a name, and no session will be opened.
 func bindName(name string) func(_, _ string, c syscall.RawConn) error {
 	return func(_, _ string, c syscall.RawConn) error {
 		return c.Control(func(fd uintptr) {

@@ -25,68 +25,69 @@ import (
 
 const (
 	streamBuffer = 32 << 10         // bytes, for each stream in transfer
-	streamClaim  = time.Hour        // for the consumer of a stream to come
-	streamStall  = 10 * time.Second // without a byte, after which Stop cuts a stream off
-	streamEnd    = time.Second      // for a source to let go, or a consumer of all of it, while Stop waits
-	streamLinger = time.Minute      // for the consumer to take the end of a whole stream
+	streamClaim  = time.Hour        // for the consumer of a stream to connect
+	streamStall  = 10 * time.Second // without a byte; then Stop cuts the stream off
+	streamEnd    = time.Second      // while Stop waits: for a source to return from Read, or a consumer to close after the last byte
+	streamLinger = time.Minute      // for the consumer to close after the last byte
 
-	streamLook = 10 * time.Millisecond // between looks whether a consumer is there while it takes data
+	streamPoll = 10 * time.Millisecond // between checks whether the consumer has closed, while it takes data
 
-	// streamSuffix ends the socket names of streams that can't be cut off
-	// unnoticed. A consumer that knows it writes one byte after connecting, which
-	// the provider reads only once the whole source is sent: whatever ends a
-	// provider before leaves the byte unread, and the kernel reports that to the
-	// consumer as ECONNRESET, behind the data.
+	// streamSuffix ends the socket names of streams that can't be cut off unnoticed. A
+	// consumer that knows the suffix writes one byte after connecting. The provider
+	// reads the byte only after it has sent the whole source. A provider that fails or
+	// is killed leaves the byte unread, and the kernel reports ECONNRESET to the
+	// consumer, behind the data.
 	streamSuffix = ".eof"
 
-	// streamName is the length of such a name. Directories were chosen so that a name
-	// of 2016, which had as many bytes, fits the 107 of a socket's path.
+	// streamName is the length of such a name. Names of 2016 had the same length, and
+	// services have chosen directories that leave just enough of a path's 107 bytes.
 	streamName = 15
 )
 
-// errConsumerLeft ends a transfer that nobody reads any more.
+// errConsumerLeft is why a transfer ends when the consumer has closed.
 var errConsumerLeft = errors.New("the consumer left")
 
-// servedStreams holds the socket paths of the streams that wait for a consumer,
-// of all trackers of this process. ProxyStreamHandler, which is given no
-// tracker, serves these.
+// servedStreams holds the socket paths of the streams of this process that have no
+// consumer yet, of all trackers. ProxyStreamHandler serves them; it does not know the
+// trackers.
 var servedStreams sync.Map
 
-// unixStream is a source on its way to its one consumer.
+// unixStream is a stream that waits for its consumer or is in transfer.
 type unixStream struct {
-	listener *UnixListener
-	src      io.ReadCloser
+	listener *UnixListener // owned by serveStream
+	src      io.ReadCloser // read by serveStream; closed by closeSource
 	failures *logLimit     // the tracker's
 	whole    chan struct{} // closed when all of the source is sent
 	done     chan struct{} // closed when consumer and source are closed
 	born     time.Time
-	moved    atomic.Int64 // when a byte last moved, in nanoseconds from born; 0: unclaimed
+	moved    atomic.Int64 // when a byte last moved, in nanoseconds since born; 0: no consumer yet
 
-	closing sync.Once
+	closing sync.Once // of src
 }
 
-// NewStreamUnix sets up an ad-hoc unix listener to stream data and returns its
-// URL, for the StreamURL of a [Response]. The socket is made in dir, under a random
-// name of 15 bytes, 66 bits of them, and with permissions that the process's umask
-// decides. If dir is empty it is made in a directory of its own, below [os.TempDir], that
-// only the process's user can enter; that takes 44 bytes of a path's 107.
+// NewStreamUnix makes a unix socket that sends src to one consumer, and returns its URL
+// for the StreamURL of a [Response]. The first consumer that connects, for example with
+// [Stream], gets all of src. A second one gets an error.
 //
-// The first consumer that connects ([Stream] does) is sent all of src; a second
-// one gets an error. From the return on src is the library's: it is closed
-// exactly once, when it ends or fails, when the consumer leaves (even while a
-// Read of src blocks, so Close has to end it), when nobody has come within an
-// hour, or when the tracker stops. A failure of src is logged.
+// The socket is made in dir, under a random name of 15 bytes, with permissions that the
+// process's umask decides. If dir is empty, it is made in a directory of its own below
+// [os.TempDir] that only the process's user can enter; that takes 44 bytes more than
+// TempDir, and a socket's path has 107 at most.
 //
-// A nil src and a dir that is not UTF-8 give an error that matches
-// [io/fs.ErrInvalid], a tracker that is not started or is stopping [net.ErrClosed];
-// the other errors are those of [UnixListener.Start]. After an error src is still the
-// caller's.
+// After a return without an error, src belongs to the library. It is closed exactly once:
+// when it ends or fails, when the consumer leaves, after an hour without a consumer, or
+// when the tracker stops. The consumer may leave while a Read of src blocks, so Close has
+// to end that Read. A failure of src is logged.
+//
+// A nil src, and a dir that is not UTF-8, give an error that matches [io/fs.ErrInvalid].
+// A tracker that is not started or is stopping gives [net.ErrClosed]. The other errors
+// are those of [UnixListener.Start]. After an error src is still the caller's.
 func (t *Tracker) NewStreamUnix(dir string, src io.ReadCloser) (*url.URL, error) {
 	if src == nil {
 		return nil, fmt.Errorf("new stream: source is nil: %w", fs.ErrInvalid)
 	}
 	if !t.running() {
-		return nil, fmt.Errorf("new stream: tracker is not running: %w", net.ErrClosed)
+		return nil, fmt.Errorf("new stream: tracker is not started, or is stopping: %w", net.ErrClosed)
 	}
 	path, listen := randomSocketPath("stream"+streamSuffix), listenPrivate
 	if dir != "" {
@@ -109,12 +110,12 @@ func (t *Tracker) NewStreamUnix(dir string, src io.ReadCloser) (*url.URL, error)
 	}
 	if !t.addStream(s) {
 		listener.Stop(atOnce)
-		return nil, fmt.Errorf("new stream: tracker is not running: %w", net.ErrClosed)
+		return nil, fmt.Errorf("new stream: tracker is not started, or is stopping: %w", net.ErrClosed)
 	}
 	return listener.URL(), nil
 }
 
-// randomStreamName has 66 random bits: path bytes are scarce.
+// randomStreamName returns a name of 15 bytes with 66 random bits.
 func randomStreamName() string {
 	var random [9]byte
 	_, _ = rand.Read(random[:]) // never fails
@@ -127,7 +128,7 @@ func (t *Tracker) running() bool {
 	return t.state == trackerRunning
 }
 
-// addStream begins to serve the stream, unless the tracker is stopping.
+// addStream starts to serve the stream, unless the tracker is not running.
 func (t *Tracker) addStream(s *unixStream) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -140,7 +141,7 @@ func (t *Tracker) addStream(s *unixStream) bool {
 	return true
 }
 
-// serveStream waits for the consumer and sends it the source.
+// serveStream waits for the consumer, sends it the source, and closes both.
 func (t *Tracker) serveStream(s *unixStream) {
 	defer close(s.done)
 	defer func() {
@@ -159,21 +160,21 @@ func (t *Tracker) serveStream(s *unixStream) {
 	s.listener.Stop(atOnce)
 }
 
-// transfer copies the source to the consumer and closes both, whichever of them
-// ends first.
+// transfer copies the source to the consumer until one of them ends, and closes the
+// connection.
 func (s *unixStream) transfer(conn *net.UnixConn) {
 	s.touch()
 	over := make(chan struct{})
 	var watching sync.WaitGroup
 	watching.Go(func() {
-		// Whether the consumer left or the transfer is over: nobody reads on.
+		// If the consumer has left, this ends a Read of the source that blocks.
 		waitPeerGone(conn, over)
 		s.closeSource()
 	})
 	err := s.copyTo(conn)
 	close(over)
 	if err == nil {
-		s.touch() // gives the end its time, however long the source was silent before
+		s.touch() // a silence of the source must not shorten the time for the end
 		close(s.whole)
 		_ = conn.CloseWrite()
 		_ = conn.SetReadDeadline(time.Unix(1, 0)) // ends the watching
@@ -187,9 +188,10 @@ func (s *unixStream) transfer(conn *net.UnixConn) {
 	}
 }
 
-// copyTo copies the source to the consumer. It returns nil if that was the whole
-// source, errConsumerLeft, which is also why a closed source fails, or the
-// source's error.
+// copyTo copies the source to the consumer. It returns nil after the whole source,
+// errConsumerLeft if the consumer has closed, and otherwise the source's error. When the
+// consumer closes, the source is closed too and Read fails: that counts as
+// errConsumerLeft.
 func (s *unixStream) copyTo(conn net.Conn) error {
 	buf := make([]byte, streamBuffer)
 	for {
@@ -211,8 +213,8 @@ func (s *unixStream) copyTo(conn net.Conn) error {
 	}
 }
 
-// takeByte reads what stays unread after a failure, until the consumer of a
-// whole stream closes. A consumer of 2016 sends none, it just closes.
+// takeByte reads the consumer's byte, which says that the stream is whole, and waits
+// until the consumer closes. A consumer of 2016 just closes.
 func takeByte(conn *net.UnixConn) {
 	if conn.SetReadDeadline(time.Now().Add(streamLinger)) == nil {
 		_, _ = io.Copy(io.Discard, conn)
@@ -223,13 +225,13 @@ func (s *unixStream) touch() { s.moved.Store(int64(time.Since(s.born))) }
 
 func (s *unixStream) idle() time.Duration { return time.Since(s.born) - time.Duration(s.moved.Load()) }
 
-// closeSource closes the source, once.
+// closeSource closes the source once, however often it is called.
 func (s *unixStream) closeSource() {
 	s.closing.Do(func() { _ = s.src.Close() })
 }
 
-// endStreams ends the streams that nobody has claimed and waits for those in
-// transfer as long as they move. No new ones come: the tracker is stopping.
+// endStreams ends the streams without a consumer and waits for those in transfer while
+// they move. New ones can't come: the tracker is stopping.
 func (t *Tracker) endStreams() {
 	t.mu.Lock()
 	streams := make([]*unixStream, 0, len(t.streams))
@@ -238,7 +240,7 @@ func (t *Tracker) endStreams() {
 	}
 	t.mu.Unlock()
 	for _, s := range streams {
-		s.moved.CompareAndSwap(0, int64(time.Since(s.born))) // an unclaimed one gets time to close
+		s.moved.CompareAndSwap(0, int64(time.Since(s.born))) // without a consumer: time to close starts now
 		s.listener.refuse()
 	}
 	var ending sync.WaitGroup
@@ -248,21 +250,21 @@ func (t *Tracker) endStreams() {
 	ending.Wait()
 }
 
-// end waits until the stream is done. Once no byte has moved for the time of a
-// stall, or for that of the end once all of the source is sent, it is cut off; a
-// source that even then does not let go is left behind, and that is logged.
+// end waits until the stream is done. It cuts the stream off when no byte has moved for
+// the time stall; after the last byte, for the time end. A source whose Read still does
+// not return is left behind, and that is logged.
 func (s *unixStream) end(stall, end time.Duration) {
 	whole := s.whole
 	for idle := s.idle(); idle < stall; idle = s.idle() {
 		select {
 		case <-s.done:
 			return
-		case <-whole: // the consumer has all it needs, a slow one too
+		case <-whole: // all is written: only the consumer's close is missing
 			whole, stall = nil, min(stall, end)
 		case <-time.After(stall - idle):
 		}
 	}
-	s.listener.Stop(atOnce) // without a connection, the source is closed as well
+	s.listener.Stop(atOnce) // closes the connection, and serveStream then the source
 	select {
 	case <-s.done:
 	case <-time.After(end):
@@ -270,27 +272,31 @@ func (s *unixStream) end(stall, end time.Duration) {
 	}
 }
 
-// Stream streams data from a URL to a destination writer, until the source ends:
-// a unix socket made by [Tracker.NewStreamUnix], or anything that
-// [net/http.DefaultTransport] can GET. Nothing is written unless the source is
-// there, and over HTTP has answered with the status 200. Connecting and that
-// answer are given a minute; after it a source may be silent for as long as it
-// likes.
+// Stream copies a stream to dest and returns when its source ends. The address is a unix
+// socket of [Tracker.NewStreamUnix], or a URL that [net/http.DefaultTransport] can GET.
+// It waits a minute at most for the connection, or over HTTP for the header of the
+// answer. After that the source may be silent for any time. It writes nothing to dest
+// unless the source is there, and over HTTP has answered with the status 200.
 //
-// A source that is cut off gives an error that matches [io.ErrUnexpectedEOF]: over
-// HTTP, and on Linux over the unix sockets of [Tracker.NewStreamUnix], even if
-// its process was killed. With the unix sockets of the original, and HTTP/1.0
-// servers, the end of the process can't be told from the end of the data. Nor can it
-// through a relay, such as socat or ssh -L: the unix socket must be connected to
-// directly, since a relay does not pass the reset on that tells.
+// A unix address is resolved as by [Send]. Over HTTP, Stream asks for the bytes as they
+// are (Accept-Encoding: identity) and follows up to 10 redirects without a Referer, as
+// the URL is a secret.
 //
-// Over HTTP the bytes are asked for as they are (Accept-Encoding: identity), up to 10
-// redirects are followed, and none carries a Referer: the URL is a secret.
+// A source that is cut off gives [io.ErrUnexpectedEOF], even if its process was killed:
+// over HTTP, and on Linux over sockets of [Tracker.NewStreamUnix]. Elsewhere the end of
+// the process looks like the end of the data: with sockets of the original acomm and with
+// HTTP/1.0 servers. So it does through a relay such as socat or ssh -L, which does not
+// pass a reset on: connect to the socket directly.
 //
-// A unix socket is found as by [Send]. A nil argument, and a unix URL with a host, give
-// an error that matches [io/fs.ErrInvalid], a stream that is gone
-// [io/fs.ErrNotExist] or [syscall.ECONNREFUSED], a scheme that nobody handles
-// [errors.ErrUnsupported]. An error of dest ends the stream and is returned.
+// The errors match:
+//
+//   - [io/fs.ErrInvalid]: an argument is nil, or a unix URL has a host
+//   - [io/fs.ErrNotExist], [syscall.ECONNREFUSED]: the stream is gone
+//   - [errors.ErrUnsupported]: nothing handles the scheme
+//   - [io.ErrUnexpectedEOF]: the source was cut off
+//   - [os.ErrDeadlineExceeded]: the source did not answer within the minute
+//
+// An error of dest ends the stream and is returned.
 func Stream(dest io.Writer, addr *url.URL) error {
 	if dest == nil || addr == nil {
 		return fmt.Errorf("stream: destination or URL is nil: %w", fs.ErrInvalid)
@@ -310,8 +316,8 @@ func Stream(dest io.Writer, addr *url.URL) error {
 	return nil
 }
 
-// sourceReader gives the early end of a source its name, so that an error of the
-// destination is not taken for one.
+// sourceReader turns the early end of a source into io.ErrUnexpectedEOF. An error of the
+// destination stays as it is.
 type sourceReader struct{ io.Reader }
 
 func (r sourceReader) Read(p []byte) (int, error) {
@@ -322,8 +328,8 @@ func (r sourceReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// openStream connects to the source of a stream, a unix socket at the very Path of
-// the URL. It stays open until it is closed or the context ends.
+// openStream connects to the source of a stream. For a unix socket it takes the Path of
+// the URL as it is. The source stays open until it is closed or the context ends.
 func openStream(ctx context.Context, client *http.Client, addr *url.URL) (io.ReadCloser, error) {
 	if addr.Scheme != "unix" {
 		return openStreamHTTP(ctx, client, addr)
@@ -343,7 +349,7 @@ func openStream(ctx context.Context, client *http.Client, addr *url.URL) (io.Rea
 	return closeWith(ctx, conn), nil
 }
 
-// closeWith has the connection closed when the context ends.
+// closeWith closes the connection when the context ends.
 func closeWith(ctx context.Context, conn net.Conn) io.ReadCloser {
 	if ctx.Done() == nil {
 		return conn
@@ -352,7 +358,7 @@ func closeWith(ctx context.Context, conn net.Conn) io.ReadCloser {
 	return streamSource{conn, func() { stop() }}
 }
 
-// streamSource releases what it was opened with when it is closed.
+// streamSource is a source that releases its context when it is closed.
 type streamSource struct {
 	io.ReadCloser
 	release func()
@@ -363,7 +369,8 @@ func (s streamSource) Close() error {
 	return s.ReadCloser.Close()
 }
 
-// unixConn returns the socket behind a source that openStream has opened, or nil.
+// unixConn returns the unix socket of a source that openStream has opened; nil if it is
+// none.
 func unixConn(src io.Reader) *net.UnixConn {
 	if s, ok := src.(streamSource); ok {
 		src = s.ReadCloser
@@ -372,9 +379,9 @@ func unixConn(src io.Reader) *net.UnixConn {
 	return conn
 }
 
-// getClient uses http.DefaultTransport, whatever it is at the time of a request.
+// getClient sends through http.DefaultTransport, whatever it is at the time of a request.
 var getClient = http.Client{CheckRedirect: func(req *http.Request, via []*http.Request) error {
-	req.Header.Del("Referer") // its URL is what gives access to the stream
+	req.Header.Del("Referer") // the URL gives access to the stream
 	return checkRedirects(via)
 }}
 
@@ -394,7 +401,7 @@ func openStreamHTTP(ctx context.Context, client *http.Client, addr *url.URL) (io
 		return nil, err
 	}
 	req.URL = requestURL(addr)
-	req.Header.Set("Accept-Encoding", "identity") // else the transport unpacks what is packed
+	req.Header.Set("Accept-Encoding", "identity") // else the transport asks for gzip and unpacks it
 	answer, err := doHTTP(req, client)
 	answered.Stop()
 	if err != nil {
@@ -412,32 +419,32 @@ func openStreamHTTP(ctx context.Context, client *http.Client, addr *url.URL) (io
 	return src, nil
 }
 
-// waitPeerGone blocks until the other side of the connection is closed, this one is,
-// or its read deadline passes. Closing over ends a pause between two looks, and the
-// wait with it; it does not end the wait for a sign of the other side.
+// waitPeerGone blocks until the peer has closed, this end has closed, or the read
+// deadline passes. Closing over ends a pause between two checks, but not the wait for an
+// event on the socket.
 func waitPeerGone(conn *net.UnixConn, over <-chan struct{}) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return
 	}
-	// The consumer's unread byte makes the socket readable all the time, so the wait
-	// also ends whenever a consumer that is there has made room for more data.
+	// The consumer's unread byte makes the socket readable all the time. So raw.Read also
+	// returns each time the consumer takes data; the pause keeps that from being a loop.
 	var last time.Time
 	gone := false
-	look := func(fd uintptr) bool {
-		gone = sendsNothing(fd)
+	check := func(fd uintptr) bool {
+		gone = peerGoneFD(fd)
 		now := time.Now()
-		soon := now.Sub(last) < streamLook
+		soon := now.Sub(last) < streamPoll
 		last = now
 		return gone || soon
 	}
-	pause := time.NewTimer(streamLook)
+	pause := time.NewTimer(streamPoll)
 	defer pause.Stop()
 	for {
-		if err := raw.Read(look); err != nil || gone {
+		if err := raw.Read(check); err != nil || gone {
 			return
 		}
-		pause.Reset(streamLook)
+		pause.Reset(streamPoll)
 		select {
 		case <-over:
 			return
@@ -446,20 +453,20 @@ func waitPeerGone(conn *net.UnixConn, over <-chan struct{}) {
 	}
 }
 
-// peerGone reports whether either side of the connection is closed.
+// peerGone reports whether the peer or this end has closed the connection.
 func peerGone(conn net.Conn) bool {
 	raw, err := conn.(*net.UnixConn).SyscallConn()
 	if err != nil {
 		return true
 	}
 	gone := true
-	_ = raw.Control(func(fd uintptr) { gone = sendsNothing(fd) })
+	_ = raw.Control(func(fd uintptr) { gone = peerGoneFD(fd) })
 	return gone
 }
 
-// sendsNothing asks the kernel for the other side without taking a byte from it,
-// or sending it one: a message of no bytes fails once nobody can receive it.
-func sendsNothing(fd uintptr) bool {
+// peerGoneFD reports whether the peer has closed, without reading or sending a byte: to
+// send an empty message fails with EPIPE if nobody can receive it.
+func peerGoneFD(fd uintptr) bool {
 	_, err := syscall.SendmsgN(int(fd), nil, nil, nil, 0)
 	return errors.Is(err, syscall.EPIPE)
 }

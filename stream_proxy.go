@@ -24,14 +24,14 @@ const (
 	maxStreamQuery       = 8 << 10 // bytes
 )
 
-// streamKey is this process's key for the addresses it publishes.
+// streamKey returns the key with which this process signs the addresses it publishes.
 var streamKey = sync.OnceValue(func() []byte {
 	key := make([]byte, sha256.Size)
 	rand.Read(key) // never fails
 	return key
 })
 
-// proxyClient follows no redirect: it leads to an address that nobody signed.
+// proxyClient follows no redirect: nobody has signed the address that it leads to.
 var proxyClient = http.Client{
 	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 }
@@ -42,29 +42,34 @@ func signStream(addr string) string {
 	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
 }
 
-// ProxyStreamHandler is an HTTP HandlerFunc for simple proxy streaming. It serves
-// the URLs that [Tracker.ProxyStreamHTTPURL] of this process has made, and the
-// streams that trackers of this process are serving, and nothing else. It blocks
-// until the stream ends or the client leaves, which releases the source.
+// ProxyStreamHandler serves streams over HTTP. It is a [net/http.HandlerFunc] for the
+// httpStreamURL of [NewTracker]. It serves the URLs that [Tracker.ProxyStreamHTTPURL] of
+// this process made, and the streams that trackers of this process serve; nothing else.
+// It blocks until the stream ends or the client leaves, which releases the source.
 //
-// The data is application/octet-stream, and each piece is flushed before the next one is waited for.
-// Statuses: 405 for anything but GET (a HEAD would use up the stream), 400 for a
-// query that can't be read or a request with a body, 403 for an address that this
-// process has not published, 404 for a stream that is gone, 502 for a source that
-// fails before its first byte, or redirects. A source that fails later has the
-// connection aborted, so that what was cut off can't look complete, also where
-// middleware recovers from panics: the handler sets a write deadline in the past and
-// panics with [http.ErrAbortHandler]. Where the ResponseWriter wraps another without
-// an Unwrap method, so that no deadline can be set, it ends the server's goroutine with
-// [runtime.Goexit] instead.
+// The data is application/octet-stream. What has arrived is flushed before the handler
+// waits for more. The status is:
 //
-// HTTP/1.0 has no sign for an aborted answer but a reset of the connection. The status
-// is 505 where the connection is not TCP, or the ResponseWriter can't be hijacked. If
-// your listener wraps its connections, give them a NetConn() net.Conn method, as
-// [crypto/tls.Conn] has it: without it a stream that is cut off looks complete to a
-// client of HTTP/1.0. The server's WriteTimeout, if any, ends streams too.
+//   - 405: the method is not GET (a HEAD would use up the stream)
+//   - 400: the query can't be read, or the request has a body
+//   - 403: this process has not published the address
+//   - 404: the stream is gone
+//   - 502: the source failed before its first byte, or redirects
+//   - 505: the client speaks HTTP/1.0 and the handler can't reset its connection
 //
-// A service with rules of its own writes its own handler, with [Stream].
+// If the source fails after its first byte, the handler aborts the connection, so that
+// the client can tell. It sets a write deadline in the past and panics with
+// [http.ErrAbortHandler]; the deadline holds under middleware that recovers. If no
+// deadline can be set, because a ResponseWriter wraps another one without an Unwrap
+// method, it ends the server's goroutine with [runtime.Goexit].
+//
+// In HTTP/1.0, only a reset of the TCP connection tells a cut-off answer from a whole
+// one. The handler needs a ResponseWriter that can be hijacked for that. If your listener
+// wraps its connections, give them a method NetConn() net.Conn, as [crypto/tls.Conn] has
+// it. Without it, a cut-off stream looks complete to a client of HTTP/1.0.
+//
+// A WriteTimeout of the server ends streams, too. If your service has other rules, write
+// your own handler on [Stream].
 func ProxyStreamHandler(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodGet {
 		w.Header().Set("Allow", http.MethodGet)
@@ -72,7 +77,7 @@ func ProxyStreamHandler(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if r.ContentLength != 0 { // net/http can't see a client leave whose body is unread
-		http.Error(w, "a stream is read without a body", http.StatusBadRequest)
+		http.Error(w, "a request for a stream must not have a body", http.StatusBadRequest)
 		return
 	}
 	addr, published, err := parseStreamQuery(r.URL.RawQuery)
@@ -101,8 +106,8 @@ func ProxyStreamHandler(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// parseStreamQuery returns the address in the query, and whether this process
-// has published it.
+// parseStreamQuery returns the address in the query, and whether this process has
+// published it.
 func parseStreamQuery(rawQuery string) (addr *url.URL, published bool, err error) {
 	if len(rawQuery) > maxStreamQuery {
 		return nil, false, fmt.Errorf("query has %d bytes, limit %d", len(rawQuery), maxStreamQuery)
@@ -112,7 +117,7 @@ func parseStreamQuery(rawQuery string) (addr *url.URL, published bool, err error
 		return nil, false, err
 	}
 	if len(query[streamAddrParam]) != 1 {
-		return nil, false, errors.New("query has not one address")
+		return nil, false, errors.New("query has no address, or more than one")
 	}
 	text := query.Get(streamAddrParam)
 	addr, err = url.ParseRequestURI(text)
@@ -127,7 +132,7 @@ func parseStreamQuery(rawQuery string) (addr *url.URL, published bool, err error
 	return addr, served && addr.Scheme == "unix", nil
 }
 
-// sourceStatus is the status for a source that can't be opened.
+// sourceStatus returns the status for a source that can't be opened.
 func sourceStatus(err error) int {
 	var status *statusError
 	gone := errors.As(err, &status) && (status.code == http.StatusNotFound || status.code == http.StatusGone)
@@ -137,8 +142,9 @@ func sourceStatus(err error) int {
 	return http.StatusBadGateway
 }
 
-// proxyStream copies the source to the client. It reports whether the client has
-// been told how that ended, which a return from the handler would misstate.
+// proxyStream copies the source to the client. It reports whether the answer is complete.
+// If not, the caller has to abort it: a return from the handler would make it look
+// complete.
 func proxyStream(w http.ResponseWriter, src io.Reader) bool {
 	buf := make([]byte, streamBuffer)
 	n, readErr := src.Read(buf)
@@ -158,11 +164,11 @@ func proxyStream(w http.ResponseWriter, src io.Reader) bool {
 		case readErr == io.EOF:
 			return true
 		case readErr != nil:
-			_ = flush(w) // what came before the failure is the client's
+			_ = flush(w) // the client gets what came before the failure
 			return false
 		}
 		n, readErr = readNow()
-		if readErr == syscall.EAGAIN { // it may be long until there is more
+		if readErr == syscall.EAGAIN { // the source may be silent for long, so flush first
 			if err := flush(w); err != nil {
 				return false
 			}
@@ -179,8 +185,8 @@ func flush(w http.ResponseWriter) error {
 	return err
 }
 
-// nowReader returns a function that reads what the source has at this moment into
-// the buffer. It returns EAGAIN if that is nothing, or where only waiting can tell.
+// nowReader returns a function that reads from the source without blocking. The function
+// returns EAGAIN if nothing has arrived, or if the source is no unix socket.
 func nowReader(src io.Reader, buf []byte) func() (int, error) {
 	var raw syscall.RawConn
 	if conn := unixConn(src); conn != nil {
@@ -194,7 +200,7 @@ func nowReader(src io.Reader, buf []byte) func() (int, error) {
 	read := func(fd uintptr) bool {
 		for {
 			if n, err = syscall.Read(int(fd), buf); err != syscall.EINTR {
-				return true // not to be called again when there is more
+				return true // false would wait until there is more
 			}
 		}
 	}
@@ -213,8 +219,8 @@ func nowReader(src io.Reader, buf []byte) func() (int, error) {
 
 func isHTTP10(r *http.Request) bool { return r.ProtoMajor == 1 && r.ProtoMinor == 0 }
 
-// canReset reports whether the connection of the request can be taken from the server
-// and reset. It must not be taken before that: the server sees the client leave.
+// canReset reports whether abort can hijack the connection of the request and reset it.
+// It does not hijack it yet: until then, the server notices when the client leaves.
 func canReset(w http.ResponseWriter, r *http.Request) bool {
 	local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
 	if _, ok := local.(*net.TCPAddr); !ok {
@@ -232,18 +238,19 @@ func canReset(w http.ResponseWriter, r *http.Request) bool {
 	}
 }
 
-// abort ends the connection so that the client can tell what it got is not all.
-// In HTTP/1.0, which reverse proxies speak, the end of the connection is the end
-// of the data, so there it is reset. Elsewhere net/http's way is a panic. A deadline
-// that has passed keeps the server from ending the answer well if that is recovered.
-// Where a wrapper hides the deadline, the goroutine ends: the server aborts as after a
-// panic, and nobody can recover from it.
+// abort ends the connection so that the client can tell that data is missing. The way of
+// net/http is a panic. A write deadline in the past keeps the server from completing the
+// answer if middleware recovers. If a wrapper hides the deadline, the goroutine ends
+// instead: the server aborts as after a panic, and nothing can recover from that.
+//
+// In HTTP/1.0, which reverse proxies speak, the end of the connection is the end of the
+// data. So there the connection is reset.
 func abort(w http.ResponseWriter, r *http.Request) {
 	control := http.NewResponseController(w)
 	err := control.SetWriteDeadline(time.Unix(1, 0))
 	if isHTTP10(r) {
 		if conn, _, err := control.Hijack(); err == nil {
-			conn = unwrap(conn) // TLS would say goodbye
+			conn = unwrap(conn) // closing TLS would tell the client that the data is complete
 			if tcp, ok := conn.(*net.TCPConn); ok {
 				_ = tcp.SetLinger(0)
 			}

@@ -68,7 +68,7 @@ func TestSurface_EveryChangeOfTheSourceIsSeen(t *testing.T) {
 		"field renamed":          {old: `(?m)^\tStreamURL( .*\n)`, new: "\tStreamAddr$1"},
 		"field's type":           {old: `(?m)^\tError +error`, new: "\tError string"},
 		"fields in other order":  {old: "(?m)^(\tID .*\n)(\tTask .*\n)", new: "$2$1"},
-		"tag changed":            {old: `json:"responsehook"`, new: `json:"response_hook"`},
+		"tag changed":            {old: "(?m)^(\tResponseHook +\\*url.URL +.json:\")responsehook", new: "${1}response_hook"},
 		"tag removed":            {old: "(?m)^(\tTask +string) .*$", new: "$1"},
 		"type embedded":          {old: `(type UnixListener struct \{\n)`, new: "${1}\tsync.Mutex\n"},
 		"methods embedded":       {old: `(type Tracker struct \{\n)`, new: "${1}\textra\n", add: "type extra struct{}\n\nfunc (extra) Extra() {}"},

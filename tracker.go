@@ -16,48 +16,49 @@ import (
 )
 
 const (
-	defaultTimeout  = time.Minute // of a tracker that is given none
-	exchangeTimeout = time.Minute // bounds reading a response and acknowledging it
-	maxIdle         = 2           // goroutines that wait for a response to arrive
+	defaultTimeout  = time.Minute // of a request, if neither it nor the tracker has one
+	exchangeTimeout = time.Minute // for reading a response and acknowledging it
+	maxIdle         = 2           // goroutines that wait for the next connection
 
-	// atOnce is the time a listener gets to stop when nothing is worth waiting for.
+	// atOnce makes Stop of a listener close open connections without waiting for them.
+	// Zero would mean no time limit.
 	atOnce = time.Nanosecond
 )
 
-// Tracker keeps track of requests waiting on a response. It listens on a unix
-// socket for the responses, matches them by id, and completes each request
-// exactly once: with its response, with a time-out, or by removal.
+// Tracker keeps track of requests that wait for a response. It listens on a unix socket
+// for the responses, matches them by id, and completes each request exactly once: with
+// its response, with a time-out, or by removal.
 //
-// The tracker's socket is also the response hook of the requests it proxies
-// ([Tracker.ProxyUnix]), and its streams ([Tracker.NewStreamUnix]) live as long
-// as it runs. After Stop it can be started again. All methods may be called from
-// any goroutine. The zero value can't be started: use [NewTracker].
+// Make one with [NewTracker] and start it with Start. After Stop it can be started again.
+// [Tracker.ProxyUnix] forwards responses to other hooks, [Tracker.NewStreamUnix] serves
+// streams while the tracker runs. All methods may be called from any goroutine.
 type Tracker struct {
 	responses      *UnixListener // started and stopped with the tracker
 	streamURL      *url.URL      // immutable; nil: streams are not proxied
-	defaultTimeout time.Duration
+	defaultTimeout time.Duration // immutable
 
-	exchangeTimeout time.Duration // for one response on the socket
-	streamClaim     time.Duration // for the consumer of a stream to come
-	streamStall     time.Duration // for a stream to move while the tracker stops
-	streamEnd       time.Duration // for a stream to end that has nothing left to move, then
-	hashMask        uint64        // of what the table goes by; all bits but in tests
+	// Constants, except in tests, which set them before Start.
+	exchangeTimeout time.Duration
+	streamClaim     time.Duration
+	streamStall     time.Duration
+	streamEnd       time.Duration
+	hashMask        uint64 // bits of an id's hash that count: all
 
-	unknown  logLimit       // responses nobody waits for
-	failures logLimit       // of forwards and streams
+	unknown  logLimit       // for responses to requests that are not tracked
+	failures logLimit       // for failed forwards and streams
 	starting sync.Mutex     // one Start at a time; taken before mu
-	serving  sync.WaitGroup // serve and its connections; Stop waits
-	idle     atomic.Int32   // goroutines in serve that have no connection
+	serving  sync.WaitGroup // goroutines in serve; Stop waits
+	idle     atomic.Int32   // goroutines in serve that wait for a connection
 
 	mu       sync.Mutex // guards the fields below
 	state    trackerState
-	pending  map[uint64]*pendingRequest     // by hash of the id; whoever removes an entry completes it
-	tracked  int                            // entries
-	timeouts map[time.Duration]*timeoutList // by length, of pending requests
+	pending  map[uint64]*pendingRequest     // by hash of the id; the goroutine that removes an entry completes it
+	tracked  int                            // number of pending requests
+	timeouts map[time.Duration]*timeoutList // of the pending requests, by time-out
 	drained  chan struct{}                  // made by Stop, closed when pending is empty
-	stopped  chan struct{}                  // made by Stop, closed when it is done
-	handlers sync.WaitGroup                 // requests being completed; Add only under mu
-	streams  map[*unixStream]struct{}       // offered or in transfer
+	stopped  chan struct{}                  // made by Stop, closed when Stop is done
+	handlers sync.WaitGroup                 // requests being completed; Add only under mu; Stop waits
+	streams  map[*unixStream]struct{}       // streams that are not done
 }
 
 type trackerState int
@@ -65,56 +66,57 @@ type trackerState int
 const (
 	trackerStopped trackerState = iota
 	trackerRunning
-	trackerStopping // Stop waits for what is tracked, nothing new is taken
+	trackerStopping // Stop is running; new requests and streams are refused
 )
 
 // pendingRequest is a tracked request.
 type pendingRequest struct {
-	id       string // of the entry, whatever becomes of the request's fields
+	// Immutable.
+	id       string // a copy: the caller might change req.ID
 	req      *Request
-	handle   func(*pendingRequest, *Response)
+	handle   func(*pendingRequest, *Response) // completes the request
 	deadline time.Time
-	taken    bool // out of the table to be completed; guarded by the tracker's mu
 
-	timeout    *timeoutList // whose list this is an entry of, until it is removed
-	prev, next *pendingRequest
-	same       *pendingRequest // another one whose id has the same hash; next to none has
+	// Guarded by the tracker's mu.
+	taken      bool            // removed from the table to be completed
+	timeout    *timeoutList    // the list that this is in; nil: removed
+	prev, next *pendingRequest // in that list
+	same       *pendingRequest // next one whose id has the same hash; almost always nil
 }
 
 var idSeed = maphash.MakeSeed()
 
-// hash is what the table goes by. A table by id would be larger and slower to
-// grow: with a million requests most of the time goes into memory that is in no
+// hash returns the key of an id in the table. A table with ids as keys would be larger
+// and slower: with a million requests, most of the time goes into memory that is in no
 // cache.
 func (t *Tracker) hash(id string) uint64 { return maphash.String(idSeed, id) & t.hashMask }
 
-// timeoutList is the pending requests that have the same time-out, which ends in
-// the order in which they were tracked, with one timer for all: one for each would
-// cost more than all the rest of tracking.
+// timeoutList holds the pending requests with the same time-out. They expire in the order
+// in which they were tracked, so one timer serves all. A timer for each request would
+// cost more than the rest of tracking.
 type timeoutList struct {
 	length      time.Duration
-	first, last *pendingRequest // never nil while it is in the table
-	timer       *time.Timer     // set for the first one, or for one before it that is gone; takeDue sets it on
+	first, last *pendingRequest // not nil while the list is in Tracker.timeouts
+	timer       *time.Timer     // fires at the deadline of first, or of a removed one before it; takeDue resets it
 }
 
-// timeoutError is the error of a request without a response in time.
+// timeoutError is the error in the response of a request that has timed out.
 type timeoutError struct{}
 
 func (timeoutError) Error() string        { return "response timeout" }
 func (timeoutError) Timeout() bool        { return true }
 func (timeoutError) Is(target error) bool { return target == os.ErrDeadlineExceeded }
 
-// NewTracker creates and initializes a new Tracker; nothing is touched before
-// Start. The response socket is made at socketPath, as by [NewUnixListener]. If a
-// socketPath is not provided, the response socket will be created in a temporary
-// directory that only the process's user can enter.
+// NewTracker creates a tracker. It touches nothing on disk before Start.
 //
-// The httpStreamURL is where the service serves [ProxyStreamHandler], as others
-// reach it; with nil, streams can't be proxied. The defaultTimeout is for
-// requests that are tracked without one; zero or less means a minute.
+// The response socket is made at socketPath, as by [NewUnixListener]; empty means a
+// random name in a directory that only the process's user can enter. The httpStreamURL is
+// the URL at which others reach this service's [ProxyStreamHandler]; with nil, streams
+// can't be proxied. The defaultTimeout applies to requests that are tracked without one;
+// zero or less means a minute.
 //
 // A path or URL that is not UTF-8 gives an error that matches [io/fs.ErrInvalid]: JSON
-// would change it, and nothing would arrive.
+// would change it, and responses would not arrive.
 func NewTracker(socketPath string, httpStreamURL *url.URL, defaultTimeout time.Duration) (*Tracker, error) {
 	responses := NewUnixListener(socketPath, 0)
 	if !utf8.ValidString(responses.path) {
@@ -142,10 +144,13 @@ func NewTracker(socketPath string, httpStreamURL *url.URL, defaultTimeout time.D
 	return t, nil
 }
 
-// Start activates the tracker. This allows tracking of requests as well as
-// listening for and handling responses. On a started tracker it does nothing.
-// While Stop is under way the error matches [net.ErrClosed]; otherwise the
-// errors are those of [UnixListener.Start], after which the tracker is as it was.
+// Start opens the response socket and begins to accept requests to track, responses and
+// streams. On a started tracker it does nothing. It blocks for milliseconds, 5 s at most
+// (see [UnixListener.Start]).
+//
+// A call during Stop gives an error that matches [net.ErrClosed]. A tracker that was not
+// made by [NewTracker] gives one that matches [io/fs.ErrInvalid]. The other errors are
+// those of [UnixListener.Start]. After an error the tracker is as it was.
 func (t *Tracker) Start() error {
 	if t.responses == nil {
 		return fmt.Errorf("start tracker: not made by NewTracker: %w", fs.ErrInvalid)
@@ -159,7 +164,7 @@ func (t *Tracker) Start() error {
 	case trackerRunning:
 		return nil
 	case trackerStopping:
-		return fmt.Errorf("start tracker %s: it is stopping: %w", t.Addr(), net.ErrClosed)
+		return fmt.Errorf("start tracker %s: the last Stop has not returned yet: %w", t.Addr(), net.ErrClosed)
 	}
 	if err := t.responses.Start(); err != nil {
 		return fmt.Errorf("start tracker: %w", err)
@@ -174,8 +179,8 @@ func (t *Tracker) Start() error {
 	return nil
 }
 
-// Addr returns the string representation of the Tracker's response listener
-// socket.
+// Addr returns the path of the response socket: as it was given to [NewTracker], or as
+// the library chose it.
 func (t *Tracker) Addr() string {
 	if t.responses == nil {
 		return ""
@@ -183,8 +188,8 @@ func (t *Tracker) Addr() string {
 	return t.responses.Addr()
 }
 
-// URL returns the URL of the Tracker's response listener socket, the response
-// hook for requests that this tracker tracks. The caller owns it.
+// URL returns the URL of the response socket: the response hook for requests that this
+// tracker tracks. The caller owns the result.
 func (t *Tracker) URL() *url.URL {
 	if t.responses == nil {
 		return &url.URL{Scheme: "unix"}
@@ -192,33 +197,35 @@ func (t *Tracker) URL() *url.URL {
 	return t.responses.URL()
 }
 
-// NumRequests returns the number of tracked requests: those that have neither
-// been answered nor timed out nor been removed.
+// NumRequests returns the number of tracked requests: those that were not yet answered,
+// timed out or removed.
 func (t *Tracker) NumRequests() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.tracked
 }
 
-// TrackRequest tracks a request until its response arrives, the timeout passes
-// or it is removed. Track it before sending it: the response can be faster than
-// the acknowledgement. This does not need to be called after using ProxyUnix. A
-// timeout of zero or less means the tracker's default.
+// TrackRequest tracks a request until its response arrives, its timeout passes, or
+// [Tracker.RemoveRequest] removes it. Call it before you send the request: the response
+// can arrive before the acknowledgement. A request that was given to [Tracker.ProxyUnix]
+// needs no call. A timeout of zero or less means the tracker's default.
 //
-// After the timeout the request is handled with a Response whose error has the
-// text "response timeout" and matches [os.ErrDeadlineExceeded].
+// The response goes to one of the request's handlers, once. After the timeout the handler
+// gets a Response whose error has the text "response timeout" and matches
+// [os.ErrDeadlineExceeded].
 //
-// A nil request, one without an id, and one whose id, task or hook [Request.Validate]
-// refuses (task and hook may be missing), give an error that matches
-// [io/fs.ErrInvalid], an id that is tracked already [io/fs.ErrExist], a tracker that
-// is not started or is stopping [net.ErrClosed].
+// The errors match:
+//
+//   - [io/fs.ErrInvalid]: the request is nil or has no id, or its id, task or hook is one
+//     that [Request.Validate] refuses (task and hook may be missing)
+//   - [io/fs.ErrExist]: the id is tracked already
+//   - [net.ErrClosed]: the tracker is not started, or it is stopping
 func (t *Tracker) TrackRequest(req *Request, timeout time.Duration) error {
 	_, err := t.track(req, timeout, (*pendingRequest).runHandler)
 	return err
 }
 
-// track puts a request into the table, with what is to be done with its
-// response.
+// track adds a request to the table. The function handle completes it.
 func (t *Tracker) track(req *Request, timeout time.Duration, handle func(*pendingRequest, *Response)) (*pendingRequest, error) {
 	if req == nil {
 		return nil, fmt.Errorf("track request: request is nil: %w", fs.ErrInvalid)
@@ -238,7 +245,7 @@ func (t *Tracker) track(req *Request, timeout time.Duration, handle func(*pendin
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.state != trackerRunning {
-		return nil, fmt.Errorf("track request %s: tracker is not running: %w", req.ID, net.ErrClosed)
+		return nil, fmt.Errorf("track request %s: tracker is not started, or is stopping: %w", req.ID, net.ErrClosed)
 	}
 	hash := t.hash(req.ID)
 	same := t.pending[hash]
@@ -252,7 +259,7 @@ func (t *Tracker) track(req *Request, timeout time.Duration, handle func(*pendin
 	return p, nil
 }
 
-// find returns the one with the id among entries with the same hash.
+// find returns the entry with the id, from a list of entries with the same hash.
 func find(p *pendingRequest, id string) *pendingRequest {
 	for p != nil && p.id != id {
 		p = p.same
@@ -260,7 +267,8 @@ func find(p *pendingRequest, id string) *pendingRequest {
 	return p
 }
 
-// unlink returns what is left of entries with the same hash without one of them.
+// unlink removes an entry from a list of entries with the same hash, and returns the
+// list.
 func unlink(first, p *pendingRequest) *pendingRequest {
 	if first == p {
 		return p.same
@@ -273,11 +281,10 @@ func unlink(first, p *pendingRequest) *pendingRequest {
 	return first
 }
 
-// RemoveRequest should be used to remove a tracked request. Use in cases such as
-// sending failures, where there is no hope of a response being received. It
-// reports whether the request was still tracked: if so, no handler will run and
-// nothing be forwarded. A response or time-out that came first is handled as
-// ever, possibly at this moment.
+// RemoveRequest stops tracking a request, for example because sending it failed. It
+// reports whether the request was still tracked. If so, no handler runs and nothing is
+// forwarded. If not, a response or time-out came first, and its handler has run, is
+// running or is about to.
 func (t *Tracker) RemoveRequest(req *Request) bool {
 	if req == nil {
 		return false
@@ -291,7 +298,8 @@ func (t *Tracker) RemoveRequest(req *Request) bool {
 	return p != nil
 }
 
-// remove removes an entry. It reports false if that is being completed, or was.
+// remove removes an entry if it is still in the table. It reports false if the request
+// was taken from the table to be completed.
 func (t *Tracker) remove(p *pendingRequest) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -301,14 +309,14 @@ func (t *Tracker) remove(p *pendingRequest) bool {
 	return !p.taken
 }
 
-// HandleResponse associates a response with a request and either forwards the
-// response or calls the request's handler, and returns when that is done. A
-// response to a request that is not tracked (any more), or nil, is logged and
-// dropped. A panic in a handler ends the process, as one in any goroutine does.
+// HandleResponse completes the tracked request with the response's id: it runs the
+// request's handler, or forwards the response if the request was proxied, and returns
+// when that is done. If no such request is tracked (any more), or the response is nil, it
+// logs that and drops the response.
 //
-// Responses that arrive on the tracker's socket need no call: the tracker makes
-// it, in a goroutine for each. It is for those that arrive otherwise, such as on
-// an HTTP hook of the service.
+// The tracker itself calls it for each response on its socket, in a goroutine of its own.
+// Call it for responses that arrive otherwise, for example on an HTTP hook of the
+// service.
 func (t *Tracker) HandleResponse(resp *Response) {
 	if resp == nil {
 		t.unknown.log(logrus.WarnLevel, "dropped a response that is nil", nil, "", t.Addr())
@@ -322,16 +330,19 @@ func (t *Tracker) HandleResponse(resp *Response) {
 	t.complete(p, resp)
 }
 
-// Stop deactivates the tracker. It blocks until all active connections and
-// tracked requests are finished: new requests are refused, those tracked end
-// with their response, their time-out or their removal, and their handlers and
-// forwards return. Then the response socket is closed, streams that nobody has
-// claimed end, and streams in transfer are waited for as long as they move; one
-// that has not moved a byte for 10 s by then is cut off.
+// Stop refuses new requests and streams and blocks until everything that is under way has
+// ended:
 //
-// It is safe to call more than once, before Start, and from several goroutines:
-// each call returns when the tracker is down. A handler must not call it: it
-// would wait for itself.
+//   - Each tracked request ends with its response, its time-out or its removal. Then its
+//     handler or forward returns.
+//   - The response socket closes. Exchanges that are then under way on it are closed
+//     without an acknowledgement.
+//   - Streams without a consumer end. Streams in transfer continue while they move, and
+//     are cut off after 10 s without a byte.
+//
+// It may be called more than once, before Start, and from several goroutines: each call
+// returns when the tracker is stopped. A handler must not call it: it would wait for
+// itself.
 func (t *Tracker) Stop() {
 	t.mu.Lock()
 	switch t.state {
@@ -357,13 +368,13 @@ func (t *Tracker) Stop() {
 
 	t.mu.Lock()
 	t.state = trackerStopped
-	close(t.stopped) // under mu: a Start and a Stop that follow make a new one
+	close(t.stopped) // under mu: a later Stop makes a new channel
 	t.mu.Unlock()
 }
 
-// serve handles the connections on the response socket until it is closed. One
-// that is in hand delays no other: whoever takes the last goroutine that waits
-// starts another.
+// serve handles connections of the response socket until the socket is closed. A
+// connection delays no other one: when no goroutine is left that waits for the next
+// connection, serve starts one.
 func (t *Tracker) serve() {
 	for conn := t.responses.NextConn(); conn != nil; conn = t.responses.NextConn() {
 		if t.idle.Add(-1) == 0 {
@@ -377,7 +388,8 @@ func (t *Tracker) serve() {
 	}
 }
 
-// waitsAgain counts the goroutine as one that waits, unless enough do.
+// waitsAgain counts the goroutine as idle again. It reports false if enough goroutines
+// are idle already.
 func (t *Tracker) waitsAgain() bool {
 	for {
 		n := t.idle.Load()
@@ -390,9 +402,9 @@ func (t *Tracker) waitsAgain() bool {
 	}
 }
 
-// receive reads a response from the connection, acknowledges it, and only then
-// handles it, with the connection closed. A broken frame is answered by closing:
-// that tells its sender.
+// receive reads a response from the connection, acknowledges it, closes the connection,
+// and then handles the response. A broken frame gets no acknowledgement, which tells its
+// sender.
 func (t *Tracker) receive(conn net.Conn) {
 	defer t.responses.DoneConn(conn)
 	if err := conn.SetDeadline(time.Now().Add(t.exchangeTimeout)); err != nil {
@@ -402,14 +414,14 @@ func (t *Tracker) receive(conn net.Conn) {
 	if err := UnmarshalConnData(conn, resp); err != nil {
 		return
 	}
-	// The response is here, whether or not its sender stays to be told so.
+	// If the acknowledgement fails, the response has arrived all the same.
 	_ = SendConnData(conn, accepted)
 	t.responses.DoneConn(conn)
 	t.HandleResponse(resp)
 }
 
-// take removes the request with the id from the table, which gives the caller
-// the right and the duty to complete it.
+// take removes the request with the id from the table. The caller has to complete it; no
+// other goroutine will.
 func (t *Tracker) take(id string) *pendingRequest {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -420,14 +432,14 @@ func (t *Tracker) take(id string) *pendingRequest {
 	return p
 }
 
-// takeLocked removes an entry that is to be completed. The caller holds mu.
+// takeLocked removes an entry that the caller will complete. The caller holds mu.
 func (t *Tracker) takeLocked(p *pendingRequest) {
 	p.taken = true
 	t.handlers.Add(1) // before Stop can learn that the table is empty
 	t.removeLocked(p)
 }
 
-// removeLocked takes an entry out of the table. The caller holds mu.
+// removeLocked removes an entry from the table. The caller holds mu.
 func (t *Tracker) removeLocked(p *pendingRequest) {
 	hash := t.hash(p.id)
 	if left := unlink(t.pending[hash], p); left != nil {
@@ -441,16 +453,15 @@ func (t *Tracker) removeLocked(p *pendingRequest) {
 	t.checkDrainedLocked()
 }
 
-// checkDrainedLocked tells Stop when the last request is gone. The caller holds
-// mu.
+// checkDrainedLocked tells Stop when no request is tracked any more. The caller holds mu.
 func (t *Tracker) checkDrainedLocked() {
 	if t.state == trackerStopping && t.tracked == 0 {
 		close(t.drained)
 	}
 }
 
-// setTimeoutLocked has an entry time out. The caller holds mu since before the
-// entry's deadline was set.
+// setTimeoutLocked adds an entry to the list of its time-out. The caller has held mu
+// since it set the entry's deadline, so the list stays in the order of deadlines.
 func (t *Tracker) setTimeoutLocked(p *pendingRequest, length time.Duration) {
 	o := t.timeouts[length]
 	if o == nil {
@@ -463,9 +474,9 @@ func (t *Tracker) setTimeoutLocked(p *pendingRequest, length time.Duration) {
 	o.last, p.timeout = p, o
 }
 
-// clearTimeoutLocked takes an entry out of the list of its time-out. The timer
-// stays as it is while others need it: it may find that it was set too early.
-// The caller holds mu.
+// clearTimeoutLocked removes an entry from the list of its time-out. It stops the timer
+// only with the last entry: a timer that fires too early is set again. The caller holds
+// mu.
 func (t *Tracker) clearTimeoutLocked(p *pendingRequest) {
 	o := p.timeout
 	if p.prev != nil {
@@ -478,28 +489,28 @@ func (t *Tracker) clearTimeoutLocked(p *pendingRequest) {
 	} else {
 		o.last = p.prev
 	}
-	p.prev, p.next, p.timeout = nil, nil, nil // its handler may run for long
+	p.prev, p.next, p.timeout = nil, nil, nil // else a slow handler would keep them in memory
 	if o.first == nil {
 		o.timer.Stop()
 		delete(t.timeouts, o.length)
 	}
 }
 
-// timeOut completes the requests whose time is up, each in a goroutine of its
-// own, so that a handler doesn't delay the others.
+// timeOut completes the requests whose deadline has passed, each in a goroutine of its
+// own, so that a slow handler does not delay the others.
 func (t *Tracker) timeOut(o *timeoutList) {
 	for p := t.takeDue(o); p != nil; p = t.takeDue(o) {
 		go t.complete(p, &Response{ID: p.id, Error: timeoutError{}}) // Stop waits for handlers
 	}
 }
 
-// takeDue takes the first request of a time-out if its time is up. If not, it sets
+// takeDue takes the first request of a list if its deadline has passed. If not, it resets
 // the timer.
 func (t *Tracker) takeDue(o *timeoutList) *pendingRequest {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	p := o.first
-	if p == nil { // the last of them has just been removed
+	if p == nil { // the last request was removed after the timer had fired
 		return nil
 	}
 	if left := time.Until(p.deadline); left > 0 {
@@ -510,14 +521,13 @@ func (t *Tracker) takeDue(o *timeoutList) *pendingRequest {
 	return p
 }
 
-// complete does what is to be done with the response of a request that was taken
-// from the table.
+// complete completes a request that was taken from the table.
 func (t *Tracker) complete(p *pendingRequest, resp *Response) {
 	defer t.handlers.Done()
 	p.handle(p, resp)
 }
 
-// runHandler is what is done with the response of a request that is not proxied.
+// runHandler completes a request that is not proxied.
 func (p *pendingRequest) runHandler(resp *Response) {
 	p.req.HandleResponse(resp)
 }

@@ -15,21 +15,21 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// The accept loop waits between failed attempts, for example while the process
-// has no descriptor left: from the first of these to the second, doubling.
+// The accept loop waits after a failed attempt, for example while the process has no
+// descriptor left. The wait begins with the first of these and doubles up to the second.
 const (
 	minAcceptDelay = 5 * time.Millisecond
 	maxAcceptDelay = time.Second
 )
 
-const maxWrapped = 100 // wrappers around a connection; more must be one that wraps itself
+const maxWrapped = 100 // wrappers around a connection; with more, one probably wraps itself
 
-// UnixListener is a wrapper for a unix socket. It handles creation and
-// listening for new connections, as well as graceful shutdown. After Stop it can
-// be started again. All methods may be called from any goroutine. The zero value
-// can't be started: use [NewUnixListener].
+// UnixListener listens on a unix socket, hands out the accepted connections, and stops
+// gracefully. Make one with [NewUnixListener] and start it with Start. After Stop it can
+// be started again. All methods may be called from any goroutine.
 type UnixListener struct {
-	addr   string // as given
+	// Immutable.
+	addr   string // as given to NewUnixListener
 	path   string // absolute
 	limit  int    // connections accepted in a run; 0 and below: no limit
 	listen func(path string) (*socket, error)
@@ -38,10 +38,10 @@ type UnixListener struct {
 
 	mu    sync.Mutex
 	run   *listenerRun  // from Start to the end of Stop, else nil
-	begun chan struct{} // closed by the first Start or Stop, which NextConn waits for
+	begun chan struct{} // closed by the first Start or Stop; NextConn waits for it
 }
 
-// listenerRun is what a listener has between Start and Stop.
+// listenerRun is the state of a listener between Start and Stop.
 type listenerRun struct {
 	socket   *socket
 	queue    *acceptQueue
@@ -50,14 +50,14 @@ type listenerRun struct {
 	refused  chan struct{} // closed when the accept loop has ended
 }
 
-// NewUnixListener creates and initializes a new UnixListener; nothing is touched
-// before Start. AcceptLimit controls how many connections it will listen for
-// before stopping; 0 and below is unlimited.
+// NewUnixListener creates a listener. It touches nothing on disk before Start.
 //
-// A relative socketPath is taken from the directory the process is in now. If
-// it is empty, the listener uses a socket with a random name in a directory of
-// its own below [os.TempDir], which Start makes and Stop removes and only the
-// process's user can enter.
+// A relative socketPath is taken from the current directory of this moment. If socketPath
+// is empty, Start makes a directory below [os.TempDir] that only the process's user can
+// enter, and in it a socket with a random name. Stop removes both.
+//
+// The acceptLimit is the number of connections after which the listener stops listening;
+// zero or less means no limit. A listener with a limit has no sessions.
 func NewUnixListener(socketPath string, acceptLimit int) *UnixListener {
 	if socketPath == "" {
 		return newListener(randomSocketPath("acomm.sock"), acceptLimit, listenPrivate)
@@ -65,10 +65,10 @@ func NewUnixListener(socketPath string, acceptLimit int) *UnixListener {
 	return newListener(socketPath, acceptLimit, listenAt)
 }
 
-// newListener is a listener with its own way to make the socket.
+// newListener creates a listener that makes its socket with the function listen.
 func newListener(addr string, limit int, listen func(string) (*socket, error)) *UnixListener {
 	path := addr
-	if !strings.HasPrefix(addr, "@") { // a name of another kind, which Start refuses
+	if !strings.HasPrefix(addr, "@") { // an abstract name is not a path, and Start refuses it
 		if abs, err := filepath.Abs(addr); err == nil {
 			path = abs
 		}
@@ -76,28 +76,34 @@ func newListener(addr string, limit int, listen func(string) (*socket, error)) *
 	return &UnixListener{addr: addr, path: path, limit: limit, listen: listen, begun: make(chan struct{})}
 }
 
-// Addr returns the string representation of the unix address: the socket path
-// as it was given, or the one the library chose.
+// Addr returns the path of the socket: as it was given to [NewUnixListener], or as the
+// library chose it.
 func (ul *UnixListener) Addr() string {
 	return ul.addr
 }
 
-// URL returns the URL representation of the unix address: scheme unix and the
-// absolute path. The caller owns it.
+// URL returns the URL of the socket: the scheme unix and the absolute path. The caller
+// owns the result.
 func (ul *UnixListener) URL() *url.URL {
 	return &url.URL{Scheme: "unix", Path: ul.path}
 }
 
-// Start prepares the listener and starts listening for new connections. Missing
-// parent directories are created, a socket file whose owner is dead is replaced.
+// Start makes the socket and begins to accept connections. It creates missing parent
+// directories and replaces the socket file of a dead process. It blocks for milliseconds;
+// for 5 s at most if it has to replace a file while another process holds a lock on the
+// directory.
 //
-// On a started listener, and where the path belongs to a live listener or to a
-// file that is not a socket, the error matches [syscall.EADDRINUSE]; while Stop
-// is under way [net.ErrClosed]; with a path that is too long
-// [syscall.ENAMETOOLONG]; with one that is no path of a socket
-// [io/fs.ErrInvalid]. After an error the listener is as it was. It blocks for
-// milliseconds; at most 5 s, when a dead socket file is to be replaced and another
-// process holds a lock on the directory.
+// The errors match:
+//
+//   - [syscall.EADDRINUSE]: the listener is started already, or the path belongs to a
+//     live listener or to a file that is not a socket
+//   - [net.ErrClosed]: Stop is still running
+//   - [syscall.ENAMETOOLONG]: the path is too long (Linux: over 107 bytes)
+//   - [io/fs.ErrInvalid]: the path can't be that of a socket, or the listener was not
+//     made by [NewUnixListener]
+//   - [os.ErrDeadlineExceeded]: the directory was locked for more than 5 s
+//
+// After an error the listener is as it was.
 func (ul *UnixListener) Start() error {
 	ul.starting.Lock()
 	defer ul.starting.Unlock()
@@ -127,8 +133,8 @@ func (ul *UnixListener) Start() error {
 	return nil
 }
 
-// beginLocked lets NextConn go on that was called before the first Start. The caller
-// holds mu.
+// beginLocked wakes the NextConn calls that wait for the first Start. The caller holds
+// mu.
 func (ul *UnixListener) beginLocked() {
 	select {
 	case <-ul.begun:
@@ -137,7 +143,7 @@ func (ul *UnixListener) beginLocked() {
 	}
 }
 
-// checkStopped gives the reason why the listener can't be started, if any.
+// checkStopped returns an error if the listener is started or stopping.
 func (ul *UnixListener) checkStopped() error {
 	ul.mu.Lock()
 	defer ul.mu.Unlock()
@@ -146,37 +152,34 @@ func (ul *UnixListener) checkStopped() error {
 	}
 	select {
 	case <-ul.run.stopping:
-		return fmt.Errorf("it is stopping: %w", net.ErrClosed)
+		return fmt.Errorf("the last Stop has not returned yet: %w", net.ErrClosed)
 	default:
 		return fmt.Errorf("it is started already: %w", syscall.EADDRINUSE)
 	}
 }
 
-// NextConn blocks and returns the next connection, in the order of their
-// arrival. It returns nil when there is none and none can come: the listener is
-// stopped and all connections accepted before have been handed out, or the accept
-// limit is reached and all were. Before the first Start it waits for that; a Stop
-// ends the wait. Connections should be handled in a goroutine to take advantage of
-// concurrency. When done, the connection MUST be finished with a call to DoneConn.
+// NextConn returns the next connection, in the order of arrival, and blocks until there
+// is one. Finish each connection with [UnixListener.DoneConn], or Stop waits for it. Any
+// number of goroutines may call NextConn; each connection goes to one of them.
 //
-// The connection has no deadline. A peer may connect and stay silent, so set one
-// before reading. It has the SyscallConn method of [net.UnixConn], for the peer's
-// credentials. It may be of another type.
+// It returns nil if no connection is left and none can come: after Stop, or after the
+// accept limit. Before the first Start it waits for that Start; a Stop ends the wait.
 //
-// On Linux, and without an accept limit, a sender that has this library too opens a
-// session, 256 to a listener: one connection that carries many exchanges. Each of them
-// is returned as a connection of its own, and used in the same way. Its LocalAddr and
-// RemoteAddr are those of the session by which its sender came (it has a random name that
-// begins with @acomm-3s/), its deadlines bound this exchange alone. What is written up
-// to the end of a frame is the answer; Write queues it without blocking, and what is
-// written after it gives an error that matches [syscall.EPIPE]. Read gives the sender's
-// frame, then blocks until the exchange is answered or the sender has given up, and
-// returns [io.EOF]. Of SyscallConn, Control works; Read and Write give an error that
-// matches [errors.ErrUnsupported], as the socket is shared. A listener has at most 4 MiB
-// of messages of each session ahead of NextConn, half of which the sender has given up
-// on; it serves no others on that session.
+// The connection has no deadline. Set one before you read: a peer may connect and stay
+// silent. Besides the methods of [net.Conn] it has SyscallConn, for the peer's
+// credentials (SO_PEERCRED). Its type is not always [net.UnixConn].
 //
-// Any number of goroutines may call it; each connection goes to one of them.
+// On Linux, and without an accept limit, a sender may open a session: one connection that
+// carries many exchanges. A listener accepts 256 of them at most. NextConn returns each
+// exchange as a connection of its own, and you use it in the same way:
+//
+//   - Read gives the sender's frame. Then it blocks until the exchange has been answered
+//     or the sender has given up, and returns [io.EOF].
+//   - Write queues the bytes up to the end of one frame as the answer, and does not
+//     block. Later writes give an error that matches [syscall.EPIPE].
+//   - Deadlines apply to this exchange only. The addresses are those of the session.
+//   - SyscallConn's Control works. Its Read and Write give an error that matches
+//     [errors.ErrUnsupported], since the exchanges share the socket.
 func (ul *UnixListener) NextConn() net.Conn {
 	if ul.begun == nil {
 		return nil // not made by NewUnixListener, can't be started
@@ -189,13 +192,14 @@ func (ul *UnixListener) NextConn() net.Conn {
 	return run.queue.next()
 }
 
-// DoneConn completes the handling of a connection and closes it. A wrapper whose
-// method NetConn() net.Conn returns what it wraps, as that of [crypto/tls.Conn] does,
-// is closed and completes what is inside, through up to 100 wrappers. With nil, a
-// connection that is done already or one that is not from this listener it does
-// nothing. It does not block, unless the Close of a wrapper does.
+// DoneConn closes a connection of NextConn and tells the listener that it is finished. On
+// a session it ends the exchange only, and a sender without an answer learns that at
+// once. It does not block, unless the Close method of a wrapper does.
 //
-// Of a session only the exchange ends. A sender that was not answered learns it at once.
+// The argument may be a wrapper whose method NetConn() net.Conn returns the wrapped
+// connection, as [crypto/tls.Conn] has it. DoneConn closes the wrapper and finishes the
+// connection inside, through up to 100 wrappers. It does nothing with nil, a finished
+// connection, or a connection of another listener.
 func (ul *UnixListener) DoneConn(conn net.Conn) {
 	inner := unwrap(conn)
 	run := ul.current()
@@ -206,14 +210,14 @@ func (ul *UnixListener) DoneConn(conn net.Conn) {
 	run.queue.done(inner)
 }
 
-// current returns the run of a listener that is started, else nil.
+// current returns the listener's run; nil if it is not started.
 func (ul *UnixListener) current() *listenerRun {
 	ul.mu.Lock()
 	defer ul.mu.Unlock()
 	return ul.run
 }
 
-// unwrap returns what is wrapped in a connection, or itself.
+// unwrap returns the innermost connection inside of wrappers, or the connection itself.
 func unwrap(conn net.Conn) net.Conn {
 	for range maxWrapped {
 		wrapper, ok := conn.(interface{ NetConn() net.Conn })
@@ -225,8 +229,8 @@ func unwrap(conn net.Conn) net.Conn {
 	return conn
 }
 
-// closeWrapped closes a connection, first by the wrapper around it if there is one,
-// which may have something to write before the end.
+// closeWrapped closes the wrapper, if there is one, and then the connection inside. A
+// wrapper may have to write something first, as TLS does.
 func closeWrapped(conn, inner net.Conn) {
 	if conn != inner {
 		_ = conn.Close()
@@ -234,21 +238,24 @@ func closeWrapped(conn, inner net.Conn) {
 	_ = inner.Close()
 }
 
-// Stop stops listening for new connections, removes the socket file if it is
-// still this listener's, and waits until every connection accepted before has
-// been handed out by NextConn and finished with DoneConn. With a positive
-// timeout it closes what is still open once the timeout has passed; with zero
-// or less it waits as long as that takes. It is safe to call more than once,
-// before Start, and from several goroutines: each call returns when the listener
-// is down, and the timeout is that of the first.
+// Stop stops listening, removes the listener's socket file, and blocks until every
+// accepted connection was handed out by NextConn and finished with DoneConn. When a
+// positive timeout has passed, it closes the connections that are still open and returns;
+// zero or less means no time limit. If another listener has replaced the socket file, the
+// file stays.
 //
-// On sessions nothing more is served from now on, and the senders are told. Messages that
-// were read count as accepted connections do: NextConn returns them. The senders may send
-// the rest elsewhere. When the timeout has passed they are told which of the messages no
-// handler has got; a sender that does not read then holds Stop up for 200 ms at most. Idle
-// sessions don't delay it. When the process's last listener or tracker stops, the
-// sessions that it has opened close too: idle ones at once, busy ones after their last
-// exchange, for which Stop does not wait.
+// On sessions, messages that were read before the call count as accepted connections.
+// Later ones are not served: their senders are told so and send them elsewhere. When the
+// timeout has passed, that also holds for messages that NextConn has not returned; a
+// sender that does not read then delays Stop by 200 ms at most. Idle sessions do not
+// delay it.
+//
+// When the process's last listener or tracker stops, the sessions that the process opened
+// close too: idle ones at once, busy ones after their last exchange. Stop does not wait
+// for the busy ones.
+//
+// Stop may be called more than once, before Start, and from several goroutines. Each call
+// returns when the listener is down; the timeout of the first call counts.
 func (ul *UnixListener) Stop(timeout time.Duration) {
 	ul.mu.Lock()
 	run := ul.run
@@ -283,15 +290,14 @@ func (ul *UnixListener) Stop(timeout time.Duration) {
 	close(run.stopped)
 }
 
-// refuse ends the accepting of connections. Those accepted before are still
-// handed out.
+// refuse lets no further connection be accepted. Earlier ones are still handed out.
 func (ul *UnixListener) refuse() {
 	if run := ul.current(); run != nil {
 		run.socket.close()
 	}
 }
 
-// waitDrained waits for the open connections, for as long as Stop's timeout says.
+// waitDrained waits until no connection is open, for the timeout of Stop at most.
 func (run *listenerRun) waitDrained(timeout time.Duration) {
 	if timeout <= 0 {
 		<-run.queue.drained
@@ -305,8 +311,7 @@ func (run *listenerRun) waitDrained(timeout time.Duration) {
 	}
 }
 
-// accept takes connections from the socket until it is closed or the limit is
-// reached.
+// accept accepts connections until the socket is closed or the accept limit is reached.
 func (ul *UnixListener) accept(run *listenerRun) {
 	var failures logLimit
 	delay := minAcceptDelay
@@ -323,7 +328,7 @@ func (ul *UnixListener) accept(run *listenerRun) {
 		}
 		delay = minAcceptDelay
 		if accepted++; accepted == ul.limit {
-			run.socket.close() // first, so that whoever comes after this one finds nobody
+			run.socket.close() // before this connection is handed out: a later sender must find no listener
 		}
 		run.queue.accept(conn)
 	}
@@ -332,7 +337,7 @@ func (ul *UnixListener) accept(run *listenerRun) {
 	close(run.refused)
 }
 
-// waitToAccept lets the delay pass, or the listener stop.
+// waitToAccept waits for the delay, or until the listener stops.
 func (run *listenerRun) waitToAccept(delay time.Duration) {
 	timer := time.NewTimer(delay)
 	defer timer.Stop()

@@ -6,9 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math"
 	"net"
-	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -24,16 +22,14 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// moment is long enough for what must not happen to happen. No order depends on
-// it: where it is too short, a fault is missed, and nothing fails.
-const moment = 30 * time.Millisecond
+// How a UnixListener starts and stops, and whose connections are whose.
 
 func TestUnixListener_RelativePathKeepsAddrAndGetsAbsoluteURL(t *testing.T) {
 	dir := shortDir(t)
 	t.Chdir(dir)
 	ul := acomm.NewUnixListener("sub/../s.sock", 0)
 	require.Equal(t, "sub/../s.sock", ul.Addr())
-	require.Equal(t, &url.URL{Scheme: "unix", Path: filepath.Join(dir, "s.sock")}, ul.URL())
+	require.Equal(t, unixURL(filepath.Join(dir, "s.sock")), ul.URL())
 
 	// It is the directory of then that counts.
 	t.Chdir(shortDir(t))
@@ -118,7 +114,7 @@ func TestUnixListener_OneOfManyStartsWins(t *testing.T) {
 
 func TestUnixListener_StartWhileStoppingIsAnError(t *testing.T) {
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
-	dial(t, ul)
+	dial(t, ul.Addr())
 	conn := take(t, ul)
 	stopped := async(func() { ul.Stop(0) })
 	require.Nil(t, ul.NextConn(), "Stop has begun")
@@ -126,16 +122,6 @@ func TestUnixListener_StartWhileStoppingIsAnError(t *testing.T) {
 	ul.DoneConn(conn)
 	within(t, stopped, "Stop")
 	require.NoError(t, ul.Start())
-}
-
-func TestUnixListener_ZeroValueDoesNoHarm(t *testing.T) {
-	var ul acomm.UnixListener
-	require.ErrorIs(t, ul.Start(), fs.ErrInvalid)
-	require.Nil(t, ul.NextConn())
-	require.Empty(t, ul.Addr())
-	require.NotNil(t, ul.URL())
-	ul.DoneConn(nil)
-	ul.Stop(0)
 }
 
 func TestUnixListener_StopWithoutARunDoesNoHarm(t *testing.T) {
@@ -164,7 +150,7 @@ func TestUnixListener_StopWithoutARunDoesNoHarm(t *testing.T) {
 func TestUnixListener_SecondStopWaitsForTheFirst(t *testing.T) {
 	// Known fault: two calls of Stop panicked, or the second didn't wait.
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
-	dial(t, ul)
+	dial(t, ul.Addr())
 	conn := take(t, ul)
 
 	const callers = 5
@@ -213,14 +199,6 @@ func TestUnixListener_IdleStopIsQuick(t *testing.T) {
 	}), "60 times Start and Stop")
 }
 
-func TestUnixListener_NextConnWithoutARunIsNil(t *testing.T) {
-	require.Nil(t, new(acomm.UnixListener).NextConn(), "of what can't be started")
-	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 0)
-	require.NoError(t, ul.Start())
-	ul.Stop(0)
-	require.Nil(t, ul.NextConn(), "after Stop")
-}
-
 func TestUnixListener_StopEndsEveryBlockedNextConn(t *testing.T) {
 	const callers = 5
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
@@ -241,7 +219,7 @@ func TestUnixListener_StopHandsOutWhatWasAccepted(t *testing.T) {
 	const number = 3
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
 	for i := range number {
-		_, err := dial(t, ul).Write([]byte{byte(i)})
+		_, err := dial(t, ul.Addr()).Write([]byte{byte(i)})
 		require.NoError(t, err)
 	}
 	awaitAccepted(t, ul, number)
@@ -274,7 +252,7 @@ func TestUnixListener_StopHandsOutWhatWasAccepted(t *testing.T) {
 func TestUnixListener_StopClosesWhatIsOpenAfterItsTimeout(t *testing.T) {
 	// Known fault: the timeout was ignored, one silent peer blocked Stop for ever.
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
-	peers := []net.Conn{dial(t, ul), dial(t, ul)}
+	peers := []net.Conn{dial(t, ul.Addr()), dial(t, ul.Addr())}
 	awaitAccepted(t, ul, len(peers))
 	taken := take(t, ul) // the other one nobody takes
 	read := make(chan error)
@@ -300,7 +278,7 @@ func TestUnixListener_StopClosesWhatIsOpenAfterItsTimeout(t *testing.T) {
 
 func TestUnixListener_StopReturnsBeforeItsTimeoutWhenAllIsDone(t *testing.T) {
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
-	dial(t, ul)
+	dial(t, ul.Addr())
 	conn := take(t, ul)
 	stopped := async(func() { ul.Stop(100 * patience) })
 	awaitBlocked(t, "acomm.(*UnixListener).Stop", 1)
@@ -310,7 +288,7 @@ func TestUnixListener_StopReturnsBeforeItsTimeoutWhenAllIsDone(t *testing.T) {
 
 func TestUnixListener_StopWithANegativeTimeoutWaits(t *testing.T) {
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
-	peer := dial(t, ul)
+	peer := dial(t, ul.Addr())
 	conn := take(t, ul)
 	stopped := async(func() { ul.Stop(-time.Second) })
 	awaitBlocked(t, "acomm.(*UnixListener).Stop", 1)
@@ -335,7 +313,7 @@ func TestUnixListener_DoneConnIgnoresWhatIsNotItsOwn(t *testing.T) {
 	dir := shortDir(t)
 	ul := startListener(t, filepath.Join(dir, "s.sock"), 0)
 	other := startListener(t, filepath.Join(dir, "other.sock"), 0)
-	peer, otherPeer := dial(t, ul), dial(t, other)
+	peer, otherPeer := dial(t, ul.Addr()), dial(t, other.Addr())
 	conn, foreign := take(t, ul), take(t, other)
 	near, far := net.Pipe()
 	defer near.Close()
@@ -381,11 +359,11 @@ func TestUnixListener_DoneConnIgnoresWhatIsNotItsOwn(t *testing.T) {
 
 func TestUnixListener_DoneConnOfAnEarlierRunIsIgnored(t *testing.T) {
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
-	dial(t, ul)
+	dial(t, ul.Addr())
 	old := take(t, ul)
 	ul.Stop(time.Nanosecond)
 	require.NoError(t, ul.Start())
-	peer := dial(t, ul)
+	peer := dial(t, ul.Addr())
 	conn := take(t, ul)
 	stopped := async(func() { ul.Stop(0) })
 	awaitBlocked(t, "acomm.(*UnixListener).Stop", 1)
@@ -401,217 +379,15 @@ func TestUnixListener_DoneConnOfAnEarlierRunIsIgnored(t *testing.T) {
 	require.ErrorIs(t, err, io.EOF)
 }
 
-func TestUnixListener_AcceptsAsManyAsItsLimit(t *testing.T) {
-	const limit = 3
-	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), limit)
-	for range 2 { // the second run has the whole limit again
-		require.NoError(t, ul.Start())
-		for range limit {
-			dial(t, ul)
-		}
-		var conns []net.Conn
-		for range limit {
-			conns = append(conns, take(t, ul))
-		}
-		require.Nil(t, ul.NextConn(), "all were taken, none can come")
-		require.Nil(t, ul.NextConn())
-		_, err := net.Dial("unix", ul.Addr())
-		require.Error(t, err)
-		require.NoFileExists(t, ul.Addr())
-
-		stopped := async(func() { ul.Stop(0) })
-		for _, conn := range conns {
-			select {
-			case <-stopped:
-				require.FailNow(t, "Stop did not wait")
-			default:
-			}
-			ul.DoneConn(conn)
-		}
-		within(t, stopped, "Stop")
-	}
-}
-
-func TestUnixListener_NobodyGetsInBehindTheLast(t *testing.T) {
-	// The hazard: whoever connects between the last accept and the end of
-	// listening takes the listener for alive.
-	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 1)
-	for range 300 {
-		require.NoError(t, ul.Start())
-		first, err := net.Dial("unix", ul.Addr())
-		require.NoError(t, err)
-		conn := ul.NextConn()
-		second, err := net.Dial("unix", ul.Addr())
-		ul.DoneConn(conn)
-		ul.Stop(0)
-		require.NoError(t, first.Close())
-		if err == nil {
-			require.NoError(t, second.Close())
-		}
-		require.Error(t, err)
-	}
-}
-
-func TestUnixListener_StopsAtItsLimitWithNothingOpen(t *testing.T) {
-	// The hazard: nobody is left to tell Stop that the last connection is done.
-	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 2)
-	require.NoError(t, exchange(ul, ul.URL()))
-	require.NoError(t, exchange(ul, ul.URL()))
-	require.Nil(t, ul.NextConn())
-	within(t, async(func() { ul.Stop(0) }), "Stop")
-}
-
-func TestUnixListener_LimitTurnsAwayWhoeverComesLate(t *testing.T) {
-	const limit = 2
-	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), limit)
-	var served, refused atomic.Int32
-	var peers sync.WaitGroup
-	for range 10 {
-		peers.Go(func() {
-			conn, err := net.Dial("unix", ul.Addr())
-			if err != nil {
-				refused.Add(1)
-				return
-			}
-			defer conn.Close()
-			if _, err := readByte(conn); err != nil { // not left to wait
-				refused.Add(1)
-				return
-			}
-			served.Add(1)
-		})
-	}
-	for range limit {
-		conn := take(t, ul)
-		_, err := conn.Write([]byte{7})
-		require.NoError(t, err)
-		ul.DoneConn(conn)
-	}
-	require.Nil(t, ul.NextConn())
-	within(t, async(peers.Wait), "every peer's answer")
-	require.EqualValues(t, limit, served.Load())
-	require.EqualValues(t, 10-limit, refused.Load())
-}
-
-func TestUnixListener_WithoutALimitItGoesOn(t *testing.T) {
-	for _, limit := range []int{0, -1, math.MinInt} {
-		ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), limit)
-		for range 20 {
-			require.NoError(t, exchange(ul, ul.URL()))
-		}
-	}
-}
-
 func TestUnixListener_ConnsGiveAccessToTheirSocket(t *testing.T) {
 	ul := startListener(t, filepath.Join(shortDir(t), "s.sock"), 0)
-	dial(t, ul)
+	dial(t, ul.Addr())
 	conn := take(t, ul)
 	defer ul.DoneConn(conn)
 	raw, ok := conn.(syscall.Conn)
 	require.True(t, ok)
 	_, err := raw.SyscallConn()
 	require.NoError(t, err)
-}
-
-func TestUnixListener_PrivateSocketIsTheUsersOnly(t *testing.T) {
-	for _, mask := range []int{0, 0o022, 0o077, 0o777} {
-		t.Run(fmt.Sprintf("umask %03o", mask), func(t *testing.T) {
-			temp := shortDir(t)
-			t.Setenv("TMPDIR", temp)
-			setUmask(t, mask)
-			ul := acomm.NewUnixListener("", 0)
-			require.Empty(t, list(t, temp), "nothing is touched before Start")
-			path := ul.Addr()
-			require.Equal(t, path, ul.URL().Path)
-			require.Equal(t, temp, filepath.Dir(filepath.Dir(path)))
-			for range 2 {
-				require.NoError(t, ul.Start())
-				require.Equal(t, path, ul.Addr())
-				require.Equal(t, fs.ModeDir|0o700, mode(t, filepath.Dir(path)))
-				require.Equal(t, fs.ModeSocket|0o600, mode(t, path))
-				require.NoError(t, exchange(ul, ul.URL()))
-				ul.Stop(0)
-				require.Empty(t, list(t, temp), "Stop removes what Start made")
-			}
-		})
-	}
-}
-
-func TestUnixListener_PrivateSocketIsNeverWider(t *testing.T) {
-	// The hazard: a socket that is made with the umask's permissions and narrowed
-	// a moment later can be connected to in between.
-	if runtime.GOOS != "linux" {
-		t.Skip("elsewhere only the directory keeps others out from the first moment")
-	}
-	t.Setenv("TMPDIR", shortDir(t))
-	setUmask(t, 0)
-	ul := acomm.NewUnixListener("", 0)
-	quit, quitted := make(chan struct{}), make(chan struct{})
-	var wider atomic.Uint32
-	go func() {
-		defer close(quitted)
-		for {
-			select {
-			case <-quit:
-				return
-			default:
-			}
-			for _, path := range []string{ul.Addr(), filepath.Dir(ul.Addr())} {
-				if info, err := os.Lstat(path); err == nil && info.Mode().Perm()&0o077 != 0 {
-					wider.Store(uint32(info.Mode()))
-				}
-			}
-		}
-	}()
-	for range 300 {
-		require.NoError(t, ul.Start())
-		ul.Stop(0)
-	}
-	close(quit)
-	within(t, quitted, "the watcher")
-	require.Zero(t, fs.FileMode(wider.Load()))
-}
-
-func TestUnixListener_PrivateNamesCantBeGuessed(t *testing.T) {
-	t.Setenv("TMPDIR", "/t")
-	// The bits of a name are those of its characters that vary, each as much as
-	// it was seen to.
-	const names = 1000
-	seen := make(map[string]bool)
-	var alphabets []map[byte]bool
-	for range names {
-		name := acomm.NewUnixListener("", 0).Addr()
-		seen[name] = true
-		for i := range len(name) {
-			if i == len(alphabets) {
-				alphabets = append(alphabets, make(map[byte]bool))
-			}
-			alphabets[i][name[i]] = true
-		}
-	}
-	require.Len(t, seen, names)
-	var bits float64
-	for _, alphabet := range alphabets {
-		bits += math.Log2(float64(len(alphabet)))
-	}
-	require.GreaterOrEqual(t, bits, 128.0)
-}
-
-func TestUnixListener_UmaskDecidesWhereTheCallerNamesThePath(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("the permissions of a new socket differ")
-	}
-	for _, mask := range []int{0, 0o022, 0o027, 0o077} {
-		t.Run(fmt.Sprintf("umask %03o", mask), func(t *testing.T) {
-			dir := shortDir(t)
-			setUmask(t, mask)
-			ul := startListener(t, filepath.Join(dir, "a", "b", "s.sock"), 0)
-			perm := fs.FileMode(0o777 &^ mask)
-			require.Equal(t, fs.ModeSocket|perm, mode(t, ul.Addr()))
-			require.Equal(t, fs.ModeDir|perm, mode(t, filepath.Join(dir, "a")))
-			require.Equal(t, fs.ModeDir|perm, mode(t, filepath.Join(dir, "a", "b")))
-		})
-	}
 }
 
 func TestUnixListener_ParentDirectoriesAreCreated(t *testing.T) {
@@ -677,7 +453,7 @@ func TestUnixListener_LeaksNoDescriptors(t *testing.T) {
 		for range n {
 			require.NoError(t, ul.Start())
 			require.NoError(t, exchange(ul, ul.URL()))
-			conn := dial(t, ul)
+			conn := dial(t, ul.Addr())
 			take(t, ul) // nobody is done with it
 			ul.Stop(time.Nanosecond)
 			require.NoError(t, conn.Close())
@@ -688,95 +464,6 @@ func TestUnixListener_LeaksNoDescriptors(t *testing.T) {
 	before := openFiles(t)
 	run(50)
 	require.LessOrEqual(t, openFiles(t), before)
-}
-
-func cpuTime() time.Duration {
-	var usage syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
-		panic(err)
-	}
-	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
-}
-
-type writerFunc func([]byte) (int, error)
-
-func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
-
-// What the tests of the sockets have in common.
-
-// startListener returns a started listener. It is stopped with the test.
-func startListener(t testing.TB, path string, limit int) *acomm.UnixListener {
-	t.Helper()
-	ul := acomm.NewUnixListener(path, limit)
-	require.NoError(t, ul.Start())
-	t.Cleanup(func() { // also after a test that has failed halfway
-		stopped := async(func() { ul.Stop(time.Nanosecond) })
-		for conn := ul.NextConn(); conn != nil; conn = ul.NextConn() {
-			ul.DoneConn(conn)
-		}
-		<-stopped
-	})
-	return ul
-}
-
-// take returns the next connection. It is done at the latest with the test.
-func take(t testing.TB, ul *acomm.UnixListener) net.Conn {
-	t.Helper()
-	conns := make(chan net.Conn, 1)
-	go func() { conns <- ul.NextConn() }()
-	conn := within(t, conns, "a connection")
-	require.NotNil(t, conn)
-	t.Cleanup(func() { ul.DoneConn(conn) })
-	return conn
-}
-
-// dial connects to the listener. The connection is closed with the test.
-func dial(t testing.TB, ul *acomm.UnixListener) net.Conn {
-	t.Helper()
-	conn, err := net.Dial("unix", ul.URL().Path)
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = conn.Close() })
-	return conn
-}
-
-// readByte reads one byte, within patience.
-func readByte(conn net.Conn) (byte, error) {
-	var b [1]byte
-	if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
-		return 0, err
-	}
-	_, err := io.ReadFull(conn, b[:])
-	return b[0], err
-}
-
-// exchange sends something to the URL, where the listener has to receive it.
-func exchange(ul *acomm.UnixListener, addr *url.URL) error {
-	sent := make(chan error, 1)
-	go func() { sent <- acomm.Send(addr, "payload") }()
-	received := make(chan error, 1)
-	go func() {
-		conn := ul.NextConn()
-		if conn == nil {
-			received <- net.ErrClosed
-			return
-		}
-		defer ul.DoneConn(conn)
-		var payload string
-		if err := acomm.UnmarshalConnData(conn, &payload); err != nil || payload != "payload" {
-			received <- fmt.Errorf("received %q: %w", payload, err)
-			return
-		}
-		received <- acomm.SendConnData(conn, &acomm.Response{})
-	}()
-	select {
-	case err := <-sent:
-		if err != nil {
-			return err // the receiver ends with the listener
-		}
-	case <-time.After(patience):
-		return errors.New("nothing came of sending")
-	}
-	return <-received
 }
 
 // awaitAccepted waits until the listener has accepted, in all, the number of
@@ -801,50 +488,79 @@ func awaitAccepted(t testing.TB, ul *acomm.UnixListener, number int) {
 	})
 }
 
-// awaitBlocked waits until the number of goroutines wait inside the function.
-func awaitBlocked(t testing.TB, function string, number int) {
-	t.Helper()
-	await(t, fmt.Sprintf("%d goroutines blocked in %s", number, function), func() bool {
-		return blockedIn(function) == number
-	})
+// Hazard: a loop on NextConn that begins before Start is over at once, and nobody
+// serves.
+func TestUnixListener_NextConnWaitsForTheFirstStart(t *testing.T) {
+	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 0)
+	served := async(func() { serveAll(ul) })
+	awaitBlocked(t, "acomm.(*UnixListener).NextConn", 1)
+	require.NoError(t, ul.Start())
+	require.NoError(t, acomm.Send(ul.URL(), &acomm.Response{ID: "1"}))
+	ul.Stop(0)
+	within(t, served, "the loop, after Stop")
+	require.Nil(t, ul.NextConn(), "after Stop")
 }
 
-// blockedIn counts the goroutines that wait inside the function.
-func blockedIn(function string) (number int) {
-	buf := make([]byte, 1<<20)
-	for stack := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
-		head, rest, _ := strings.Cut(stack, "\n")
-		if strings.Contains(rest, function+"(") && !strings.Contains(head, "[run") && !strings.Contains(head, "[sync.Mutex") {
-			number++
-		}
+func TestUnixListener_StopReleasesWhoWaitsForTheFirstStart(t *testing.T) {
+	ul := acomm.NewUnixListener(filepath.Join(shortDir(t), "s.sock"), 0)
+	served := async(func() { serveAll(ul) })
+	awaitBlocked(t, "acomm.(*UnixListener).NextConn", 1)
+	ul.Stop(0)
+	within(t, served, "the loop, after a Stop without a Start")
+}
+
+// wrapped is a connection with something around it, which counts its calls.
+type wrapped struct {
+	net.Conn
+	reads, writes, closes *counter
+}
+
+func (w wrapped) NetConn() net.Conn { return w.Conn }
+
+func (w wrapped) Read(p []byte) (int, error) {
+	w.reads.add()
+	return w.Conn.Read(p)
+}
+
+func (w wrapped) Write(p []byte) (int, error) {
+	w.writes.add()
+	return w.Conn.Write(p)
+}
+
+func (w wrapped) Close() error {
+	w.closes.add()
+	return w.Conn.Close()
+}
+
+func wrap(conn net.Conn) wrapped { return wrapped{conn, &counter{}, &counter{}, &counter{}} }
+
+// wrapsItself is what DoneConn must not follow for ever.
+type wrapsItself struct{ net.Conn }
+
+func (w wrapsItself) NetConn() net.Conn { return w }
+
+// Hazard: the connection stays open, and Stop waits for it for ever.
+func TestUnixListener_DoneConnCompletesWhatAWrapperWraps(t *testing.T) {
+	for name, senders := range map[string]func(*acomm.UnixListener){
+		"a connection of its own": func(ul *acomm.UnixListener) { dial(t, ul.Addr()) },
+		"a sender of this library": func(ul *acomm.UnixListener) {
+			go func() { _ = acomm.Send(ul.URL(), &acomm.Response{ID: "1"}) }()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ul, other := startListener(t, "", 0), startListener(t, "", 0)
+			senders(ul)
+			conn := take(t, ul)
+			ul.DoneConn(wrapsItself{conn})
+			ul.DoneConn(wrap(nil))
+			other.DoneConn(wrap(conn))
+			require.NoError(t, stillOpen(conn))
+			outer := wrap(wrap(conn))
+			ul.DoneConn(outer)
+			ul.DoneConn(outer)
+			require.ErrorIs(t, stillOpen(conn), net.ErrClosed)
+			require.Equal(t, 1, outer.closes.load(), "as in 2016: it may have something to write yet")
+			within(t, async(func() { ul.Stop(0) }), "Stop")
+		})
 	}
-	return number
-}
-
-// await asks again and again until the answer is yes.
-func await(t testing.TB, what string, reached func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(patience); !reached(); time.Sleep(time.Millisecond) {
-		require.True(t, time.Now().Before(deadline), "timed out waiting for %s", what)
-	}
-}
-
-// setUmask sets the umask of the process until the test ends.
-func setUmask(t *testing.T, mask int) {
-	old := syscall.Umask(mask)
-	t.Cleanup(func() { syscall.Umask(old) })
-}
-
-func mode(t testing.TB, path string) fs.FileMode {
-	t.Helper()
-	info, err := os.Lstat(path)
-	require.NoError(t, err)
-	return info.Mode()
-}
-
-func list(t testing.TB, dir string) []os.DirEntry {
-	t.Helper()
-	entries, err := os.ReadDir(dir)
-	require.NoError(t, err)
-	return entries
 }

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"io"
@@ -9,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -97,11 +100,31 @@ func (g *gateway) readRequest(w http.ResponseWriter, r *http.Request) (*acomm.Re
 		return nil, refused
 	}
 	req := &acomm.Request{}
-	if err := json.Unmarshal(body, req); err != nil {
+	err := json.Unmarshal(body, req)
+	var mismatch *json.UnmarshalTypeError
+	if errors.As(err, &mismatch) && strings.EqualFold(mismatch.Field, "responsehook") {
+		// A string, perhaps, which the library reads in a frame.
+		err = acomm.UnmarshalConnData(newFrameConn(body), req)
+	}
+	if err != nil {
 		return nil, refuse(http.StatusBadRequest, reasonInvalid, "parse the request: %w", err)
 	}
 	return req, nil
 }
+
+// frameConn is a connection on which one frame has arrived.
+type frameConn struct {
+	net.Conn // nil: nothing but Read is called
+	frame    io.Reader
+}
+
+// newFrameConn returns a connection on which the payload has arrived as a frame.
+func newFrameConn(payload []byte) *frameConn {
+	header := binary.BigEndian.AppendUint32(nil, uint32(len(payload)))
+	return &frameConn{frame: io.MultiReader(bytes.NewReader(header), bytes.NewReader(payload))}
+}
+
+func (c *frameConn) Read(p []byte) (int, error) { return c.frame.Read(p) }
 
 // readBody reads the whole body.
 func (g *gateway) readBody(w http.ResponseWriter, r *http.Request) ([]byte, *refusal) {

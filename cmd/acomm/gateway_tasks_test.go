@@ -156,17 +156,19 @@ func TestGatewayTasks_ARequesterThatLeavesIsNotWaitedFor(t *testing.T) {
 	g.stop()
 }
 
-// What the README shows works with the curl that is there.
+// What the two READMEs show works with the curl that is there.
 func TestGatewayTasks_CurlOfTheREADME(t *testing.T) {
 	if _, err := exec.LookPath("curl"); err != nil {
 		t.Skip("no curl here")
 	}
 	readme, err := os.ReadFile("README.md")
 	require.NoError(t, err)
+	library, err := os.ReadFile("../../README.md")
+	require.NoError(t, err)
 	g := startGateway(t)
 	g.provide("wc", "a.sock", gwEcho)
 	var outputs []string
-	for line := range strings.Lines(string(readme)) {
+	for line := range strings.Lines(string(readme) + string(library)) {
 		if !strings.HasPrefix(line, "curl ") {
 			continue
 		}
@@ -176,8 +178,9 @@ func TestGatewayTasks_CurlOfTheREADME(t *testing.T) {
 		require.NoError(t, err, line)
 		outputs = append(outputs, string(out))
 	}
-	require.Len(t, outputs, 2)
+	require.Len(t, outputs, 3)
 	require.JSONEq(t, `{"text": "hello"}`, outputs[0])
+	require.JSONEq(t, outputs[0], outputs[2])
 	require.Regexp(t, `(?s)^HTTP/1.1 202 .*\r\nLocation: /responses/`, outputs[1])
 }
 

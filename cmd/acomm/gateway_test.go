@@ -242,6 +242,35 @@ func TestGateway_RequestsOverTheUnixSocket(t *testing.T) {
 	g.stop()
 }
 
+// A peer that has no URL object writes the hook as text: over HTTP and in a frame.
+func TestGateway_AResponseHookMayBeAString(t *testing.T) {
+	g := startGateway(t)
+	g.provide("echo", "a.sock", gwEcho)
+	hook, responses := gwHook(t)
+	text := func(id, hook string) string {
+		return fmt.Sprintf(`{"id":%q,"task":"echo","responsehook":%q,"args":[1]}`, id, hook)
+	}
+
+	status, resp := g.post(http.MethodPost, text("over-http", hook))
+	require.Equal(t, http.StatusOK, status, "%v", resp.Error)
+	require.Equal(t, "over-http", gwWithin(t, responses).ID)
+
+	conn, err := net.Dial("unix", filepath.Join(g.dir, "coordinator", "gw.sock"))
+	require.NoError(t, err)
+	defer conn.Close()
+	require.NoError(t, acomm.SendConnData(conn, json.RawMessage(text("in-a-frame", hook))))
+	ack := &acomm.Response{}
+	require.NoError(t, acomm.UnmarshalConnData(conn, ack))
+	require.NoError(t, ack.Error)
+	require.Equal(t, "in-a-frame", gwWithin(t, responses).ID)
+
+	status, resp = g.post(http.MethodPost, text("broken", "http://%zz/secret"))
+	require.Equal(t, http.StatusBadRequest, status)
+	require.ErrorContains(t, resp.Error, "can't be parsed")
+	require.NotContains(t, resp.Error.Error(), "secret")
+	g.stop()
+}
+
 // Hazard: a request that some provider may have taken is given to another one too.
 func TestGateway_NextProviderIsAskedOnlyIfTheRequestWasNotTaken(t *testing.T) {
 	g := startGateway(t)

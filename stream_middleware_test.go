@@ -3,8 +3,6 @@ package acomm_test
 import (
 	"bufio"
 	"bytes"
-	"compress/gzip"
-	"context"
 	"crypto/tls"
 	"errors"
 	"io"
@@ -12,39 +10,14 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
-	"os"
 	"path/filepath"
-	"regexp"
-	"strings"
 	"testing"
 
-	"github.com/stretchr/testify/require"
-
 	"github.com/mistifyio/acomm"
+	"github.com/stretchr/testify/require"
 )
 
-// Hazard: a directory that had room for the names of 2016 has none for longer ones.
-func TestNewStreamUnix_NamesAreAsShortAsIn2016(t *testing.T) {
-	tracker := newTracker(t)
-	dir := shortDir(t)
-	dir = filepath.Join(dir, strings.Repeat("d", 90-len(dir)-1))
-	require.Len(t, dir, 90)
-	names := make(map[string]bool)
-	for range 100 {
-		u, err := tracker.NewStreamUnix(dir, bytesSource([]byte("data")))
-		require.NoError(t, err)
-		name := filepath.Base(u.Path)
-		require.Regexp(t, regexp.MustCompile(`^[A-Za-z0-9_-]{11}\.eof$`), name)
-		names[name] = true
-		var got bytes.Buffer
-		require.NoError(t, acomm.Stream(&got, u))
-		require.Equal(t, "data", got.String())
-	}
-	require.Len(t, names, 100)
-	u, err := tracker.NewStreamUnix("", bytesSource(nil))
-	require.NoError(t, err)
-	require.Len(t, strings.TrimPrefix(u.Path, filepath.Clean(os.TempDir())), 44, "as documented")
-}
+// Streams behind what services wrap around the handler and its connections.
 
 // recovering is middleware that turns panics into something else, as many routers have
 // it.
@@ -123,10 +96,7 @@ func proxyUnder(t *testing.T, middleware func(http.Handler) http.Handler, config
 	t.Cleanup(server.Close)
 	streamURL, err := url.Parse(server.URL + "/stream")
 	require.NoError(t, err)
-	tracker, err := acomm.NewTracker("", streamURL, patience)
-	require.NoError(t, err)
-	require.NoError(t, tracker.Start())
-	t.Cleanup(tracker.Stop)
+	tracker := newStreamTracker(t, streamURL)
 	broken := make(breaking)
 	src := io.MultiReader(bytes.NewReader(randomBytes(beforeTheBreak)), broken)
 	stream, err := tracker.NewStreamUnix("", io.NopCloser(src))
@@ -240,89 +210,5 @@ func TestProxyStreamHandler_HTTP10IsRefusedWhereItCantBeReset(t *testing.T) {
 			}
 			requireCutOff(t, answer, broken)
 		})
-	}
-}
-
-// The URL of a stream is what gives access to it, and a hook's may hold a token.
-func TestRedirects_CarryNoReferer(t *testing.T) {
-	referers := make(chan string, 10)
-	last := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		referers <- r.Header.Get("Referer")
-		if r.URL.Path == "/on" {
-			http.Redirect(w, r, "/end?token=SECOND", http.StatusTemporaryRedirect)
-		}
-	}))
-	t.Cleanup(last.Close)
-	for _, status := range []int{http.StatusFound, http.StatusTemporaryRedirect, http.StatusPermanentRedirect} {
-		first := httpPeer(t, func(w http.ResponseWriter, r *http.Request) {
-			http.Redirect(w, r, last.URL+"/on", status)
-		})
-		first.RawQuery = "addr=x&signature=SECRET"
-		require.NoError(t, acomm.Stream(io.Discard, first))
-		require.Empty(t, <-referers)
-		require.Empty(t, <-referers)
-		if status == http.StatusFound {
-			continue // it would lose a payload
-		}
-		require.NoError(t, acomm.Send(first, &acomm.Response{ID: "1"}))
-		require.Empty(t, <-referers)
-		require.Empty(t, <-referers)
-	}
-}
-
-func TestStream_RedirectsEnd(t *testing.T) {
-	peer := httpPeer(t, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/again", http.StatusFound) })
-	require.ErrorContains(t, acomm.Stream(io.Discard, peer), "redirects")
-}
-
-// Hazard: the file's bytes, packed, are unpacked on the way: others, with another
-// digest.
-func TestStream_BytesArriveAsTheyAre(t *testing.T) {
-	var packed bytes.Buffer
-	z := gzip.NewWriter(&packed)
-	_, _ = z.Write(bytes.Repeat([]byte("x"), 4000))
-	require.NoError(t, z.Close())
-	file := filepath.Join(t.TempDir(), "a.gz")
-	require.NoError(t, os.WriteFile(file, packed.Bytes(), 0o600))
-	peer := httpPeer(t, func(w http.ResponseWriter, r *http.Request) {
-		if strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
-			w.Header().Set("Content-Encoding", "gzip")
-		}
-		http.ServeFile(w, r, file)
-	})
-	var got bytes.Buffer
-	require.NoError(t, acomm.Stream(&got, peer))
-	require.Equal(t, packed.Bytes(), got.Bytes())
-}
-
-// Hazard: base.JoinPath of a base without a path makes a URL whose path lacks its
-// slash; its text looks right, and requests are answered with 400.
-func TestURLWithoutASlash_IsRequestedAsItsTextSays(t *testing.T) {
-	requests := make(chan string, 10)
-	peer := httpPeer(t, func(_ http.ResponseWriter, r *http.Request) { requests <- r.RequestURI })
-	base := &url.URL{Scheme: "http", Host: peer.Host}
-	for _, joined := range []*url.URL{
-		base,
-		base.JoinPath("stream"),
-		base.JoinPath("a b", "ü%2F"),
-		base.JoinPath("%2Fstream"), // whose Path has a slash, the escaped one
-	} {
-		plain, err := http.NewRequestWithContext(context.Background(), http.MethodGet, joined.String(), nil)
-		require.NoError(t, err)
-		given := *joined
-
-		require.NoError(t, acomm.Send(joined, &acomm.Response{ID: "1"}))
-		require.Equal(t, plain.URL.RequestURI(), <-requests)
-		require.NoError(t, acomm.Stream(io.Discard, joined))
-		require.Equal(t, plain.URL.RequestURI(), <-requests)
-
-		tracker, err := acomm.NewTracker("", joined, 0)
-		require.NoError(t, err)
-		published, err := tracker.ProxyStreamHTTPURL(&url.URL{Scheme: "unix", Path: "/a"})
-		require.NoError(t, err)
-		again, err := url.Parse(published.String())
-		require.NoError(t, err)
-		require.Equal(t, again.RequestURI(), published.RequestURI())
-		require.Equal(t, given, *joined, "it stays the caller's")
 	}
 }
