@@ -615,7 +615,7 @@ func TestCall_LostAcknowledgementIsWaitedOut(t *testing.T) {
 	call = startAcomm(t, "call", "--timeout", "700ms", path, "echo")
 	take()
 	require.Equal(t, exitTimeout, call.wait(), call.said())
-	require.Regexp(t, `^acomm call: acknowledgement lost, .*EOF\nacomm call: no response to echo within 700ms$`, call.said())
+	require.Regexp(t, `^acomm call: acknowledgement lost; .*EOF\nacomm call: no response to echo within 700ms$`, call.said())
 }
 
 func TestCall_ExitCode3MeansThatTheRequestWasNotTaken(t *testing.T) {
