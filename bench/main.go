@@ -54,19 +54,19 @@ func run(args []string, stdout, stderr io.Writer) error {
 	var (
 		benchtime = flags.Duration("benchtime", time.Second, "how long a turn takes")
 		rounds    = flags.Int("rounds", 5, "turns of each candidate in each column")
-		only      = flags.String("only", "", "candidates, by name, with commas; all if empty")
+		only      = flags.String("only", "", "names of candidates, separated by commas; all if empty")
 		cols      = flags.String("columns", "", "columns such as 128B/1,16KiB/64; the six of the table if empty")
-		shapeList = flags.String("shape", "text", "text, rows or tree, with commas: what the data of the calls looks like")
-		modeList  = flags.String("mode", "calls", "calls, tracking, streams, forward, growth, idle, json, waits, with commas, or all")
+		shapeList = flags.String("shape", "text", "shapes of the data of calls, separated by commas: text, rows, tree")
+		modeList  = flags.String("mode", "calls", "modes, separated by commas: calls, tracking, streams, forward, growth, idle, json, waits; or all")
 		requests  = flags.Int("requests", 1_000_000, "outstanding requests in the mode tracking")
 		markdown  = flags.Bool("markdown", false, "write the tables in markdown")
-		quiet     = flags.Bool("quiet", false, "do not say on stderr what is being measured")
+		quiet     = flags.Bool("quiet", false, "do not print on stderr what is being measured")
 	)
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
 	if flags.NArg() > 0 || *rounds < 1 || *requests < 1 {
-		return fmt.Errorf("not to be run with %q, fewer than one round, or fewer than one request", flags.Args())
+		return fmt.Errorf("unexpected arguments %q, or -rounds or -requests is less than 1", flags.Args())
 	}
 	o := options{
 		runner:   runner{benchtime: *benchtime, rounds: *rounds, patience: time.Minute},

@@ -20,9 +20,9 @@ type waits struct {
 
 var fullWaits = []waits{{64, 128}, {200, 60_000}, {1024, 16 << 10}}
 
-// runWaits shows how long a Send waits at worst where many share a session, and where
-// each has a connection of its own. How much a socket takes decides that: lower
-// /proc/sys/net/core/wmem_default (4608 is the least) to see it with little room.
+// runWaits shows how long a Send waits when many callers share a session, and when each
+// has a connection of its own. The buffer size of sockets decides that: lower
+// /proc/sys/net/core/wmem_default (4608 is the least) to see it with small buffers.
 func runWaits(o options) error {
 	room, err := os.ReadFile("/proc/sys/net/core/wmem_default")
 	if err != nil {

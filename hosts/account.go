@@ -84,10 +84,9 @@ type tally struct {
 	millis                                      []float64      // of those that were answered without a stream
 }
 
-// account adds up the records. Lost in silence are requests that have not ended,
-// and streams that have not; handled twice are those that providers have worked on
-// more than once, whose handler ran more than once, or whose hook was told more
-// than once.
+// account adds up the records. A request or a stream that has not ended was lost in
+// silence. A request was handled twice if a provider worked on it more than once, its
+// handler ran more than once, or its hook got more than one response.
 func account(name, via string, records []record, handled map[string]int) *tally {
 	t := &tally{name: name, kinds: map[string]int{}}
 	for _, rec := range records {

@@ -21,8 +21,8 @@ import (
 	"github.com/mistifyio/acomm"
 )
 
-// measureCost measures what a gateway costs: each number with a gateway of its own,
-// from what the kernel says of its process.
+// measureCost measures what a gateway costs, as the kernel counts it for the process.
+// Each number has a gateway of its own.
 func measureCost(ctx context.Context, procs *processes, gateway string) error {
 	self, err := os.Executable()
 	if err != nil {

@@ -1,19 +1,21 @@
-// Command hosts tries acomm across machines: three network namespaces with
-// addresses of their own on a bridge, a gateway and providers on each, and
-// requesters on each that call tasks on the others, over HTTP and over NATS, with
-// hooks and streams that cross hosts. It then cuts a link for 5 s and heals it,
-// delays and loses packets where the kernel can, and kills a host.
+// Command hosts tests acomm across machines. Three network namespaces stand for the
+// machines: they have addresses of their own and share a bridge. On each run a
+// gateway, providers and requesters. The requesters call tasks on the other hosts,
+// over HTTP and over NATS, and hooks and streams cross hosts too. Then the command
+// cuts a link for 5 s, delays and loses packets if the kernel can, and kills a host.
 //
 //	go run .
 //
-// It prints a table and fails if a request was lost in silence (it ended neither
-// with a response nor with a time-out nor with an error), handled twice, or
-// answered with something that is not its answer. It takes about a minute and needs
-// root, and ip of iproute2; where they are missing it says so and succeeds. Nothing
-// of the machine's own network is touched: the bridge has a namespace of its own.
+// It prints a table. It fails if a request was lost in silence, handled twice or
+// answered with a wrong answer. A request is lost in silence if it ends neither with
+// a response nor with a time-out nor with an error.
 //
-// With -cost it measures instead what a gateway costs, on the loopback interface
-// and without being root.
+// It takes about a minute. It needs root, and ip of iproute2. Without them it says
+// so and succeeds. The machine's own network is not touched, because the bridge has
+// a namespace of its own.
+//
+// With -cost it measures what a gateway costs, on the loopback interface. That needs
+// no root.
 package main
 
 import (
@@ -39,9 +41,9 @@ func main() {
 			return
 		}
 	}
-	gateway := flag.String("gateway", "", "the built acomm command; built from ../cmd/acomm if empty")
-	cost := flag.Bool("cost", false, "measure what a gateway costs, instead")
-	overNATS := flag.Bool("nats", true, "also send over NATS")
+	gateway := flag.String("gateway", "", "`path` of the acomm command; if empty, it is built from ../cmd/acomm")
+	cost := flag.Bool("cost", false, "measure what a gateway costs, and nothing else")
+	overNATS := flag.Bool("nats", true, "also send requests over NATS")
 	keep := flag.Bool("keep", false, "keep the directory with logs and records")
 	flag.Parse()
 
@@ -56,7 +58,7 @@ func main() {
 	}
 }
 
-// roles are what this program is started as by itself, in a namespace.
+// roles are what this program starts itself as, in a namespace.
 var roles = map[string]func(args []string) error{
 	"provider":  provide,
 	"requester": request,

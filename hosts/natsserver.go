@@ -9,8 +9,9 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 )
 
-// serveNATS is the role of the broker. It notices within seconds that a host is
-// gone; as it comes, a server takes minutes, and sends the host requests so long.
+// serveNATS is the role of the broker. It notices within seconds that a host is gone.
+// With its defaults a NATS server takes minutes, and sends requests to the host until
+// then.
 func serveNATS(args []string) error {
 	flags := flag.NewFlagSet("nats", flag.ContinueOnError)
 	host := flags.String("addr", "", "address")

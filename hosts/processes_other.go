@@ -4,5 +4,5 @@ package main
 
 import "syscall"
 
-// ownGroup has nothing to offer: the three hosts need Linux, and -cost does without.
+// ownGroup does nothing here: the three hosts need Linux, and -cost works without it.
 func ownGroup() *syscall.SysProcAttr { return nil }

@@ -28,8 +28,8 @@ const (
 	streamLimit    = 30 * time.Second // for a stream to end, one way or the other
 )
 
-// request is the role of a requester: for a time it sends requests at a rate, then
-// waits until all have ended, and records both.
+// request is the role of a requester. It sends requests at a rate for some time, and
+// waits until all have ended. It records when each was sent and how it ended.
 func request(args []string) error {
 	flags := flag.NewFlagSet("requester", flag.ContinueOnError)
 	name := flags.String("name", "", "name")
@@ -82,9 +82,9 @@ func request(args []string) error {
 	return nil
 }
 
-// detectDeadPeers has an end for whatever waits for a host that has vanished, in
-// seconds instead of Go's minutes: keep-alive ends streams under way, the other two
-// those that had not begun. A link that is down for 5 s is survived.
+// detectDeadPeers ends what waits for a dead host within seconds instead of Go's
+// minutes. Keep-alive ends active streams; the other two settings end streams that had
+// not begun. A link may be down for 5 s.
 func detectDeadPeers() {
 	dialer := &net.Dialer{
 		Timeout:         8 * time.Second,

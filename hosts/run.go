@@ -205,7 +205,7 @@ func (t *trial) disturb(ctx context.Context) error {
 	return nil
 }
 
-// killHost ends a host as a loss of power does: nothing of it says good-bye.
+// killHost ends a host as a loss of power does: nothing on it closes a connection.
 func (t *trial) killHost(ctx context.Context) error {
 	const phase = "host killed"
 	all, err := t.requesters(ctx, phase, 10*time.Second)
@@ -245,8 +245,8 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// report prints the table, when nothing is under way any more: a request that is
-// handled again is, perhaps, long after.
+// report prints the table when nothing is in flight any more: a request may be handled
+// a second time long after the first.
 func (t *trial) report() error {
 	data, err := os.ReadFile(t.handled())
 	if err != nil {

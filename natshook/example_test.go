@@ -14,63 +14,69 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// A provider of the task echo and a requester of it, here in one process and with
-// a NATS server of their own.
+// A NATS server, a provider of the task echo and a requester, in one process.
 func Example() {
-	s, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true})
+	// A NATS server of our own, on a free port. Leave it out if you have servers.
+	broker, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true})
 	if err != nil {
 		log.Fatal(err)
 	}
-	s.Start()
-	defer s.WaitForShutdown()
-	defer s.Shutdown()
-	nc, err := nats.Connect(s.ClientURL(), nats.MaxReconnects(-1))
+	broker.Start()
+	defer broker.WaitForShutdown()
+	defer broker.Shutdown()
+
+	// Once per process: from here on, acomm sends to nats URLs over this connection.
+	conn, err := nats.Connect(broker.ClientURL(), nats.MaxReconnects(-1))
 	if err != nil {
-		log.Panic(err)
+		log.Panic(err) // not Fatal: on the way out everything is stopped
 	}
-	defer nc.Close()
-	if err := natshook.Register(nc); err != nil { // from here on Send takes nats URLs
+	defer conn.Close()
+	if err := natshook.Register(conn); err != nil {
 		log.Panic(err)
 	}
 
-	// The provider: acknowledge at once, work, respond.
+	// The provider acknowledges each request at once, works, and sends the response.
 	echo := func(w http.ResponseWriter, r *http.Request) {
 		req := &acomm.Request{}
 		err := json.NewDecoder(r.Body).Decode(req)
 		if err == nil {
 			err = req.Validate()
 		}
-		_ = json.NewEncoder(w).Encode(&acomm.Response{Error: err})
+		_ = json.NewEncoder(w).Encode(&acomm.Response{Error: err}) // the acknowledgement
 		if err == nil {
 			go func() { _ = req.Respond(&acomm.Response{ID: req.ID, Result: req.Args}) }() // on an error, log it
 		}
 	}
-	provider, err := natshook.Serve(nc, "tasks.echo", "workers", http.HandlerFunc(echo))
+	provider, err := natshook.Serve(conn, "tasks.echo", "workers", http.HandlerFunc(echo))
 	if err != nil {
 		log.Panic(err)
 	}
 	defer provider.Close()
 
-	// The requester: a tracker, and a subject for its responses.
+	// The requester has a tracker, and a subject for its responses.
 	tracker, err := acomm.NewTracker("", nil, time.Minute)
-	if err := errors.Join(err, tracker.Start()); err != nil {
+	if err != nil {
+		log.Panic(err)
+	}
+	if err := tracker.Start(); err != nil {
 		log.Panic(err)
 	}
 	defer tracker.Stop()
 	responses := func(w http.ResponseWriter, r *http.Request) {
 		resp := &acomm.Response{}
 		err := json.NewDecoder(r.Body).Decode(resp)
-		_ = json.NewEncoder(w).Encode(&acomm.Response{Error: err})
+		_ = json.NewEncoder(w).Encode(&acomm.Response{Error: err}) // the acknowledgement
 		if err == nil {
 			tracker.HandleResponse(resp)
 		}
 	}
-	hook, err := natshook.Serve(nc, "responses.requester-1", "", http.HandlerFunc(responses))
+	hook, err := natshook.Serve(conn, "responses.requester-1", "", http.HandlerFunc(responses))
 	if err != nil {
 		log.Panic(err)
 	}
 	defer hook.Close()
 
+	// Track the request before you send it: the response may come at once.
 	answer := make(chan string, 1)
 	success := func(_ *acomm.Request, resp *acomm.Response) { answer <- string(*resp.Result) }
 	failure := func(_ *acomm.Request, resp *acomm.Response) { answer <- resp.Error.Error() }

@@ -1,48 +1,52 @@
 // Package natshook carries the requests and responses of
-// [github.com/mistifyio/acomm] over NATS: subjects instead of host names, queue
-// groups for many providers of one task, fail-over between servers.
+// [github.com/mistifyio/acomm] over NATS. A subject takes the place of a host name,
+// a queue group lets many providers share a task, and the connection fails over
+// between servers.
 //
 // After [Register], [acomm.Send], [acomm.Request.Respond] and the forwarding of
-// [acomm.Tracker.ProxyUnix] take URLs such as nats:///worker.tasks as they take
-// http ones. [Serve] gives an [net/http.Handler], the same that takes requests
-// and responses over HTTP, what is sent to a subject.
+// [acomm.Tracker.ProxyUnix] accept URLs such as nats:///worker.tasks as they accept
+// http URLs. [Serve] passes what is sent to a subject to an [net/http.Handler]. The
+// same handler can serve requests and responses over HTTP.
 //
 // # The exchange
 //
-// A POST is a NATS request, its answer the acknowledgement, with the HTTP status
-// in the header Acomm-Status. It happens at most once: natshook never sends a
-// message twice. A message is lost with the server or the connection it was on;
-// its sender gets an error. Nothing is stored: a JetStream stream must not capture
-// a subject of natshook's, since it would answer in the handler's place (such an
-// answer is an error).
+// A POST is a NATS request, and its answer is the acknowledgement. The header
+// Acomm-Status of the reply has the HTTP status. An exchange happens at most once:
+// natshook never sends a message twice. If a server or a connection is lost, its
+// messages are lost too, and their senders get errors. Nothing is stored. No
+// JetStream stream may capture a subject of natshook: it would answer in place of
+// the handler, and such an answer is an error.
 //
-// Streams stay on HTTP: any method but POST, and so [acomm.Stream], gets an error
+// Streams use HTTP. A method other than POST, and so [acomm.Stream], gets an error
 // that matches [errors.ErrUnsupported].
 //
 // # Errors
 //
-// Those of acomm, and the same sentinels:
+// Errors match the sentinels that acomm uses:
 //
-//   - [io/fs.ErrInvalid]: a nil argument; no subject, or none that one may send to;
-//     a URL with a user, a query, a fragment or the host of another server
+//   - [io/fs.ErrInvalid]: a nil argument; a missing, invalid or reserved subject; a
+//     URL with a user, a query, a fragment or the host of another server
 //   - [io/fs.ErrExist]: the scheme is registered already
-//   - [net.ErrClosed]: the NATS connection is closed or being drained
+//   - [net.ErrClosed]: the NATS connection is closed or draining
 //   - [errors.ErrUnsupported]: not a POST; a transport without RegisterProtocol; a
 //     server without headers
 //   - [syscall.ECONNREFUSED]: nobody serves the subject, or no server could be
-//     reached (then os.ErrDeadlineExceeded too). Nobody has got the message, and a
-//     tracker's forward is tried again
+//     reached (then [os.ErrDeadlineExceeded] matches too). Nobody got the message,
+//     and a tracker tries to forward it again
 //   - [syscall.EMSGSIZE]: the payload is over the server's limit (1 MiB by default)
 //   - [io.ErrUnexpectedEOF]: the connection to the server was lost before the
-//     acknowledgement, or what came is none; the message may have arrived
-//   - [os.ErrDeadlineExceeded]: no acknowledgement in time; it may have arrived
+//     acknowledgement, or the reply is not an acknowledgement; the message may have
+//     arrived
+//   - [os.ErrDeadlineExceeded]: no acknowledgement in time; the message may have
+//     arrived
 //
 // # Security
 //
-// The account of the NATS connection decides who may send to a subject. Hooks are
-// chosen by the requester: subjects that begin with $ (the servers' own) or _INBOX
-// are refused, and so are those over 1,024 bytes, but every other one that the
-// connection may publish to can be named. Give it permissions that suit.
+// The account of the NATS connection decides who may send to a subject. The
+// requester chooses the hook. It can name every subject that the connection may
+// publish to, so restrict the permissions of the connection. Three kinds of
+// subjects are refused: those that begin with $ (the servers' own), those below
+// _INBOX, and those over 1,024 bytes.
 package natshook
 
 import (
@@ -77,26 +81,24 @@ const (
 // the tests, which lose messages on purpose.
 var maxWait = time.Minute
 
-// Register makes [net/http.DefaultTransport], as it is now, send POSTs to URLs
-// with the scheme nats over the connection. It stays the caller's, who closes it
-// when nothing is sent any more; from then on every send gets an error that matches
-// [net.ErrClosed].
+// Register makes the present [net/http.DefaultTransport] send POSTs to nats URLs
+// over the connection. The caller keeps the connection and closes it in the end.
+// From then on every send gets an error that matches [net.ErrClosed].
 //
-// A URL is nats:///subject. It may name a host, nats://host:4222/subject, if that
-// is one of the servers the connection knows (those it was given and those it has
-// learnt of): the message then goes out over the connection all the same, to
-// whichever of them it has. Any other host is an error that matches
-// [io/fs.ErrInvalid], never ignored.
+// A URL is nats:///subject. It may have a host, nats://host:4222/subject, if that is
+// a server that the connection was given or has learnt of. The message still goes
+// over the connection, to the server it is connected to at the moment. Any other
+// host is an error that matches [io/fs.ErrInvalid].
 //
-// A send waits for the acknowledgement until the deadline of its context, for a
-// minute at most. While the connection is being made again, it waits for that. Those
-// under way when a connection is lost end at once, with [io.ErrUnexpectedEOF].
+// A send waits for the acknowledgement until the deadline of its context, but at
+// most a minute. While the connection is being restored, the send waits for that.
+// If the connection is lost while sends wait for acknowledgements, they end at once
+// with [io.ErrUnexpectedEOF].
 //
-// A transport has room for one connection: where the scheme is registered, by
-// whomever, the error matches [io/fs.ErrExist]. It can't be undone. With a nil
-// connection the error matches [io/fs.ErrInvalid], with a closed one
-// [net.ErrClosed], and where DefaultTransport is not an [net/http.Transport]
-// [errors.ErrUnsupported].
+// A transport takes one connection, once and for good. If the scheme is registered
+// already, by anybody, the error matches [io/fs.ErrExist]. A nil connection gives
+// [io/fs.ErrInvalid], a closed one [net.ErrClosed]. If DefaultTransport is not an
+// [net/http.Transport], the error matches [errors.ErrUnsupported].
 func Register(nc *nats.Conn) (err error) {
 	switch {
 	case nc == nil:
@@ -117,8 +119,8 @@ func Register(nc *nats.Conn) (err error) {
 	return nil
 }
 
-// URL returns the URL of a subject: nats:///subject. It does not say whether the
-// subject is valid; sending to it does. The caller owns it.
+// URL returns the URL of a subject, nats:///subject. It does not check the subject;
+// a send to the URL does. The caller owns the URL.
 func URL(subject string) *url.URL {
 	return &url.URL{Scheme: scheme, Path: "/" + subject}
 }
@@ -134,7 +136,7 @@ func (rt *roundTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 		defer req.Body.Close()
 	}
 	if req.Method != http.MethodPost {
-		return nil, fmt.Errorf("%s over NATS, which carries POST alone (streams stay on HTTP): %w", req.Method, errors.ErrUnsupported)
+		return nil, fmt.Errorf("%s over NATS: only POST is supported, streams use HTTP: %w", req.Method, errors.ErrUnsupported)
 	}
 	subject, err := rt.subject(req.URL)
 	if err != nil {
@@ -163,9 +165,9 @@ func (rt *roundTripper) RoundTrip(req *http.Request) (*http.Response, error) {
 func (rt *roundTripper) subject(u *url.URL) (string, error) {
 	switch {
 	case u.Opaque != "", u.RawQuery != "", u.Fragment != "", u.User != nil && u.User.String() != "":
-		return "", fmt.Errorf("a nats URL has a subject, and neither user, query nor fragment: %w", fs.ErrInvalid)
+		return "", fmt.Errorf("a nats URL must not have a user, a query or a fragment: %w", fs.ErrInvalid)
 	case u.Host != "" && !rt.knows(u):
-		return "", fmt.Errorf("host %q is no server of the NATS connection: %w", u.Host, fs.ErrInvalid)
+		return "", fmt.Errorf("host %q is not a server of the NATS connection: %w", u.Host, fs.ErrInvalid)
 	}
 	subject := strings.TrimPrefix(u.Path, "/")
 	return subject, checkSubject(subject)
@@ -202,7 +204,7 @@ func checkSubject(subject string) error {
 	case subject == "":
 		why = "is missing"
 	case len(subject) > maxSubject:
-		return fmt.Errorf("a NATS subject of %d bytes, the limit is %d: %w", len(subject), maxSubject, fs.ErrInvalid)
+		return fmt.Errorf("NATS subject has %d bytes, the limit is %d: %w", len(subject), maxSubject, fs.ErrInvalid)
 	case !utf8.ValidString(subject) || strings.ContainsFunc(subject, bad):
 		why = "has a space, a wildcard or a control character"
 	case strings.HasPrefix(subject, ".") || strings.HasSuffix(subject, ".") || strings.Contains(subject, ".."):
@@ -336,7 +338,7 @@ func newResponse(req *http.Request, reply *nats.Msg) (*http.Response, error) {
 	status := reply.Header.Get(statusHeader)
 	code, err := strconv.Atoi(status)
 	if err != nil || code < 200 || code > 999 {
-		return nil, fmt.Errorf("reply is no acknowledgement: its header %s is %q: %w", statusHeader, status, io.ErrUnexpectedEOF)
+		return nil, fmt.Errorf("reply is not an acknowledgement: its header %s is %q: %w", statusHeader, status, io.ErrUnexpectedEOF)
 	}
 	return &http.Response{
 		Status:        strings.TrimSpace(fmt.Sprintf("%d %s", code, http.StatusText(code))),

@@ -260,7 +260,7 @@ func TestStream_StaysOnHTTP(t *testing.T) {
 	pair(t)
 	err := acomm.Stream(&bytes.Buffer{}, natshook.URL("tasks"))
 	require.ErrorIs(t, err, errors.ErrUnsupported)
-	require.ErrorContains(t, err, "streams stay on HTTP")
+	require.ErrorContains(t, err, "streams use HTTP")
 }
 
 func TestRegister_RefusesWhatItCannotDo(t *testing.T) {

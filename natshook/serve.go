@@ -30,35 +30,35 @@ const (
 // the tests.
 var maxHandlers = 1024
 
-// Serve has the handler answer the requests that are sent to the subject, until the
-// closer is closed. It returns when the connection's server knows of it (the other
-// servers of a cluster learn it a moment later), or after 10 s with an error that
-// matches [os.ErrDeadlineExceeded].
+// Serve runs the handler for each request to the subject, until the closer is
+// closed. It returns when the connection's server knows the subscription; other
+// servers of a cluster learn of it a moment later. After 10 s it gives up, with an
+// error that matches [os.ErrDeadlineExceeded].
 //
-// Of all that serve a subject with the same queue group, in any process, each request
-// reaches one. An empty queue is the group acomm; groups of different names each get
-// every request, and the first answer counts.
+// All that serve a subject in the same queue group, in any process, share its
+// requests: each request reaches one of them. An empty queue means the group acomm.
+// Each group gets every request, and the first answer counts.
 //
-// The handler is given a POST with the payload as its body and the URL of the
-// subject, as over HTTP; each in a goroutine of its own. Its status, headers and body
-// are the acknowledgement, which goes out when it returns; so it must not wait for
-// the work. Up to 1,024 run at a time; a request beyond is answered with 503 and
-// Retry-After: 1. A panic is logged and answered with 500, and so is an answer over
-// the server's limit of a payload. A message that asks for no answer is no request:
-// it is logged and dropped. natshook itself drops no request: what has come over the
-// connection is handled or answered with 503, unless the connection is lost.
+// The handler gets a POST, as over HTTP: the payload is the body, and the URL is
+// that of the subject. Its status, headers and body are the acknowledgement, which
+// is sent when the handler returns. So the handler must not wait for the work. Each
+// call has a goroutine of its own, and up to 1,024 run at a time. Further requests
+// are answered with 503 and Retry-After: 1. A panic is logged and answered with 500,
+// and so is an answer over the server's payload limit. A message without a reply
+// subject is logged and dropped. natshook drops no request: unless the connection
+// is lost, each is handled or answered with 503.
 //
-// Close stops the subscription, has what has come until then handled, and waits for
-// the handlers and for the server to have their answers. After a second it cancels
-// the contexts of those that still run. Called again, and from several goroutines, it
-// waits for the first and returns the same. A handler must not call it.
+// Close ends the subscription and has the requests that have arrived handled. It
+// waits for the handlers, and until the server has their answers. After a second it
+// cancels the contexts of the handlers that still run. Close may be called several
+// times and from several goroutines: each call waits for the first and returns the
+// same error. The handler must not call it.
 //
-// A nil connection or handler, a subject that is not valid or has wildcards, and a
-// queue with a space give an error that matches [io/fs.ErrInvalid], a closed
-// connection [net.ErrClosed]. A subscription that the server's permissions forbid is
-// told to the connection's error handler alone, and nothing arrives. When the
-// connection is closed first, nothing more arrives, and answers are lost, which is
-// logged.
+// These errors match [io/fs.ErrInvalid]: a nil connection or handler, a subject that
+// is invalid or has wildcards, and a queue with a space. A closed connection gives
+// [net.ErrClosed]. If the server's permissions forbid the subscription, only the
+// connection's error handler learns of it, and nothing arrives. If the connection is
+// closed before Close, nothing more arrives, and lost answers are logged.
 func Serve(nc *nats.Conn, subject, queue string, h http.Handler) (io.Closer, error) {
 	if nc == nil || h == nil {
 		return nil, fmt.Errorf("serve %q: nil connection or handler: %w", subject, fs.ErrInvalid)
@@ -178,11 +178,11 @@ func (s *server) flush() error {
 // take starts a handler for the message. It runs in the subscription's goroutine.
 func (s *server) take(msg *nats.Msg) {
 	if msg.Reply == "" {
-		s.log("dropped a message that is no request", errors.New("it has no reply subject"))
+		s.log("dropped a message that is not a request", errors.New("it has no reply subject"))
 		return
 	}
 	if !s.begin() {
-		answer := failure(http.StatusServiceUnavailable, "too many requests are being handled, or the service stops")
+		answer := failure(http.StatusServiceUnavailable, "too many requests are being handled, or the service is stopping")
 		answer.header.Set("Retry-After", "1")
 		s.reply(msg, answer)
 		return
@@ -255,7 +255,7 @@ func (s *server) reply(msg *nats.Msg, w *answer) {
 		err = msg.RespondMsg(w.message())
 	}
 	if w.tooLarge || errors.Is(err, nats.ErrMaxPayload) {
-		s.log("answer is over the server's limit of a payload", syscall.EMSGSIZE)
+		s.log("answer is over the server's payload limit", syscall.EMSGSIZE)
 		err = msg.RespondMsg(failure(http.StatusInternalServerError, "answer is too large").message())
 	}
 	if err != nil {

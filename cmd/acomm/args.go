@@ -20,7 +20,7 @@ func parseArgs(words []string, stdin io.Reader) (json.RawMessage, error) {
 	}
 	for _, word := range words {
 		if isFile := len(words) == 1 && strings.HasPrefix(word, "@"); !isFile && !utf8.ValidString(word) {
-			return nil, fmt.Errorf("ARGS: %q is not UTF-8, as JSON must be", word)
+			return nil, fmt.Errorf("ARGS: %q is not UTF-8: JSON must be UTF-8", word)
 		}
 	}
 	first := words[0]
@@ -49,10 +49,10 @@ func readArgs(name string, r io.Reader) (json.RawMessage, error) {
 		return nil, fmt.Errorf("ARGS: %w", err)
 	}
 	if len(data) > maxArgs {
-		return nil, fmt.Errorf("ARGS: %s holds more than the 64 MiB of a message", name)
+		return nil, fmt.Errorf("ARGS: %s is larger than 64 MiB, the limit of a message", name)
 	}
 	if !utf8.Valid(data) {
-		return nil, fmt.Errorf("ARGS: %s is not UTF-8, as JSON must be", name)
+		return nil, fmt.Errorf("ARGS: %s is not UTF-8: JSON must be UTF-8", name)
 	}
 	if err := json.Unmarshal(data, new(json.RawMessage)); err != nil {
 		return nil, fmt.Errorf("ARGS: %s is not JSON: %w", name, err)
@@ -74,7 +74,7 @@ func parsePairs(words []string) (json.RawMessage, error) {
 		case key == "":
 			return nil, fmt.Errorf("ARGS: %q has no key", word)
 		case seen[key]:
-			return nil, fmt.Errorf("ARGS: the key %q is there twice", key)
+			return nil, fmt.Errorf("ARGS: the key %q is given twice", key)
 		}
 		seen[key] = true
 		name, err := json.Marshal(key)

@@ -53,94 +53,112 @@ type call struct {
 	start  time.Time    // when it was sent
 }
 
-const callLong = `Call sends a request for TASK to URL, waits for its response and writes the result
-to standard output.
+const callLong = `Call sends a request for TASK to URL, waits for its response, and writes the
+result to standard output.
 
 URL is one of
-  unix:///run/echo.sock   a unix socket; a path (/run/echo.sock, ./echo.sock,
-                          tasks/echo/1.sock) will do
-  http://host:port/path   a service that takes requests over HTTP, such as a gateway;
-                          https as well
-  nats://host:4222/tasks  a subject of a NATS server; without a host that of NATS_URL
+  unix:///run/echo.sock   a unix socket; its path is enough (/run/echo.sock,
+                          ./echo.sock, tasks/echo/1.sock)
+  http://host:port/path   a service that takes requests over HTTP, such as a
+                          gateway; also https
+  nats://host:4222/tasks  a subject of a NATS server; without a host, the
+                          server in NATS_URL
 
-ARGS, the arguments of the task, is one of
+ARGS are the arguments of the task, in one of these forms. If several forms
+fit, the first one counts.
   (nothing)               null
   '{"n": 5}'              JSON
   @FILE                   JSON in a file
   -                       JSON on standard input
-  KEY=VALUE...            an object; a VALUE that is JSON is taken as such, any other
-                          as a string: n=5 name=joe is {"n":5,"name":"joe"}, and
-                          'n="5"' the string. What could be read in several ways is
-                          what comes first in this list.
-ARGS that begin with a dash, such as -5, come after --.
+  KEY=VALUE...            an object. A VALUE that is JSON stays JSON, any other
+                          becomes a string: n=5 name=joe is
+                          {"n":5,"name":"joe"}. Write 'n="5"' for a string.
+Write -- before ARGS that begin with a dash, such as -5.
 
 OUTPUT
-The result is indented on a terminal, where characters that it would obey are written
-as \u and their number, one line otherwise, and with --raw byte for byte
-as it came, except that <, > and & are never written as \u003c, \u003e and \u0026. A stream that comes with the response goes to standard output, or with -o
-to a file; the result then goes to standard error, or with -o to standard output,
-unless it is null. While a stream is read, a bar on standard error shows its progress
-if that is a terminal (and standard output is not one the stream goes to).
+On a terminal the result is indented, and characters that control a terminal
+are written as \u and their number. Elsewhere the result is one line. With
+--raw it is written byte for byte as it came, except that <, > and & are never
+written as \u003c, \u003e and \u0026.
 
-With -o the data is written to a hidden file beside FILE, .acomm-*.part, and moved when
-the stream is complete. After an error or an interruption FILE is what it was before,
-or absent, and the part is removed. If FILE is a link, it is written where that leads.
-A response without a stream is an error then.
+A stream of the response goes to standard output, and the result to standard
+error. With -o FILE the stream goes to FILE, and the result to standard output.
+In both cases a result that is null is not written. While a stream is read,
+standard error shows a progress bar, if standard error is a terminal and the
+stream does not go to a terminal.
+
+With -o the stream is first written to a hidden file beside FILE,
+.acomm-*.part. It is renamed to FILE when it is complete. After an error or an
+interruption the hidden file is removed, and FILE is as it was before. If FILE
+is a link, the file that it leads to is written. With -o, a response without a
+stream is an error.
 
 JSON
-With --json the call writes one object on a line, and nothing else: to standard output
-in place of the result, or, where a stream goes there, to standard error.
+With --json the call writes one JSON object on a line, and nothing else. It
+goes to standard output, or to standard error if a stream goes to standard
+output.
   id, task   of the request
   phase      not taken     nobody has the request
-             sent          interrupted before it was known whether it was taken
-             acknowledged  interrupted after it was taken
+             sent          interrupted; the request may have been taken
+             acknowledged  interrupted after the request was taken
              answered      there is a response
-             timed out     there was none in time
+             timed out     there was no response in time
   result     null if there is none
   error      a text; null if all went well
-  stream     an object with bytes, complete, and file (null: standard output); null
-             if the response has no stream
-  times      sent, acknowledged, answered, ended; null if it did not happen, such as
-             acknowledged where the acknowledgement was lost
-The exit status is that without --json. A mistake in the command line (2) is text.
+  stream     an object with bytes, complete, and file (null: standard output);
+             null if the response has no stream
+  times      sent, acknowledged, answered and ended. A time is null if the
+             event did not happen: acknowledged is null if the acknowledgement
+             was lost.
+The exit status is the same as without --json. A mistake in the command line
+(2) is reported as text.
 
 HOOKS
-The response is sent to the hook. For a unix socket that is a socket of the call's own
-in a directory only its user can enter, below TMPDIR or, if that is too long for the
-path of a socket, /tmp. For HTTP the call listens on --hook-listen, and the request
-names that address, or --hook-url if the other side has to use another one, because of a
-proxy or because it is on another machine. Any path is taken. Who can reach that address
-can't do more than try ids: they are random, 122 bits. For NATS it is a subject
-acomm.call.RANDOM, which the other side must be allowed to publish to.
+The response is sent to the hook. The kind of hook depends on URL.
+  unix  A socket in a directory that only this user can enter. The directory
+        is below TMPDIR, or below /tmp if that path is too long for a socket.
+  http  An address of this machine. The call listens on --hook-listen, and the
+        request names that address, or --hook-url if it is given. Give
+        --hook-url if the other side must use another address, because of a
+        proxy or because it is on another machine. Any path is taken. Whoever
+        reaches the address can only guess ids, of 122 random bits.
+  nats  A subject acomm.call.RANDOM. The other side must be allowed to publish
+        to it.
 
-WHO CALLS
-Over https the service's certificate is checked, with --cacert against those in a file
-in place of the system's. --cert and --key show a certificate, --token-file a bearer token
-(Authorization), --header anything else. They go to the scheme, host and port of URL
-and nowhere else: not to a stream or a redirect that leads to another place.
+AUTHENTICATION
+Over https the certificate of the service is checked against the authorities
+of the system, or with --cacert against those in a file. --cert and --key give
+a client certificate, --token-file a bearer token (Authorization), and
+--header any other header. The token and the headers are sent only to the
+scheme, host and port of URL, never to another place that a stream or a
+redirect leads to. Any https server that asks for a client certificate gets
+that of --cert, also the server of a stream.
 
 PROXIES
-Requests and streams over HTTP go through the proxies that HTTP_PROXY, HTTPS_PROXY and
-NO_PROXY name, but to localhost and loopback addresses directly.
+Requests and streams over HTTP go through the proxies in HTTP_PROXY,
+HTTPS_PROXY and NO_PROXY. Connections to localhost and to loopback addresses
+use no proxy.
 
 TIME
---timeout bounds the time from sending to the response; a stream then takes as long
-as it takes. A request that is acknowledged goes on at the other side when the call
-has timed out or is interrupted. If the acknowledgement is lost, the request may have
-arrived: the call says so on standard error and waits for the response all the same.
+--timeout bounds the time from sending the request to the response. A stream
+may take any time after that. If the call times out or is interrupted, a
+request that was acknowledged goes on at the other side. If the
+acknowledgement is lost, the request may have arrived. The call says so on
+standard error and goes on waiting for the response.
 
 EXIT STATUS
-  0  done: the result, and the stream if there is one, has been written
-  1  the task failed, its error is on standard error; or what came could not be
-     read to its end or written
-  2  usage: options, URL or ARGS make no sense, or name a file that can't be used
-  3  the request was not taken: nobody is there, or it was refused (over HTTP with
-     a status of 300 to 499, or 503 with Retry-After)
-  4  timed out: no acknowledgement, no response or no stream in time. The request
-     may have been taken, also where the acknowledgement was lost. A time-out that
-     the other side reports is an error of the task.
-  An interrupted call exits with 130 (SIGINT) or 143 (SIGTERM), one whose output nobody
-  reads with 141 (SIGPIPE).`
+  0  done: the result, and the stream if there is one, was written
+  1  the task failed, its error is on standard error; or the response could
+     not be read to its end, or not be written
+  2  usage: flags, URL or ARGS are wrong, or name a file that can't be used
+  3  the request was not taken: nobody listens, or it was refused (over HTTP
+     with a status of 300 to 499, with 501, 505 or 511, or with 503 and
+     Retry-After)
+  4  timed out: no acknowledgement, no response or no stream in time. The
+     request may have been taken. A time-out that a gateway reports counts, a
+     time limit of the provider is an error of the task (1).
+  An interrupted call exits with 130 (SIGINT) or 143 (SIGTERM). A call whose
+  output nobody reads exits with 141 (SIGPIPE).`
 
 const callExample = `  acomm call unix:///run/echo.sock echo hello=world n=5
   acomm call ./echo.sock echo '{"hello": "world"}'
@@ -171,10 +189,10 @@ func newCallCommand() *cobra.Command {
 	}
 	flags := cmd.Flags()
 	flags.DurationVar(&c.timeout, "timeout", time.Minute, "how long to wait for the response")
-	flags.StringVar(&c.hookListen, "hook-listen", "127.0.0.1:0", "`address` to listen on for the response to an HTTP request")
-	flags.StringVar(&c.hookURL, "hook-url", "", "`URL` of that address as the other side sees it")
-	flags.StringVarP(&c.output, "output", "o", "", "`file` for the stream")
-	flags.BoolVar(&c.json, "json", false, "write one JSON object that says how the call went")
+	flags.StringVar(&c.hookListen, "hook-listen", "127.0.0.1:0", "`ADDR` to listen on for the response to an HTTP request")
+	flags.StringVar(&c.hookURL, "hook-url", "", "`URL` of the --hook-listen address as the other side sees it")
+	flags.StringVarP(&c.output, "output", "o", "", "write the stream to this `FILE`")
+	flags.BoolVar(&c.json, "json", false, "write one JSON object with the result or error, and the times")
 	flags.BoolVar(&c.raw, "raw", false, "write the result as it came")
 	c.client.addTo(flags)
 	flags.BoolVarP(&c.verbose, "verbose", "v", false, "say on standard error what is sent and received, and when")
@@ -197,7 +215,7 @@ func (c *call) parse(words []string, stdin io.Reader) (err error) {
 		return errors.New("--cacert, --cert, --key, --token-file and --header are for http and https")
 	}
 	if c.json && c.raw {
-		return errors.New("--json and --raw exclude each other")
+		return errors.New("--json and --raw can't be used together")
 	}
 	c.args, err = parseArgs(words[2:], stdin)
 	return err
@@ -227,7 +245,7 @@ func (c *call) run() error {
 		}
 		if isResponseTimeout(resp.Error) {
 			c.report.timedOut()
-			return &exitError{exitTimeout, fmt.Errorf("no response to %s in the time that the gateway allows", c.task)}
+			return &exitError{exitTimeout, fmt.Errorf("no response to %s: the time-out of the gateway has passed", c.task)}
 		}
 		c.report.answered()
 		return &exitError{exitTask, errors.New(printable(resp.Error.Error()))}
@@ -304,7 +322,7 @@ func (c *call) await(ctx context.Context, tracker *acomm.Tracker, req *acomm.Req
 				if c.report != nil { // its times say so
 					continue
 				}
-				fmt.Fprintln(os.Stderr, errorLabel("acomm call:"), "acknowledgement lost, waiting for the response, as the request may have arrived:",
+				fmt.Fprintln(os.Stderr, errorLabel("acomm call:"), "acknowledgement lost; the request may have arrived, so waiting for its response:",
 					printable(sendErrorTo(c.shown, err).Error()))
 			default:
 				if !tracker.RemoveRequest(req) { // a response or the time-out came first
@@ -376,7 +394,7 @@ func (c *call) deliver(ctx context.Context, resp *acomm.Response, file *download
 			return outputError(err)
 		}
 		if file != nil {
-			return &exitError{exitTask, errors.New("the response has no stream for -o")}
+			return &exitError{exitTask, errors.New("the response has no stream to write to the file of -o")}
 		}
 		return nil
 	}

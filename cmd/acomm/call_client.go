@@ -21,11 +21,11 @@ type httpClient struct {
 }
 
 func (c *httpClient) addTo(flags *pflag.FlagSet) {
-	flags.StringVar(&c.cacert, "cacert", "", "`file` of the certificates, in PEM, that an https service may be signed by")
-	flags.StringVar(&c.cert, "cert", "", "`file` of a certificate for the service, in PEM")
-	flags.StringVar(&c.key, "key", "", "`file` of its key")
-	flags.StringVar(&c.tokenFile, "token-file", "", "`file` whose first line is the bearer token for the service")
-	flags.StringArrayVar(&c.headers, "header", nil, "`header` for the service, such as 'X-Name: value'; may be repeated")
+	flags.StringVar(&c.cacert, "cacert", "", "`FILE` with the authorities, in PEM, that may have signed the certificate of the service")
+	flags.StringVar(&c.cert, "cert", "", "`FILE` with a client certificate, in PEM")
+	flags.StringVar(&c.key, "key", "", "`FILE` with the key of --cert, in PEM")
+	flags.StringVar(&c.tokenFile, "token-file", "", "`FILE` with the bearer token for the service in its first line")
+	flags.StringArrayVar(&c.headers, "header", nil, "`HEADER` to send to the service, such as 'X-Name: value'; may be repeated")
 }
 
 func (c *httpClient) isUsed() bool {
@@ -59,7 +59,7 @@ func (c *httpClient) tlsConfig() (*tls.Config, error) {
 		return nil, nil
 	}
 	if (c.cert == "") != (c.key == "") {
-		return nil, errors.New("--cert and --key go together")
+		return nil, errors.New("--cert and --key must be given together")
 	}
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
 	if c.cacert != "" {

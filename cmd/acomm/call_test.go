@@ -423,7 +423,7 @@ func TestCall_FileWithoutStreamIsAnError(t *testing.T) {
 	p := startCallProvider(t, answerArgs)
 	dir := t.TempDir()
 	got := runAcomm(t, "call", "-o", filepath.Join(dir, "f"), p.path, "echo", "1")
-	require.Equal(t, result{stdout: "1\n", stderr: "acomm call: the response has no stream for -o\n", code: exitTask}, got)
+	require.Equal(t, result{stdout: "1\n", stderr: "acomm call: the response has no stream to write to the file of -o\n", code: exitTask}, got)
 	requireOnly(t, dir)
 }
 
@@ -615,7 +615,7 @@ func TestCall_LostAcknowledgementIsWaitedOut(t *testing.T) {
 	call = startAcomm(t, "call", "--timeout", "700ms", path, "echo")
 	take()
 	require.Equal(t, exitTimeout, call.wait(), call.said())
-	require.Regexp(t, `^acomm call: acknowledgement lost, .*EOF\nacomm call: no response to echo within 700ms$`, call.said())
+	require.Regexp(t, `^acomm call: acknowledgement lost; .*EOF\nacomm call: no response to echo within 700ms$`, call.said())
 }
 
 func TestCall_ExitCode3MeansThatTheRequestWasNotTaken(t *testing.T) {

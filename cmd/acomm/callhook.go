@@ -40,7 +40,7 @@ func (c *call) openHook(tracker *acomm.Tracker) (*url.URL, func(), error) {
 		addr := listener.Addr().(*net.TCPAddr)
 		if addr.IP.IsUnspecified() {
 			_ = listener.Close()
-			return nil, nil, usageError("--hook-listen %s: others can't know which address that is: name it with --hook-url", c.hookListen)
+			return nil, nil, usageError("--hook-listen %s is not an address that others can send to: give one with --hook-url", c.hookListen)
 		}
 		hook = &url.URL{Scheme: "http", Host: addr.String(), Path: "/"}
 	}
@@ -81,12 +81,12 @@ func (c *call) publicHook() (*url.URL, error) {
 func responseHandler(tracker *acomm.Tracker) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPost {
-			http.Error(w, "responses are POSTed", http.StatusMethodNotAllowed)
+			http.Error(w, "send a response with POST", http.StatusMethodNotAllowed)
 			return
 		}
 		resp := &acomm.Response{}
 		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxResponse)).Decode(resp); err != nil {
-			http.Error(w, "not a response", http.StatusBadRequest)
+			http.Error(w, "the body is not a response", http.StatusBadRequest)
 			return
 		}
 		tracker.HandleResponse(resp)

@@ -17,10 +17,10 @@ import (
 func parseNATSTarget(u *url.URL) error {
 	subject := strings.TrimPrefix(u.Path, "/")
 	if subject == "" || u.RawQuery != "" || u.Fragment != "" {
-		return errors.New("URL: one of NATS is nats://[HOST[:PORT]]/SUBJECT")
+		return errors.New("URL: a NATS URL is nats://[HOST[:PORT]]/SUBJECT, without query and fragment")
 	}
 	if !isSubject(subject) {
-		return fmt.Errorf("URL: %q is no subject that one may send to", subject)
+		return fmt.Errorf("URL: %q is not a valid subject: no spaces, wildcards, empty tokens, $... or _INBOX", subject)
 	}
 	return nil
 }

@@ -11,30 +11,31 @@ import (
 	"github.com/spf13/cobra"
 )
 
-const checkLong = `Check holds the peer at URL to the protocol of acomm. It prints a line for each
-thing that PROTOCOL.md asks of a provider, with the section, and what was seen.
-The peer may be written in any language.
+const checkLong = `Check tests whether the peer at URL follows the protocol of acomm. For each
+rule that PROTOCOL.md has for a provider, it prints a line with the section
+and a line with the observation. The peer may be written in any language.
 
 URL is unix:///PATH, the path of a socket (/PATH, ./PATH) or http(s)://HOST/.
 
-TASK is a task that the peer takes. Its requests must be accepted then. Check
-calls it some dozens of times, with null and with long strings as arguments:
-name one that may be called so. Whether it fails is its own affair. Without TASK
-a task is asked for that has probably nobody. The peer may refuse that, and what
-only a response can show is then not looked at.
+TASK is a task of the peer, so its requests must be accepted. Check calls it
+some dozens of times, with null and with long strings as arguments. Name a
+task that may be called so. The task itself may fail. Without TASK, check asks
+for a task that the peer most likely does not have. If the peer refuses it,
+the rules that need a response are not tested.
 
-Besides sound requests of all forms the peer is sent broken ones: try it on a
-peer that nobody else depends on at the moment.
+Check sends requests of all valid forms, and broken ones. Use a peer that
+nobody depends on at the moment.
 
 PEERS OF 2016
-read a header and a payload with one read each, and know no limit. They can't do
-all that PROTOCOL.md asks today. With --of-2016 it is not asked of them.
+A peer of 2016 reads a header and a payload with one read each, and has no
+limits. So it can't follow every rule of today. --of-2016 leaves out the rules
+that it can't follow.
 
 EXIT STATUS
-  0  all that was looked at holds
-  1  something does not, or the peer has gone meanwhile
+  0  the peer follows all rules that were tested
+  1  it breaks a rule, or went away during the test
   2  usage
-  3  nobody is there`
+  3  nobody listens`
 
 const checkExample = `  acomm check ./echo.sock echo
   acomm check http://127.0.0.1:8080/ echo
@@ -44,7 +45,7 @@ func newCheckCommand() *cobra.Command {
 	c := &checker{out: os.Stdout}
 	cmd := &cobra.Command{
 		Use:     "check URL [TASK]",
-		Short:   "Hold a peer to the protocol",
+		Short:   "Test whether a peer follows the protocol",
 		Long:    checkLong,
 		Example: checkExample,
 		Args:    cobra.RangeArgs(1, 2),
@@ -56,10 +57,10 @@ func newCheckCommand() *cobra.Command {
 		},
 	}
 	flags := cmd.Flags()
-	flags.DurationVar(&c.timeout, "timeout", 10*time.Second, "how long to wait for each thing")
-	flags.BoolVar(&c.of2016, "of-2016", false, "ask no more than a peer of 2016 can do")
-	flags.StringVar(&c.hookListen, "hook-listen", "127.0.0.1:0", "`ADDR` for responses over HTTP")
-	flags.StringVar(&c.hookURL, "hook-url", "", "`URL` of that address as the peer sees it")
+	flags.DurationVar(&c.timeout, "timeout", 10*time.Second, "how long to wait for each answer")
+	flags.BoolVar(&c.of2016, "of-2016", false, "leave out the rules that a peer of 2016 can't follow")
+	flags.StringVar(&c.hookListen, "hook-listen", "127.0.0.1:0", "`ADDR` to listen on for responses over HTTP")
+	flags.StringVar(&c.hookURL, "hook-url", "", "`URL` of the --hook-listen address as the peer sees it")
 	return cmd
 }
 
@@ -68,7 +69,7 @@ func (c *checker) parse(args []string) (err error) {
 		return err
 	}
 	if c.target.Scheme == "nats" {
-		return errors.New("URL: over NATS there is nothing to check; take the peer behind it")
+		return errors.New("URL: check does not work over NATS: give the URL of the peer itself")
 	}
 	if len(args) > 1 {
 		if c.task = args[1]; c.task == "" {
@@ -117,14 +118,14 @@ func (c *checker) run() error {
 			failed++
 			c.print(failLabel("FAIL"), check, err.Error())
 			if isNotConnected(err) {
-				return &exitError{exitTask, errors.New("the peer has gone; nothing more was looked at")}
+				return &exitError{exitTask, errors.New("the peer has gone; the remaining rules were not tested")}
 			}
 			if i == 0 {
-				return &exitError{exitTask, errors.New("not even this holds; nothing more was looked at")}
+				return &exitError{exitTask, errors.New("the first rule failed; the remaining rules were not tested")}
 			}
 		}
 	}
-	fmt.Fprintf(c.out, "%d hold, %d do not, %d not looked at\n", held, failed, left)
+	fmt.Fprintf(c.out, "%d passed, %d failed, %d not tested\n", held, failed, left)
 	if failed > 0 {
 		return &exitError{code: exitTask}
 	}

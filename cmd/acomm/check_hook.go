@@ -152,7 +152,7 @@ func (h *checkHook) find(m *message) (e *expected, first bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if e = h.expected[m.id]; e == nil {
-		h.strays = append(h.strays, fmt.Sprintf("a response with the id %q, which no request had", m.id))
+		h.strays = append(h.strays, fmt.Sprintf("a response with the unknown id %q", m.id))
 		return nil, false
 	}
 	e.mu.Lock()
@@ -265,7 +265,7 @@ func (h *checkHook) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if err != nil {
 		h.note(append(faults, "response: "+err.Error())...)
-		http.Error(w, "not a response", http.StatusBadRequest)
+		http.Error(w, "the body is not a response", http.StatusBadRequest)
 		return
 	}
 	h.mu.Lock()

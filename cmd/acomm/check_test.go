@@ -28,14 +28,14 @@ func checkHolds(t *testing.T, args ...string) string {
 	got := runAcomm(t, append([]string{"check"}, args...)...)
 	require.Zero(t, got.code, got.stdout+got.stderr)
 	require.NotContains(t, got.stdout, "FAIL")
-	require.Regexp(t, `\n\d+ hold, 0 do not, \d+ not looked at\n$`, got.stdout)
+	require.Regexp(t, `\n\d+ passed, 0 failed, \d+ not tested\n$`, got.stdout)
 	require.Empty(t, got.stderr)
 	return got.stdout
 }
 
 func TestCheck_ServePasses(t *testing.T) {
 	r, path := startServe(t, nil, "cat")
-	require.Contains(t, checkHolds(t, path, "echo"), "26 hold, 0 do not, 1 not looked at")
+	require.Contains(t, checkHolds(t, path, "echo"), "26 passed, 0 failed, 1 not tested")
 	checkHolds(t, "--of-2016", "unix://"+path) // which is quicker
 	r.stop()
 }
@@ -44,7 +44,7 @@ func TestCheck_ServeWithStreamPasses(t *testing.T) {
 	r, path := startServe(t, []string{"--stream"}, "seq", "100000")
 	said := checkHolds(t, path, "numbers")
 	require.Contains(t, said, "seen: a stream with .eof, 588895 bytes; a second consumer had none")
-	require.Contains(t, said, "27 hold, 0 do not, 0 not looked at")
+	require.Contains(t, said, "27 passed, 0 failed, 0 not tested")
 	r.stop()
 }
 
@@ -65,7 +65,7 @@ func TestCheck_GatewayPasses(t *testing.T) {
 	_, addr, _ := strings.Cut(g.waitLine("listening on"), "listening on ")
 	said := checkHolds(t, "http://"+addr+"/", "numbers")
 	require.Contains(t, said, "seen: HEAD took nothing, GET 588895 bytes; a second consumer had none")
-	require.Contains(t, said, "21 hold, 0 do not, 0 not looked at")
+	require.Contains(t, said, "21 passed, 0 failed, 0 not tested")
 	checkHolds(t, "--of-2016", filepath.Join(dir, coordinatorDir, "g.sock"), "numbers")
 	g.stop()
 	serve.stop()
@@ -82,7 +82,7 @@ func TestCheck_ProviderInPythonPasses(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s.sock")
 	provider := startCmd(t, exec.Command(python, "../../examples/python/provider.py", path))
 	provider.waitLine("listening on unix://" + path)
-	require.Contains(t, checkHolds(t, path, "echo"), "26 hold, 0 do not, 1 not looked at")
+	require.Contains(t, checkHolds(t, path, "echo"), "26 passed, 0 failed, 1 not tested")
 	require.Equal(t, result{stdout: "{\"a\":[1,null]}\n"}, runAcomm(t, "call", path, "echo", "a=[1,null]"))
 	provider.stop()
 	require.NoFileExists(t, path)
@@ -103,7 +103,7 @@ func TestCheck_PeerOf2016Passes(t *testing.T) {
 	peer := provider.waitLine("unix:")
 	said := checkHolds(t, "--of-2016", peer, "echo")
 	require.Contains(t, said, "not asked of peers of 2016")
-	require.Contains(t, said, "20 hold, 0 do not")
+	require.Contains(t, said, "20 passed, 0 failed")
 	require.NoError(t, stdin.Close())
 	require.Zero(t, provider.wait(), provider.said())
 }
@@ -295,19 +295,19 @@ func TestCheck_EachFaultIsSeen(t *testing.T) {
 		want string // what does not hold
 	}{
 		"reads once":                    {&wrongPeer{readsOnce: true}, "in any number of pieces"},
-		"waits for the end":             {&wrongPeer{readsToEnd: true}, "the connection stays open for that"},
-		"no limit":                      {&wrongPeer{ignoresLimit: true}, "A larger length is refused"},
-		"keeps broken connections open": {&wrongPeer{keepsBroken: true}, "the connection is closed"},
-		"takes broken frames":           {&wrongPeer{takesBroken: true}, "What is not JSON is not taken"},
+		"waits for the end":             {&wrongPeer{readsToEnd: true}, "stays open until then"},
+		"no limit":                      {&wrongPeer{ignoresLimit: true}, "A frame that announces more"},
+		"keeps broken connections open": {&wrongPeer{keepsBroken: true}, "(0 is not a message:|is cut off) the connection is closed"},
+		"takes broken frames":           {&wrongPeer{takesBroken: true}, "A payload that is not JSON is not taken"},
 		"unknown members":               {&wrongPeer{strict: true}, "Unknown members are skipped"},
 		"header and payload apart":      {&wrongPeer{writesTwice: true}, "Each acknowledgement is one Response, written at once"},
 		"works first":                   {&wrongPeer{acksLate: true}, "A request is acknowledged before its response is"},
 		"takes invalid requests":        {&wrongPeer{takesInvalid: true}, "is refused in the acknowledgement"},
-		"answers refused requests":      {&wrongPeer{answersRefused: true}, "a refused one has none"},
-		"answers twice":                 {&wrongPeer{answersTwice: true}, "has one response"},
+		"answers refused requests":      {&wrongPeer{answersRefused: true}, "a refused one gets none"},
+		"answers twice":                 {&wrongPeer{answersTwice: true}, "gets one response"},
 		"wants no acknowledgement":      {&wrongPeer{leavesEarly: true}, "its sender reads the acknowledgement"},
 		"does not close":                {&wrongPeer{staysOpen: true}, "and closes"},
-		"changes the id":                {&wrongPeer{otherID: true}, "comes back as what it stands for"},
+		"changes the id":                {&wrongPeer{otherID: true}, "comes back as the text that it stands for"},
 		"error and result":              {&wrongPeer{mixed: true}, "Each response is one frame"},
 		"parses the path":               {&wrongPeer{parses: true}, "taken as it is, with a space"},
 		"no such stream":                {&wrongPeer{stream: "/nowhere/s.sock"}, "A stream can be read"},

@@ -74,7 +74,7 @@ func (a *access) read() error {
 // readAgain is read on SIGHUP.
 func (a *access) readAgain() {
 	if err := a.read(); err != nil {
-		logrus.WithField("error", err.Error()).Error("gateway: certificates and tokens stay as they were")
+		logrus.WithField("error", err.Error()).Error("gateway: can't read certificates and tokens again, the old ones stay in use")
 		return
 	}
 	logrus.Info("gateway: certificates and tokens were read again")
@@ -108,7 +108,7 @@ func readTokens(file string) (tokens []string, err error) {
 		switch {
 		case token == "" || token[0] == '#':
 		case strings.ContainsFunc(token, func(r rune) bool { return r <= ' ' || r > '~' }):
-			return nil, fmt.Errorf("%s: a token has characters that no header can have", file)
+			return nil, fmt.Errorf("%s: a token has a space, or a character that is not printable ASCII", file)
 		default:
 			tokens = append(tokens, token)
 		}
@@ -148,7 +148,7 @@ func (a *access) onlyWithToken(g *gateway, h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path != "/healthz" && r.URL.Path != "/stream" && !a.allows(r) {
 			w.Header().Set("WWW-Authenticate", "Bearer")
-			refused := refuse(http.StatusUnauthorized, reasonInvalid, "a token is needed, and this is none")
+			refused := refuse(http.StatusUnauthorized, reasonInvalid, "a valid bearer token is needed, in the header Authorization")
 			g.refused("", "", refused)
 			answer(w, "", refused)
 			return
@@ -207,7 +207,7 @@ func removeDeadSocket(path string) error {
 	}
 	if conn, err := net.Dial("unix", path); err == nil {
 		_ = conn.Close()
-		return fmt.Errorf("listen on %s: somebody listens there already", path)
+		return fmt.Errorf("listen on %s: another process listens there already", path)
 	}
 	return os.Remove(path)
 }
@@ -216,7 +216,7 @@ func removeDeadSocket(path string) error {
 func (o *gatewayOptions) socketMode() (fs.FileMode, error) {
 	mode, err := strconv.ParseUint(o.listenMode, 8, 32)
 	if err != nil || mode > 0o777 {
-		return 0, usageError("--listen-mode: %q is no mode, such as 0660", o.listenMode)
+		return 0, usageError("--listen-mode: %q is not an octal mode such as 0660", o.listenMode)
 	}
 	return fs.FileMode(mode), nil
 }
@@ -228,9 +228,9 @@ func (o *gatewayOptions) checkAccess() error {
 	case err != nil:
 		return err
 	case (o.tlsCert == "") != (o.tlsKey == ""):
-		return usageError("--tls-cert and --tls-key go together")
+		return usageError("--tls-cert and --tls-key must be given together")
 	case o.clientCA != "" && o.tlsCert == "":
-		return usageError("--client-ca: there is no --tls-cert")
+		return usageError("--client-ca needs --tls-cert and --tls-key")
 	}
 	if o.access, err = newAccess(o); err != nil {
 		return usageError("%w", err)

@@ -140,7 +140,7 @@ func TestGateway_TokensDecideAndAreReadAgain(t *testing.T) {
 	require.Equal(t, 200, status("/tasks/echo", "Bearer third"))
 	write("")
 	g.signal(syscall.SIGHUP)
-	g.waitLine("stay as they were")
+	g.waitLine("the old ones stay in use")
 	require.Equal(t, 200, status("/tasks/echo", "Bearer third"))
 	g.stop()
 }
@@ -187,7 +187,7 @@ func TestGateway_ListensOnASocketWithAMode(t *testing.T) {
 	healthz()
 	second := runAcomm(t, "gateway", "--socket-dir", dir, "--listen", "unix:"+path, "--stream-url", "http://box.example/stream", "--name", "gw2")
 	require.Equal(t, 1, second.code)
-	require.Contains(t, second.stderr, "somebody listens there")
+	require.Contains(t, second.stderr, "another process listens there")
 	require.NoError(t, r.Process.Kill())
 	<-r.done
 	client.CloseIdleConnections()

@@ -147,7 +147,7 @@ func (g *gateway) forward(req *acomm.Request, task string, local bool) *refusal 
 	providers, err := g.providers(req.Task)
 	if err != nil || len(providers) == 0 {
 		if err != nil {
-			g.warn("look for providers", err, req.ID, task)
+			g.warn("failed to look for providers", err, req.ID, task)
 		}
 		return refuse(http.StatusOK, reasonNoProvider, "nobody provides the task %q", req.Task)
 	}
@@ -171,11 +171,11 @@ const (
 func (g *gateway) proxy(providers []*url.URL, req *acomm.Request, task string) *refusal {
 	if g.pending.Add(1) > int64(g.opts.maxOutstanding) {
 		g.pending.Add(-1)
-		return refuse(http.StatusTooManyRequests, reasonBusy, "%d requests are outstanding", g.opts.maxOutstanding)
+		return refuse(http.StatusTooManyRequests, reasonBusy, "%d requests are waiting for responses: try again later", g.opts.maxOutstanding)
 	}
 	if hook := req.ResponseHook.String(); len(req.ID) > maxID || len(hook) > maxHook {
 		g.pending.Add(-1)
-		return refuse(http.StatusBadRequest, reasonInvalid, "the id has %d bytes and the hook %d; %d and %d are the most", len(req.ID), len(hook), maxID, maxHook)
+		return refuse(http.StatusBadRequest, reasonInvalid, "the id has %d bytes (limit %d), the hook %d bytes (limit %d)", len(req.ID), maxID, len(hook), maxHook)
 	}
 	taken := time.Now()
 	hook := req.ResponseHook // without the request: its arguments are not kept for so long
@@ -186,7 +186,7 @@ func (g *gateway) proxy(providers []*url.URL, req *acomm.Request, task string) *
 	if err != nil {
 		g.pending.Add(-1)
 		if errors.Is(err, fs.ErrExist) {
-			return refuse(http.StatusOK, reasonDuplicate, "a request with the id %.256q is waiting for its response", req.ID)
+			return refuse(http.StatusOK, reasonDuplicate, "the id %.256q is in use: a request with it is waiting for its response", req.ID)
 		}
 		return errDraining()
 	}
@@ -215,11 +215,11 @@ func (g *gateway) offer(providers []*url.URL, req *acomm.Request) *refusal {
 			words = err
 		case isNotConnected(err):
 		case errors.Is(err, syscall.EMSGSIZE):
-			return refuse(http.StatusRequestEntityTooLarge, reasonInvalid, "the request is larger than a provider takes")
+			return refuse(http.StatusRequestEntityTooLarge, reasonInvalid, "the request is too large for the provider")
 		default:
 			// The path in the error is of no concern to strangers.
-			g.warn("unclear whether a provider has taken a request", err, req.ID, req.Task)
-			return refuse(http.StatusBadGateway, reasonUnclear, "unclear whether a provider of %q has taken the request", req.Task)
+			g.warn("a provider may or may not have taken a request", err, req.ID, req.Task)
+			return refuse(http.StatusBadGateway, reasonUnclear, "a provider of %q may or may not have taken the request", req.Task)
 		}
 	}
 	if words != nil {
@@ -265,7 +265,7 @@ func (g *gateway) handleResponse(resp *acomm.Response) {
 	}
 }
 
-var errNotWaiting = errors.New("it is late, or no request has the id")
+var errNotWaiting = errors.New("it is too late, or its id is unknown")
 
 // finish counts the response to a request, or its time-out, and sends it to the
 // hook.
@@ -395,13 +395,13 @@ func (g *gateway) checkHook(hook *url.URL, local bool) error {
 	switch {
 	case hook.Scheme == "unix":
 		if !local {
-			return errors.New("a unix hook means nothing on another machine")
+			return errors.New("a request over HTTP or NATS can't have a unix hook")
 		}
 		return nil
 	case hook.Scheme == "nats" && g.natsHook:
 		return nil
 	case hook.Scheme != "http" && hook.Scheme != "https":
-		return fmt.Errorf("hooks with the scheme %.32q are not served", hook.Scheme)
+		return fmt.Errorf("hooks with the scheme %.32q are not supported", hook.Scheme)
 	case hook.Host == "":
 		return errors.New("the hook has no host")
 	}

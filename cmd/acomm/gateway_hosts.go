@@ -81,7 +81,7 @@ func isHost(text string) bool {
 func (g *gateway) onlyNamed(h http.Handler) http.Handler {
 	other := g.bounded(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		refused := refuse(http.StatusForbidden, reasonInvalid,
-			"the host %.256q is no name of this gateway; the flag --allow-host of the gateway adds names", r.Host)
+			"the host %.256q is not a name of this gateway: add it with the gateway's flag --allow-host", r.Host)
 		if r.URL.Path == "/" {
 			g.refused("", "", refused)
 		}

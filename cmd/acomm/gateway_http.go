@@ -93,7 +93,7 @@ func (g *gateway) handleRequest(w http.ResponseWriter, r *http.Request) {
 func (g *gateway) readRequest(w http.ResponseWriter, r *http.Request) (*acomm.Request, *refusal) {
 	if r.Method != http.MethodPost {
 		w.Header().Set("Allow", http.MethodPost)
-		return nil, refuse(http.StatusMethodNotAllowed, reasonInvalid, "a request is sent with POST")
+		return nil, refuse(http.StatusMethodNotAllowed, reasonInvalid, "send a request with POST")
 	}
 	body, refused := g.readBody(w, r)
 	if refused != nil {
@@ -286,6 +286,6 @@ func (g *gateway) serveConn(conn net.Conn) {
 		return
 	}
 	if err := acomm.SendConnData(conn, ack); err != nil && r == nil {
-		logrus.WithField("id", shorten(req.ID)).Debug("a requester has left before it was told that its request is taken")
+		logrus.WithField("id", shorten(req.ID)).Debug("a requester closed the connection before it read the acknowledgement")
 	}
 }

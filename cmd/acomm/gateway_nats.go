@@ -172,7 +172,7 @@ func (f *natsFront) start(g *gateway) {
 func (f *natsFront) scan() {
 	entries, err := os.ReadDir(f.gateway.opts.socketDir)
 	if err != nil {
-		f.gateway.warn("look for tasks", err, "", "")
+		f.gateway.warn("failed to look for tasks", err, "", "")
 		return
 	}
 	present := make(map[string]bool)
@@ -197,7 +197,7 @@ func (f *natsFront) scan() {
 		subject := f.gateway.opts.natsSubject + "." + task
 		closer, err := natshook.Serve(f.conn, subject, natsQueue, http.HandlerFunc(f.gateway.handleRequest))
 		if err != nil {
-			f.gateway.warn("subscribe", err, "", task)
+			f.gateway.warn("failed to subscribe to a task", err, "", task)
 			continue
 		}
 		f.serving[task] = closer
@@ -207,7 +207,7 @@ func (f *natsFront) scan() {
 
 func (f *natsFront) leave(task string, closer io.Closer) {
 	if err := closer.Close(); err != nil {
-		f.gateway.warn("unsubscribe", err, "", task)
+		f.gateway.warn("failed to unsubscribe from a task", err, "", task)
 	}
 }
 
@@ -226,7 +226,7 @@ func (f *natsFront) close() {
 func (f *natsFront) disconnect() {
 	if f.conn != nil {
 		if err := f.conn.FlushTimeout(natsStartTimeout); err != nil && !errors.Is(err, nats.ErrConnectionClosed) {
-			logrus.WithError(err).Warn("gateway: last messages over NATS")
+			logrus.WithError(err).Warn("gateway: failed to send the last messages over NATS")
 		}
 		f.conn.Close()
 	}

@@ -79,7 +79,7 @@ func connectUnless(signals <-chan os.Signal, connect func() (*natsFront, error))
 	case c := <-connected:
 		return c.front, c.err
 	case sig := <-signals:
-		logrus.WithField("signal", sig.String()).Info("gateway: ended before it was connected to NATS")
+		logrus.WithField("signal", sig.String()).Info("gateway: stopped before it was connected to NATS")
 		return nil, nil
 	}
 }

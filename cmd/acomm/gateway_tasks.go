@@ -27,7 +27,7 @@ const maxErrorText = 64 << 10
 func (g *gateway) handleTask(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodPost {
 		w.Header().Set("Allow", http.MethodPost)
-		g.refuseTask(w, "", refuse(http.StatusMethodNotAllowed, reasonInvalid, "a task is sent with POST"))
+		g.refuseTask(w, "", refuse(http.StatusMethodNotAllowed, reasonInvalid, "send a task with POST"))
 		return
 	}
 	wait, err := g.waitOf(r)
@@ -49,7 +49,7 @@ func (g *gateway) handleTask(w http.ResponseWriter, r *http.Request) {
 	task := g.task(req.Task)
 	g.metrics.requests.WithLabelValues(task).Inc()
 	if prefersAsync(r) && g.results.number() >= g.opts.maxOutstanding {
-		g.refuseTask(w, task, refuse(http.StatusTooManyRequests, reasonBusy, "%d responses wait to be fetched", g.opts.maxOutstanding))
+		g.refuseTask(w, task, refuse(http.StatusTooManyRequests, reasonBusy, "%d responses wait to be fetched: try again later", g.opts.maxOutstanding))
 		return
 	}
 	result := newTaskResult()
@@ -83,12 +83,12 @@ func (g *gateway) handleTask(w http.ResponseWriter, r *http.Request) {
 func (g *gateway) handleTasks(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodGet {
 		w.Header().Set("Allow", http.MethodGet)
-		writeError(w, http.StatusMethodNotAllowed, errors.New("the tasks are asked for with GET"))
+		writeError(w, http.StatusMethodNotAllowed, errors.New("read the list of tasks with GET"))
 		return
 	}
 	entries, err := os.ReadDir(g.opts.socketDir) // sorted by name
 	if err != nil {
-		g.warn("look for tasks", err, "", "")
+		g.warn("failed to look for tasks", err, "", "")
 		writeError(w, http.StatusInternalServerError, errors.New("the directory of the tasks can't be read"))
 		return
 	}
@@ -112,7 +112,7 @@ func (g *gateway) waitOf(r *http.Request) (time.Duration, error) {
 	}
 	wait, err := time.ParseDuration(text)
 	if err != nil || wait <= 0 {
-		return 0, fmt.Errorf("wait=%.64q is no time, such as 30s", text)
+		return 0, fmt.Errorf("wait=%.64q is not a time such as 30s", text)
 	}
 	return min(wait, g.opts.timeout), nil
 }
@@ -154,13 +154,13 @@ func (g *gateway) begin(req *acomm.Request, task string, wait time.Duration, don
 	providers, err := g.providers(req.Task)
 	if err != nil || len(providers) == 0 {
 		if err != nil {
-			g.warn("look for providers", err, req.ID, task)
+			g.warn("failed to look for providers", err, req.ID, task)
 		}
 		return nil, refuse(http.StatusNotFound, reasonNoProvider, "nobody provides the task %q", req.Task)
 	}
 	if g.pending.Add(1) > int64(g.opts.maxOutstanding) {
 		g.pending.Add(-1)
-		return nil, refuse(http.StatusTooManyRequests, reasonBusy, "%d requests are outstanding", g.opts.maxOutstanding)
+		return nil, refuse(http.StatusTooManyRequests, reasonBusy, "%d requests are waiting for responses: try again later", g.opts.maxOutstanding)
 	}
 	taken := time.Now()
 	tracked, err := g.waiting.add(req.ID, wait, func(resp *acomm.Response) {
@@ -205,7 +205,7 @@ func (g *gateway) answerTask(w http.ResponseWriter, r *http.Request, resp *acomm
 	case resp.StreamURL != nil:
 		published, err := g.tracker.ProxyStreamHTTPURL(resp.StreamURL)
 		if err != nil {
-			g.warn("a response whose stream can't be passed on", withoutURL(err), resp.ID, "")
+			g.warn("failed to pass on the stream of a response", withoutURL(err), resp.ID, "")
 			writeError(w, http.StatusBadGateway, errors.New("the stream of the response can't be passed on"))
 			return
 		}
@@ -317,7 +317,7 @@ func (t *taskResults) get(key string) *taskResult {
 func (g *gateway) handleResult(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodGet {
 		w.Header().Set("Allow", http.MethodGet)
-		writeError(w, http.StatusMethodNotAllowed, errors.New("a response is fetched with GET"))
+		writeError(w, http.StatusMethodNotAllowed, errors.New("fetch a response with GET"))
 		return
 	}
 	wait := time.Duration(0)
@@ -331,7 +331,7 @@ func (g *gateway) handleResult(w http.ResponseWriter, r *http.Request) {
 	key := r.PathValue("key")
 	result := g.results.get(key)
 	if result == nil {
-		writeError(w, http.StatusNotFound, errors.New("no such response: it was fetched before, or too long ago"))
+		writeError(w, http.StatusNotFound, errors.New("no such response: it was fetched already, or its time has passed"))
 		return
 	}
 	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(wait + g.timeouts.answer))
@@ -350,7 +350,7 @@ func (g *gateway) handleResult(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	if g.results.take(key, result) == nil { // another one was faster
-		writeError(w, http.StatusNotFound, errors.New("no such response: it was fetched before"))
+		writeError(w, http.StatusNotFound, errors.New("no such response: it was fetched already"))
 		return
 	}
 	g.answerTask(w, r, result.resp)

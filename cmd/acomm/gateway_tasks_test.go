@@ -65,15 +65,15 @@ func TestGatewayTasks_StatusesSayWhatWentWrong(t *testing.T) {
 		"/tasks/fail":                {"{}", 422, `{"error":"no <such> thing"}`},
 		"/tasks/refuse":              {"{}", 503, `{"error":"not now"}`},
 		"/tasks/silent?wait=50ms":    {"{}", 504, `{"error":"response timeout"}`},
-		"/tasks/broken":              {"{}", 502, `unclear`},
+		"/tasks/broken":              {"{}", 502, `may or may not have taken`},
 		"/tasks/nobody":              {"{}", 404, `nobody provides`},
 		"/tasks/coordinator":         {"{}", 400, `not the name of a task`},
-		"/tasks/fail?wait=soon":      {"{}", 400, `no time`},
-		"/tasks/fail?wait=-1s":       {"{}", 400, `no time`},
+		"/tasks/fail?wait=soon":      {"{}", 400, `not a time`},
+		"/tasks/fail?wait=-1s":       {"{}", 400, `not a time`},
 		"/tasks/silent":              {"{", 400, `not JSON`},
 		"/tasks/fail?long":           {`"` + strings.Repeat("x", 1000) + `"`, 413, `larger than 1000`},
 		resultsPath + "AAAA":         {"", 404, `no such response`},
-		resultsPath + "AAAA?wait=1x": {"", 400, `no time`},
+		resultsPath + "AAAA?wait=1x": {"", 400, `not a time`},
 	} {
 		answer, body := g.task(path, want.args)
 		require.Equal(t, want.status, answer.StatusCode, "%s: %s", path, body)

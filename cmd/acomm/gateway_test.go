@@ -623,7 +623,7 @@ func TestGateway_LargeIDsAndHooksAreRefused(t *testing.T) {
 		require.NoError(t, err)
 		status, resp := g.post("POST", string(body))
 		require.Equal(t, http.StatusBadRequest, status)
-		require.ErrorContains(t, resp.Error, "are the most")
+		require.ErrorContains(t, resp.Error, "(limit ")
 	}
 	g.stop()
 }

@@ -222,7 +222,7 @@ func missingArgs(names ...string) cobra.PositionalArgs {
 // noArguments is the Args of a command that takes none.
 func noArguments(cmd *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return fmt.Errorf("%q is too much: %s takes flags only", args[0], cmd.CommandPath())
+		return fmt.Errorf("unexpected argument %q: %s takes only flags", args[0], cmd.CommandPath())
 	}
 	return nil
 }

@@ -77,7 +77,7 @@ func TestUsage_SaysWhatIsWrong(t *testing.T) {
 		"serve ./x":                      "COMMAND is missing",
 		"serve ./x --":                   "COMMAND is missing",
 		"serve ./x cat":                  "-- is missing before COMMAND",
-		"serve ./x y -- cat":             `"y" between PATH and --`,
+		"serve ./x y -- cat":             `unexpected argument "y": write PATH -- COMMAND`,
 		"gateway /run/acomm":             `"/run/acomm"`,
 		"gateway --socket-dir x --liste": "did you mean --listen?",
 	} {

@@ -17,14 +17,14 @@ import (
 // maxList is how many bytes of a list are read.
 const maxList = 16 << 20
 
-const listLong = `List asks a gateway which tasks it has providers for, and how many. URL is that of
-acomm call, http or https.
+const listLong = `List prints the tasks that a gateway has providers for, with their number. URL
+is the http or https URL of the gateway, as for acomm call.
 
 EXIT STATUS
   0  the list was written
-  1  what the gateway has answered is no list, or it could not be written
+  1  the answer is not a list, or the list could not be written
   2  usage
-  3  the gateway could not be asked, or has refused
+  3  the gateway could not be asked, or refused
   4  no answer in time`
 
 // taskEntry is a task of a gateway's list.
@@ -52,7 +52,7 @@ func newListCommand() *cobra.Command {
 		Example: "  acomm list http://127.0.0.1:8080/",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 1 {
-				return fmt.Errorf("%q is too much: list takes a URL", args[1])
+				return fmt.Errorf("unexpected argument %q: list takes only a URL", args[1])
 			}
 			return missingArgs("URL")(cmd, args)
 		},
@@ -61,7 +61,7 @@ func newListCommand() *cobra.Command {
 	}
 	flags := cmd.Flags()
 	flags.DurationVar(&l.timeout, "timeout", 10*time.Second, "how long to wait for the list")
-	flags.BoolVar(&l.json, "json", false, "write the list as it came, in JSON")
+	flags.BoolVar(&l.json, "json", false, "write the list in JSON, as the gateway sent it")
 	l.client.addTo(flags)
 	return cmd
 }
@@ -72,7 +72,7 @@ func (l *lister) run(target string) error {
 	case err != nil:
 		return &exitError{exitUsage, err}
 	case u.Scheme != "http" && u.Scheme != "https":
-		return usageError("a gateway is asked over http or https, not %s", u.Scheme)
+		return usageError("URL: list needs an http or https URL, not %s", u.Scheme)
 	case l.timeout <= 0:
 		return usageError("--timeout %v is not positive", l.timeout)
 	}
@@ -105,7 +105,7 @@ func (l *lister) run(target string) error {
 	}
 	var list taskList
 	if err := json.Unmarshal(text, &list); err != nil {
-		return &exitError{exitTask, fmt.Errorf("%s is no gateway, or an older one: %w", place(u), err)}
+		return &exitError{exitTask, fmt.Errorf("%s is not a gateway, or an older one: %w", place(u), err)}
 	}
 	return wrapOutput(l.write(text, list))
 }

@@ -39,7 +39,7 @@ func TestServe_LogIsTextWithTimeOrJSON(t *testing.T) {
 		call := startAcomm(t, "call", "-v", path, "work<")
 		call.waitLine("acknowledged")
 		r.signal(syscall.SIGTERM)
-		r.waitLine("finishing what runs")
+		r.waitLine("finishing the acknowledged tasks")
 		openGate(t, gate, 1)
 		call.wait()
 		require.Zero(t, r.wait())
@@ -53,7 +53,7 @@ func TestServe_LogIsTextWithTimeOrJSON(t *testing.T) {
 			continue
 		}
 		messages, objects := logLines(t, r.said())
-		for _, want := range []string{"start\n", "failed after ", "exit status 3", "refuse request", "finishing what runs"} {
+		for _, want := range []string{"start\n", "failed after ", "exit status 3", "refuse request", "finishing the acknowledged tasks"} {
 			require.Contains(t, messages, want)
 		}
 		start := slices.IndexFunc(objects, func(object map[string]any) bool { return object["msg"] == "start" })

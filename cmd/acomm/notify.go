@@ -82,6 +82,6 @@ func (n *notifier) send(state string) {
 		_, err = conn.Write([]byte(state))
 	}
 	if err != nil {
-		logrus.WithError(err).Warnf("can't tell the supervisor %s", state)
+		logrus.WithError(err).Warnf("failed to tell the supervisor %s", state)
 	}
 }

@@ -114,7 +114,7 @@ func TestNotify_SupervisorThatIsGoneIsNoReasonToEnd(t *testing.T) {
 	cmd := acommCmd(t, "serve", path, "--", "cat")
 	cmd.Env = append(cmd.Env, "NOTIFY_SOCKET="+path+".nobody")
 	serve := startCmd(t, cmd)
-	require.True(t, strings.Contains(serve.waitLine("READY=1"), "can't tell the supervisor"))
+	require.True(t, strings.Contains(serve.waitLine("READY=1"), "failed to tell the supervisor"))
 	require.Equal(t, result{stdout: "null\n"}, runAcomm(t, "call", path, "a"))
 	serve.stop()
 }

@@ -18,18 +18,20 @@ import (
 	"github.com/spf13/cobra"
 )
 
-const pingLong = `Ping asks whether a peer takes a message and acknowledges it, and how fast. It
-sends a request without a task, which nobody can do: a service refuses it, a
-tracker, whose socket takes responses, drops it. Either is an acknowledgement.
+const pingLong = `Ping tests whether a peer takes a message and acknowledges it, and how fast.
+It sends a request without a task, which nobody can do. A service refuses it.
+A tracker, whose socket takes responses, drops it. Both answers count as an
+acknowledgement.
 
-URL is that of acomm call. Do not ping the socket of a stream: it serves one
-reader.
+URL is as for acomm call. Do not ping the socket of a stream: a stream serves
+one reader only.
 
 EXIT STATUS
   0  each message was acknowledged
   2  usage
-  3  one was not: nobody is there, or what is there speaks something else
-  4  one was not acknowledged in time`
+  3  a message was not acknowledged: nobody listens, or the peer speaks another
+     protocol
+  4  a message was not acknowledged in time`
 
 const pingExample = `  acomm ping ./echo.sock
   acomm ping --count 1 --timeout 1s http://127.0.0.1:8080/`
@@ -47,12 +49,12 @@ func newPingCommand() *cobra.Command {
 	p := &pinger{}
 	cmd := &cobra.Command{
 		Use:     "ping [flags] URL",
-		Short:   "Ask whether a peer acknowledges messages, and how fast",
+		Short:   "Test whether a peer acknowledges messages, and how fast",
 		Long:    pingLong,
 		Example: pingExample,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 1 {
-				return fmt.Errorf("%q is too much: ping takes a URL", args[1])
+				return fmt.Errorf("unexpected argument %q: ping takes only a URL", args[1])
 			}
 			return missingArgs("URL")(cmd, args)
 		},
@@ -72,7 +74,7 @@ func newPingCommand() *cobra.Command {
 	flags := cmd.Flags()
 	flags.IntVarP(&p.count, "count", "c", 3, "how many messages to send, one after another")
 	flags.DurationVar(&p.call.timeout, "timeout", 5*time.Second, "how long to wait for each acknowledgement")
-	flags.BoolVarP(&p.verbose, "verbose", "v", false, "say what the peer says of the messages")
+	flags.BoolVarP(&p.verbose, "verbose", "v", false, "print the error in each acknowledgement")
 	return cmd
 }
 

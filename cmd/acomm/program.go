@@ -169,7 +169,7 @@ func (s *service) runProgram(req *acomm.Request) (json.RawMessage, error) {
 	}
 	err = p.wait()
 	if out.over { // the program's error comes from that
-		return nil, fmt.Errorf("the result has more than %d bytes; let it be a stream", maxOutput)
+		return nil, fmt.Errorf("the result is larger than %d bytes: serve it with --stream", maxOutput)
 	}
 	if err != nil {
 		return nil, err
@@ -180,7 +180,7 @@ func (s *service) runProgram(req *acomm.Request) (json.RawMessage, error) {
 // resultOf makes a result of what a program has written.
 func resultOf(out []byte) (json.RawMessage, error) {
 	if !utf8.Valid(out) {
-		return nil, errors.New("the output is not UTF-8, as a result must be: serve other bytes with --stream")
+		return nil, errors.New("the output is not UTF-8: serve other bytes with --stream")
 	}
 	if json.Valid(out) {
 		return bytes.TrimSpace(out), nil

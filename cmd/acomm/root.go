@@ -43,30 +43,30 @@ func usageError(format string, args ...any) error {
 	return &exitError{exitUsage, fmt.Errorf(format, args...)}
 }
 
-const rootLong = `acomm sends requests to services that speak acomm, and makes services of programs.
+const rootLong = `acomm calls tasks of services, and turns programs into services.
 
-A request names a task, its arguments, and the hook: the address the response is
-to be sent to. Whoever takes a request acknowledges it at once, works for as long
-as it needs, and sends the response to the hook. Bulk data travels beside the
-messages, as a stream.
+A request names a task, its arguments and a hook, the address for the
+response. The receiver acknowledges a request at once, does the work, and then
+sends the response to the hook. Large data travels as a stream beside the
+response.
 
   acomm call     sends a request and waits for its response
   acomm serve    serves a task with a program, on a unix socket
   acomm gateway  takes requests over HTTP and forwards them to such sockets
-  acomm ping     asks whether one of these acknowledges messages, and how fast
+  acomm ping     tests whether a peer acknowledges messages, and how fast
   acomm list     lists the tasks of a gateway
-  acomm check    holds a peer in any language to the protocol
+  acomm check    tests whether a peer, in any language, follows the protocol
 
 EXIT STATUS
   0  done
-  1  the task failed, or a server did; the error is on standard error
-  2  usage: the command line, or what it names, makes no sense
-  3  the request was not taken: it could not be sent, or was refused
+  1  the task or the server failed; the error is on standard error
+  2  usage: the command line is wrong, or names something unusable
+  3  the request was not taken: it could not be sent, or it was refused
   4  timed out; the request may have been taken
-  An interrupted call exits with 128 and the number of the signal, as a shell
-  reports it: 130 for SIGINT (Ctrl-C), 143 for SIGTERM.
+  An interrupted call exits with 128 plus the number of the signal: 130 for
+  SIGINT (Ctrl-C), 143 for SIGTERM.
 
-What acomm says on standard error is coloured on a terminal, unless NO_COLOR is set.`
+On a terminal the messages of acomm are coloured, unless NO_COLOR is set.`
 
 // errorLabel and sayLabel colour what a line on standard error begins with, if
 // that is a terminal.
@@ -100,7 +100,7 @@ func newRootCommand() *cobra.Command {
 	}
 	root.AddCommand(newCallCommand(), newServeCommand(), newGatewayCommand(), newPingCommand(), newListCommand(), newCheckCommand(), newManCommand())
 	setUsage(root)
-	root.Flags().Bool("version", false, "say version, commit and Go")
+	root.Flags().Bool("version", false, "print version, commit and Go release")
 	root.SetVersionTemplate("{{.Version}}\n")
 	return root
 }

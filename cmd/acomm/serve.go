@@ -46,70 +46,83 @@ type service struct {
 	acknowledged atomic.Int64 // requests that are to be done, or are being done
 }
 
-const serveLong = `Serve takes requests on the unix socket PATH and runs COMMAND for each of them. It
-says "listening on" and the socket's URL when it is ready. Missing
-directories are made; the process's umask decides who may connect.
+const serveLong = `Serve takes requests on the unix socket PATH and runs COMMAND for each of
+them. When it is ready it prints "listening on" and the URL of the socket.
+Missing directories are created. The process's umask decides who may connect.
 
-A request is acknowledged as soon as it has been read: it is well-formed, and will be
-done. One that is not (no id, task or hook, a hook that nothing here can send to, or
-not the task of --task) is refused in the acknowledgement.
+Serve acknowledges a request as soon as it has read it: the request is
+well-formed, and the task will be done. It refuses a request in the
+acknowledgement if
+  - the id, the task or the hook is missing,
+  - serve can't send to a hook of that kind, or
+  - the task is not that of --task.
 
 THE COMMAND
-is run without a shell and gets
-  standard input   the arguments of the request, JSON on a line (null if there are none)
+COMMAND runs without a shell. It gets
+  standard input   the arguments of the request, as JSON on one line; null if
+                   there are none
   ACOMM_TASK       the name of the task
   ACOMM_ID         the id of the request
-Its standard output is the result: JSON, or a JSON string of it without the newlines at
-its end where it is no JSON; UTF-8, and 64 MiB at most, or the task has failed. Its standard error goes to that of the
-service. If it exits with another status than 0, the task has failed: the error is the
-last line it wrote to standard error, or how it exited if it wrote none.
+Its standard output is the result. Output that is not JSON becomes a JSON
+string, without the newlines at its end. Output that is not UTF-8, or over 64
+MiB, fails the task. Its standard error goes to that of the service. If the
+exit status is not 0, the task has failed. The error is the last line on
+standard error, or how COMMAND exited if there is none.
 
-With --stream its standard output is a stream, and the result null. The response is
-sent with the first byte of it, so that a program which fails before has failed its
-task. One that fails later cuts the stream off, which is an error to the reader. A
-reader that leaves ends the program.
+With --stream the standard output is a stream, and the result is null. The
+response is sent with the first byte. If COMMAND fails before it, the task has
+failed. If COMMAND fails after it, the stream is cut off, which is an error
+for the reader. If the reader leaves, COMMAND is killed.
 
-The task ends with COMMAND. What it has left behind in its process group is killed
-then, and all of it is when --timeout has passed. A process that has left the group,
-as daemons do (setsid), is not reached. If it holds an output of COMMAND open, the task
-waits for that, for 2 s after the end of COMMAND at most; for the stream of a COMMAND
-that was successful it waits for the rest of --timeout, if there is one. The stream then
-ends with what has been written.
+The task ends when COMMAND ends. The rest of its process group is then killed.
+When --timeout has passed, the whole group is killed. A process that has left
+the group, such as a daemon (setsid), is not killed. If such a process keeps
+an output of COMMAND open, the task waits for it, for at most 2 s after the
+end of COMMAND. A stream of a COMMAND that succeeded waits for the rest of
+--timeout, or 2 s without one. The stream then ends with the bytes written so
+far.
 
 CONCURRENCY
---concurrency programs run at a time; further requests are acknowledged at once and
-wait for their turn, without a limit to their number. Where descriptors are few
-(ulimit -n), fewer programs run, and what finds none is tried again for a minute: to
-start a program, to send its result. Over HTTP a hook that can't be connected to is
-tried for as long, until the service is told to end; not for a stream. The time-out
-counts from the start of the program. With --stream, a stream that nobody begins to read
-is ended after --unread-duration, and so is one whose reader takes nothing for so long
-while another request waits: it holds a place.
+At most --concurrency programs run at a time. Further requests are
+acknowledged at once and wait for their turn. Their number has no limit. If
+there are few file descriptors (ulimit -n), fewer programs run.
+
+If no descriptor is left, starting a program and sending a result are tried
+again for a minute. A result is also tried again for a minute if there is no
+connection to its HTTP hook. That ends when the service is told to stop, and
+it is not done for a stream.
+
+The time of --timeout begins when the program starts. With --stream, a stream
+that nobody begins to read ends after --unread-duration. If another request
+waits for a place, a stream whose reader takes nothing for that time ends too.
 
 SIGNALS
-On SIGTERM, SIGINT and SIGHUP the service stops listening, does what it has
-acknowledged, and exits. Streams that nobody has begun to read are given 10 seconds,
-those that are being read as long as they move: one that does not for 10 seconds,
-because its program is silent or its reader takes nothing, is cut off, and its program
-killed. This begins with the first byte: a program that has not written any is waited
-for as without --stream, as long as it takes, or --timeout. A second signal kills the
-programs, fails their tasks, and ends the service; one within a second of the first is
-taken for the same, as a terminal and a supervisor both send one. SIGHUP does nothing where it was
-ignored from the start, as with nohup.
+On SIGTERM, SIGINT or SIGHUP the service stops listening, does the tasks it
+has acknowledged, and exits. A stream that nobody has begun to read has 10
+seconds to find a reader. A stream that is being read is cut off, and its
+program killed, when it does not move for 10 seconds: the program is silent,
+or the reader takes nothing. This applies from the first byte on. Before it,
+the service waits for the program without limit, or for --timeout.
+
+A second signal kills the programs, fails their tasks and ends the service. A
+signal within a second of the first counts as the same one, because a terminal
+and a supervisor may both send one. SIGHUP does nothing if the service was
+started with SIGHUP ignored, as under nohup.
 
 LOG
-The log on standard error is lines of text with the time, or with --log-format json
-one object a line, with time, level, msg, and of a request id and task. What programs
-write to standard error is between them.
+The log on standard error is lines of text with the time. With --log-format
+json each line is an object with time, level and msg, and with id and task if
+it is about a request. What programs write to standard error appears between
+these lines.
 
 SECURITY
-Whoever may connect to PATH may run COMMAND, with arguments of his choice, and choose
-the address the response is sent to. Put it into a directory with the mode and the
-group that suit.
+Whoever may connect to PATH may run COMMAND, with arguments of their choice,
+and chooses the address of the response. Put PATH into a directory with a
+suitable mode and group.
 
 EXIT STATUS
-  0  told to stop, and everything acknowledged has been done
-  1  could not listen, or stopped by a second signal
+  0  told to stop, and all acknowledged tasks are done
+  1  could not listen, or was stopped by a second signal
   2  usage`
 
 const serveExample = `  acomm serve ./echo.sock -- cat
@@ -135,7 +148,7 @@ func newServeCommand() *cobra.Command {
 			case dash < 0:
 				return errors.New("-- is missing before COMMAND: write PATH -- COMMAND")
 			default:
-				return fmt.Errorf("%q between PATH and -- is too much", args[1])
+				return fmt.Errorf("unexpected argument %q: write PATH -- COMMAND", args[1])
 			}
 		},
 
@@ -150,12 +163,12 @@ func newServeCommand() *cobra.Command {
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&s.task, "task", "", "`name` of the task; others are refused (default any)")
-	flags.BoolVar(&s.stream, "stream", false, "the program's output is a stream")
+	flags.StringVar(&s.task, "task", "", "`name` of the task; requests for other tasks are refused (default any)")
+	flags.BoolVar(&s.stream, "stream", false, "send the output of the program as a stream")
 	flags.IntVar(&s.concurrency, "concurrency", runtime.NumCPU(), "how many programs run at a time")
 	flags.DurationVar(&s.timeout, "timeout", 0, "how long a program may run (default without limit)")
-	flags.DurationVar(&s.unread, "unread-duration", time.Minute, "how long a stream may stand unread")
-	flags.BoolVarP(&s.verbose, "verbose", "v", false, "log each task: when it starts, and how it ends")
+	flags.DurationVar(&s.unread, "unread-duration", time.Minute, "how long a stream may stay unread")
+	flags.BoolVarP(&s.verbose, "verbose", "v", false, "log when each task starts and how it ends")
 	s.log.addTo(flags)
 	return cmd
 }
@@ -216,7 +229,7 @@ func (s *service) run() (err error) {
 	sig := <-signals
 	supervisor.stopping()
 	again := secondSignal(signals)
-	logrus.Infof("%v: finishing what runs; another signal, after %v, ends it", sig, sameSignal)
+	logrus.Infof("%v: finishing the acknowledged tasks; another signal after %v kills them", sig, sameSignal)
 	close(s.draining)
 	go listener.Stop(receiveTimeout) // serve ends with it
 	select {

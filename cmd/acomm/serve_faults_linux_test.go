@@ -42,7 +42,7 @@ func TestServe_ResultIsKeptUntilThereIsADescriptor(t *testing.T) {
 				r.waitLines("too many open files", 2)
 			}
 			r.signal(syscall.SIGTERM) // what is acknowledged is done all the same
-			r.waitLine("finishing what runs")
+			r.waitLine("finishing the acknowledged tasks")
 			lift()
 			require.Zero(t, first.wait(), first.said())
 			require.Equal(t, "1", first.said())

@@ -180,7 +180,7 @@ func TestServe_SecondSignalKillsPrograms(t *testing.T) {
 	call := startAcomm(t, "call", path, "work")
 	r.waitLine("running")
 	r.signal(syscall.SIGTERM)
-	r.waitLine("finishing what runs")
+	r.waitLine("finishing the acknowledged tasks")
 	r.signalUntilEnd(syscall.SIGTERM)
 	require.Equal(t, exitTask, r.wait())
 	require.Equal(t, exitTask, call.wait())
@@ -198,7 +198,7 @@ func TestServe_SignalDrains(t *testing.T) {
 	waiting.waitLine("acknowledged")
 	wait := watchDir(t, filepath.Dir(path))
 	r.signal(syscall.SIGTERM)
-	r.waitLine("finishing what runs")
+	r.waitLine("finishing the acknowledged tasks")
 	wait(fsnotify.Remove, filepath.Base(path))
 	require.Equal(t, exitNotSent, runAcomm(t, "call", path, "work").code)
 	openGate(t, gate, 1)
@@ -364,7 +364,7 @@ func TestServe_ResultOverTheLimitIsAnError(t *testing.T) {
 	r, path := startServe(t, nil, sh(`head -c 70000000 /dev/zero`)...)
 	got := runAcomm(t, "call", path, "work")
 	require.Equal(t, exitTask, got.code)
-	require.Contains(t, got.stderr, "let it be a stream")
+	require.Contains(t, got.stderr, "serve it with --stream")
 	r.stop()
 }
 

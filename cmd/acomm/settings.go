@@ -44,7 +44,7 @@ func loadSettings(flags *pflag.FlagSet) (*settings, error) {
 	}
 	for key := range file {
 		if f := flags.Lookup(key); f == nil || key == "config" || key == "help" {
-			return s, usageError("%s: no flag is called %q", path, key)
+			return s, usageError("%s: there is no flag %q", path, key)
 		}
 	}
 	flags.VisitAll(func(f *pflag.Flag) {

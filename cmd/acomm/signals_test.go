@@ -36,7 +36,7 @@ func TestServe_SignalOfTwoSendersIsOne(t *testing.T) {
 	call := startAcomm(t, "call", path, "work", "1")
 	r.waitLine("running")
 	r.signal(syscall.SIGINT)
-	r.waitLine("finishing what runs")
+	r.waitLine("finishing the acknowledged tasks")
 	r.signal(syscall.SIGTERM)
 	r.signal(syscall.SIGINT)
 	openGate(t, gate, 1)

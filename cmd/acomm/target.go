@@ -28,7 +28,7 @@ func parseTarget(text string) (*url.URL, error) {
 		return u, nil
 	case "http", "https":
 		if u.Host == "" {
-			return nil, fmt.Errorf("URL: no host: %s://HOST/", u.Scheme)
+			return nil, fmt.Errorf("URL: no host: write %s://HOST/", u.Scheme)
 		}
 		return u, nil
 	case "nats":
@@ -63,7 +63,7 @@ func checkUnixTarget(u *url.URL) error {
 	case u.Path == "": // unix://x.sock
 		return fmt.Errorf("the path is not absolute: write unix:///PATH, or ./%s", u.Host)
 	}
-	return fmt.Errorf("the path is not absolute, with three slashes: unix:///%s%s", u.Host, u.Path)
+	return fmt.Errorf("the path is not absolute: write three slashes, unix:///%s%s", u.Host, u.Path)
 }
 
 // unclearTarget is the error of a text that is neither a URL nor certainly a path.
@@ -76,7 +76,7 @@ func unclearTarget(text string) error {
 	case host == "" || strings.Contains(text, "://") || strings.ContainsAny(text, "@ \t?#%\\") || strings.Contains(path, ":") || strings.ContainsAny(name, ":") && name[0] != '[':
 		return errTarget // it may hold a password
 	case !hasPort && strings.Contains(host, ":"):
-		return fmt.Errorf("%w; of HTTP it is http://HOST/", errTarget)
+		return fmt.Errorf("%w; for HTTP write http://HOST/", errTarget)
 	case hasPort && name == "":
 		host = "localhost:" + port
 	}
@@ -108,13 +108,13 @@ func socketPath(text string) (string, error) {
 	case text == "":
 		return "", errors.New("PATH is empty")
 	case strings.HasSuffix(text, "/"):
-		return "", fmt.Errorf("PATH: %q ends with a slash, and is a directory", text)
+		return "", fmt.Errorf("PATH: %q ends with a slash: give a socket, not a directory", text)
 	case !isURL || strings.ContainsAny(scheme, "./"):
 		return text, nil
 	case scheme != "unix":
-		return "", errors.New("PATH is a URL: serve listens on a unix socket, and acomm gateway takes requests over HTTP and NATS for it")
+		return "", errors.New("PATH: serve listens only on a unix socket: use acomm gateway for HTTP and NATS")
 	case strings.ContainsAny(rest, "%?#"):
-		return "", errors.New("PATH: a URL with %, ? or # can be read in several ways: without unix: it is a path")
+		return "", errors.New("PATH: %, ? and # are ambiguous in a URL: write the path without unix:")
 	}
 	u, err := url.Parse(text)
 	if err == nil {

@@ -35,7 +35,7 @@ func (s *service) endUnread(req *acomm.Request, src *programStream, addr *url.UR
 		case <-timer.C:
 		}
 	}
-	logrus.Warnf("request %s: its stream is ended, nobody has read it for %v", printable(req.ID), s.unread)
+	logrus.Warnf("request %s: ended its stream, because nobody has read it for %v", printable(req.ID), s.unread)
 	_ = src.Close()
 	if !src.isClaimed() {
 		s.dropStream(req, addr)

@@ -11,10 +11,10 @@ import (
 // exchangeTimeout bounds reading a request and acknowledging it.
 const exchangeTimeout = 10 * time.Second
 
-// receive reads a request from a connection of the listener, asks accept about
-// it, tells the sender, and is done with the connection. An error means that the
-// request is not to be served: it could not be read, accept has refused it, or
-// the sender could not be told and takes it for lost.
+// receive reads a request from a connection of the listener, asks accept whether to
+// serve it, acknowledges or refuses it, and closes the connection. After an error the
+// request must not be served: it could not be read, it was refused, or the sender got
+// no acknowledgement and takes it for lost.
 func receive(listener *acomm.UnixListener, conn net.Conn, accept func(*acomm.Request) error) (*acomm.Request, error) {
 	defer listener.DoneConn(conn)
 	if err := conn.SetDeadline(time.Now().Add(exchangeTimeout)); err != nil {
@@ -28,7 +28,7 @@ func receive(listener *acomm.UnixListener, conn net.Conn, accept func(*acomm.Req
 	if refusal == nil {
 		refusal = accept(req)
 	}
-	// No error in the response is the acknowledgement.
+	// A response without an error is the acknowledgement.
 	err := acomm.SendConnData(conn, &acomm.Response{ID: req.ID, Error: refusal})
 	if refusal != nil {
 		return nil, fmt.Errorf("refuse request %q: %w", req.ID, refusal)

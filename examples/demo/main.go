@@ -3,17 +3,17 @@
 //
 //	go run ./examples/demo [FILE|DIR]
 //
-// The requester has the provider hash and read the given file, or all files of
-// the given directory, and checks everything that comes back. Without an
-// argument these are the sources of the library.
+// The requester asks the provider to hash and to read the given file, or all files
+// of the given directory, and checks all results. Without an argument it takes the
+// sources of the library.
 //
-// The three roles are what to read and copy: coordinator.go, provider.go,
-// requester.go, and exchange.go, which the first two share. The rest is the
-// frame around them: main.go and child.go start, supervise and stop the
-// processes, input.go finds the files, show.go tells what happens.
+// Read and copy the three roles: coordinator.go, provider.go and requester.go, with
+// exchange.go, which the first two share. The other files are the frame around them.
+// main.go and child.go start, supervise and stop the processes, input.go finds the
+// files, and show.go prints what happens.
 //
-// The exit status is 0 if everything was right, 1 if not, 2 for wrong arguments
-// and 128 plus the number of the signal that ended the demo.
+// The exit status is 0 if everything was right, 1 if not, 2 for wrong arguments, and
+// 128 plus the number of the signal that ended the demo.
 package main
 
 import (
@@ -32,10 +32,10 @@ import (
 
 const usage = `Usage: demo [FILE|DIR]
 
-Starts a coordinator, a provider and a requester, three processes on this
-machine, and shows requests and streams between them, on the file or on all
+Starts three processes on this machine: a coordinator, a provider and a
+requester. It shows requests and streams between them, for the file or for all
 files of the directory. Without an argument it takes the sources of the acomm
-module, which it finds from the current directory upwards.
+module, which it looks for from the current directory upwards.
 
 Exit status: 0 everything was right, 1 something was not, 2 wrong arguments,
 128 plus the signal's number when it was interrupted.
@@ -45,8 +45,8 @@ Exit status: 0 everything was right, 1 something was not, 2 wrong arguments,
 const dirPrefix = "acomm-demo-"
 
 func main() {
-	// A reader of the output that leaves is an error of the next write; by
-	// default it would end the process before it has cleaned up.
+	// Without this, a reader that closes the output would end the process before it
+	// has cleaned up. Now the next write returns an error.
 	signal.Ignore(syscall.SIGPIPE)
 	if os.Getenv(roleEnv) != "" {
 		os.Exit(runRole())
@@ -108,9 +108,9 @@ type signalError struct{ signal syscall.Signal }
 
 func (e signalError) Error() string { return "ended by a signal (" + e.signal.String() + ")" }
 
-// cancelOnSignal cancels when the user or the system wants the demo to end. That
-// takes a bounded time, so further signals change nothing: some programs that run
-// others send each one twice.
+// cancelOnSignal cancels when the user or the system wants the demo to end. Further
+// signals change nothing: the end takes a bounded time, and some supervisors send
+// each signal twice.
 func cancelOnSignal(cancel context.CancelCauseFunc) {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
@@ -122,8 +122,8 @@ func cancelOnSignal(cancel context.CancelCauseFunc) {
 }
 
 // demonstrate starts the three processes, waits for the requester, stops the
-// others and removes what they have used. An error that holds nothing but a
-// signalError means that the demo was interrupted and has ended well.
+// others and removes what they have used. If the error is only a signalError, the
+// demo was interrupted and has cleaned up.
 func demonstrate(ctx context.Context, target string) error {
 	dir, err := makeDir()
 	if err != nil {

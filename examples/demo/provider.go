@@ -124,8 +124,8 @@ func answer(ctx context.Context, req *acomm.Request, do task) error {
 	return nil
 }
 
-// dropStream ends a stream that nobody has been told of, as a consumer that
-// leaves at once. It would be open for an hour.
+// dropStream ends a stream whose URL nobody got: it connects and leaves at once.
+// Otherwise the stream would be open for an hour.
 func dropStream(stream *url.URL) {
 	if stream == nil {
 		return
