@@ -129,10 +129,8 @@ AUTHENTICATION
 Over https the certificate of the service is checked against the authorities
 of the system, or with --cacert against those in a file. --cert and --key give
 a client certificate, --token-file a bearer token (Authorization), and
---header any other header. The token and the headers are sent only to the
-scheme, host and port of URL, never to another place that a stream or a
-redirect leads to. Any https server that asks for a client certificate gets
-that of --cert, also the server of a stream.
+--header any other header. All three go only to the scheme, host and port of
+URL, never to another place that a stream or a redirect leads to.
 
 PROXIES
 Requests and streams over HTTP go through the proxies in HTTP_PROXY,

@@ -39,19 +39,21 @@ func (c *httpClient) transport(target *url.URL) (http.RoundTripper, error) {
 	if !ok {
 		return nil, errors.New("the transport is not net/http's")
 	}
-	base = base.Clone()
+	service, others := base.Clone(), base.Clone()
 	config, err := c.tlsConfig()
 	if err != nil {
 		return nil, err
 	}
 	if config != nil {
-		base.TLSClientConfig = config
+		service.TLSClientConfig = config
+		others.TLSClientConfig = config.Clone()
+		others.TLSClientConfig.Certificates = nil
 	}
 	header, err := c.header()
 	if err != nil {
 		return nil, err
 	}
-	return &headerTransport{base, target.Scheme, target.Host, header}, nil
+	return &serviceTransport{service, others, target.Scheme, target.Host, header}, nil
 }
 
 func (c *httpClient) tlsConfig() (*tls.Config, error) {
@@ -100,23 +102,25 @@ func (c *httpClient) header() (http.Header, error) {
 	return header, nil
 }
 
-// headerTransport adds headers to the requests to one host.
-type headerTransport struct {
-	http.RoundTripper
+// serviceTransport adds headers and the client certificate to the requests to one host.
+type serviceTransport struct {
+	service      http.RoundTripper // with the certificate
+	others       http.RoundTripper // without
 	scheme, host string
 	header       http.Header
 }
 
-func (t *headerTransport) RoundTrip(r *http.Request) (*http.Response, error) {
-	if r.URL.Scheme == t.scheme && r.URL.Host == t.host {
-		r = r.Clone(r.Context())
-		for name, values := range t.header {
-			if name == "Host" {
-				r.Host = values[0]
-				continue
-			}
-			r.Header[name] = values
-		}
+func (t *serviceTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.URL.Scheme != t.scheme || r.URL.Host != t.host {
+		return t.others.RoundTrip(r)
 	}
-	return t.RoundTripper.RoundTrip(r)
+	r = r.Clone(r.Context())
+	for name, values := range t.header {
+		if name == "Host" {
+			r.Host = values[0]
+			continue
+		}
+		r.Header[name] = values
+	}
+	return t.service.RoundTrip(r)
 }

@@ -5,9 +5,11 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"fmt"
 	"io"
 	"math/big"
 	"net"
@@ -217,6 +219,35 @@ func TestCall_HeadersGoToTheServiceAndNowhereElse(t *testing.T) {
 	require.NotEqual(t, 0, got.code)
 	require.Equal(t, "service: Bearer secretme", gwWithin(t, seen))
 	require.Equal(t, "other: ", gwWithin(t, seen))
+}
+
+// Hazard: a redirect led to another host, which got the client certificate.
+func TestCall_CertificateGoesToTheServiceAndNowhereElse(t *testing.T) {
+	ours := newAuthority(t)
+	ours.signClient("client")
+	seen := make(chan string, 10)
+	start := func(name string, handle http.HandlerFunc) *httptest.Server {
+		server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			seen <- fmt.Sprint(name, ": ", len(r.TLS.PeerCertificates))
+			handle(w, r)
+		}))
+		server.TLS = &tls.Config{ClientAuth: tls.RequestClientCert}
+		server.StartTLS()
+		t.Cleanup(server.Close)
+		return server
+	}
+	other := start("other", func(http.ResponseWriter, *http.Request) {})
+	service := start("service", func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, other.URL, http.StatusTemporaryRedirect)
+	})
+	ca := filepath.Join(t.TempDir(), "ca.pem")
+	block := &pem.Block{Type: "CERTIFICATE", Bytes: service.Certificate().Raw} // of both
+	require.NoError(t, os.WriteFile(ca, pem.EncodeToMemory(block), 0o600))
+	got := runAcomm(t, "call", "--timeout", "500ms", "--cacert", ca,
+		"--cert", ours.file("client.pem"), "--key", ours.file("client.key"), service.URL, "echo")
+	require.NotEqual(t, 0, got.code)
+	require.Equal(t, "service: 1", gwWithin(t, seen))
+	require.Equal(t, "other: 0", gwWithin(t, seen))
 }
 
 func TestAccess_WrongUsage(t *testing.T) {
