@@ -19,7 +19,7 @@ import (
 // it is tracked or being sent.
 //
 // On the wire the hook is an object with the fields of [net/url.URL], without user name
-// and password. For the hook and the args, absent and null both decode as nil.
+// and password. [UnmarshalConnData] also reads it from a plain string. For the hook and the args, absent and null both decode as nil.
 type Request struct {
 	ID             string           `json:"id"`           // unique among tracked requests
 	Task           string           `json:"task"`         // what the provider is to do

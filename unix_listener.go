@@ -159,8 +159,9 @@ func (ul *UnixListener) checkStopped() error {
 }
 
 // NextConn returns the next connection, in the order of arrival, and blocks until there
-// is one. Finish each connection with [UnixListener.DoneConn], or Stop waits for it. Any
-// number of goroutines may call NextConn; each connection goes to one of them.
+// is one. Handle each connection in a goroutine of its own, and finish it with
+// [UnixListener.DoneConn], or Stop waits for it. Any number of goroutines may call
+// NextConn; each connection goes to one of them.
 //
 // It returns nil if no connection is left and none can come: after Stop, or after the
 // accept limit. Before the first Start it waits for that Start; a Stop ends the wait.
