@@ -58,11 +58,6 @@ func written(t *testing.T, payload any) []byte {
 	return sent
 }
 
-// framed puts the header before a payload.
-func framed(payload []byte) []byte {
-	return append(binary.BigEndian.AppendUint32(nil, uint32(len(payload))), payload...)
-}
-
 // checkFrame reads a frame as the message it is and writes that again: the same
 // JSON has to come out, its members in the same order, and, where no URL is in
 // it, the same bytes. (The members of a URL are url.URL's and grow with Go.)
@@ -227,17 +222,13 @@ func dialDocumented(t *testing.T, name string) (*acomm.UnixListener, *net.UnixCo
 	return listener, dialAs(t, listener.Addr(), name)
 }
 
+// dialAs connects to the path from a socket with the name, if there is one.
 func dialAs(t *testing.T, path, name string) *net.UnixConn {
 	t.Helper()
-	var local *net.UnixAddr
-	if name != "" {
-		local = &net.UnixAddr{Net: "unix", Name: name}
+	if name == "" {
+		return dialFrom(t, nil, path)
 	}
-	conn, err := net.DialUnix("unix", local, &net.UnixAddr{Net: "unix", Name: path})
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = conn.Close() })
-	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
-	return conn
+	return dialFrom(t, &net.UnixAddr{Net: "unix", Name: name}, path)
 }
 
 // acceptNext reads the next message and acknowledges it, as a provider does.
@@ -266,7 +257,7 @@ func TestProtocolDocument_SessionSender(t *testing.T) {
 	require.Equal(t, sessionGreeting, string(sender[:len(sessionGreeting)]))
 	require.Contains(t, document(t, "PROTOCOL.md"), fmt.Sprintf("`% x`", sessionGreeting))
 	listener, plain := dialDocumented(t, senderSocket+rand.Text())
-	_, err := plain.Write(framed([]byte(plainMessage)))
+	_, err := plain.Write(plainFrame(plainMessage))
 	require.NoError(t, err)
 	require.Equal(t, "a1", acceptNext(t, listener).ID)
 	got, err := io.ReadAll(plain)
@@ -340,7 +331,7 @@ func TestProtocolDocument_SessionListener(t *testing.T) {
 
 	first := send("a1", "3")
 	plain := accept(senderSocket)
-	requireBytes(t, framed([]byte(plainMessage)), plain)
+	requireBytes(t, plainFrame(plainMessage), plain)
 	_, err = plain.Write(offer)
 	require.NoError(t, err)
 	require.NoError(t, within(t, first, "Send"))
@@ -392,7 +383,7 @@ func TestProtocolDocument_SessionListener(t *testing.T) {
 func TestProtocolDocument_OtherSendersSeeNothingOfSessions(t *testing.T) {
 	for _, name := range []string{"", "@acomm-2/" + rand.Text(), "@acomm-4s/" + rand.Text(), "@" + rand.Text()} {
 		listener, conn := dialDocumented(t, name)
-		_, err := conn.Write(framed([]byte(plainMessage)))
+		_, err := conn.Write(plainFrame(plainMessage))
 		require.NoError(t, err)
 		acceptNext(t, listener)
 		answer, err := io.ReadAll(conn)
@@ -425,7 +416,7 @@ func TestProtocolDocument_SessionLimits(t *testing.T) {
 		"longer message":          {sent: header(8, 65_537, 1) + largest + " ", ends: true},
 		"not the next number":     {sent: header(8, 2, 2) + "{}", ends: true},
 		"unknown kind":            {sent: header(14, 0, 1), ends: true},
-		"a plain frame":           {sent: string(framed([]byte("{}    "))), ends: true},
+		"a plain frame":           {sent: string(plainFrame("{}    ")), ends: true},
 		"an answer of the sender": {sent: header(10, 0, 1), ends: true},
 		"a stop of the sender":    {sent: header(11, 0, 1), ends: true},
 		"cancel with a length":    {sent: header(8, 2, 1) + "{}" + header(9, 1, 1) + "x", ends: true},
@@ -462,7 +453,7 @@ func TestProtocolDocument_MessagesAreRead(t *testing.T) {
 	blocks := codeBlocks(document(t, "PROTOCOL.md"), "json")
 	require.Len(t, blocks, 2)
 	for _, block := range blocks {
-		checkFrame(t, framed([]byte(block)))
+		checkFrame(t, plainFrame(block))
 	}
 }
 
@@ -484,11 +475,12 @@ func TestProtocolDocument_BothFormsOfAURL(t *testing.T) {
 	for _, form := range []string{`{"Scheme":"unix","Path":"/run/a.sock"}`, `"unix:///run/a.sock"`} {
 		require.Contains(t, text, "`"+form+"`")
 		resp := &acomm.Response{}
-		readFrom(t, framed([]byte(`{"id":"x","stream_url":`+form+`}`)), resp)
+		readFrom(t, plainFrame(`{"id":"x","stream_url":`+form+`}`), resp)
 		require.Equal(t, &url.URL{Scheme: "unix", Path: "/run/a.sock"}, resp.StreamURL)
+		req := &acomm.Request{}
+		readFrom(t, plainFrame(`{"id":"x","task":"t","responsehook":`+form+`}`), req)
+		require.Equal(t, resp.StreamURL, req.ResponseHook)
 	}
-	// A hook in the form of a string makes a broken frame.
-	require.Error(t, json.Unmarshal([]byte(`{"responsehook":"unix:///run/a.sock"}`), &acomm.Request{}))
 }
 
 func TestProtocolDocument_URLCarriesNoCredentials(t *testing.T) {
