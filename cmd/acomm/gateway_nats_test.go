@@ -289,15 +289,6 @@ func (c *natsTally) ids() []string {
 	return slices.Collect(maps.Keys(c.byID))
 }
 
-func TestIsSubject(t *testing.T) {
-	for _, subject := range []string{"tasks", "a.b"} {
-		require.True(t, isSubject(subject), subject)
-	}
-	for _, subject := range []string{"", ".", "a.", "a..b", "a b", "a.*", ">"} {
-		require.False(t, isSubject(subject), subject)
-	}
-}
-
 // Hazard: an error quotes the password in the URL of the NATS server.
 func TestGateway_NATSThatCantBeReachedIsAnError(t *testing.T) {
 	r := runAcomm(t, "gateway", "--socket-dir", shortDir(t), "--listen", "127.0.0.1:0",

@@ -62,15 +62,6 @@ func TestMain(m *testing.M) {
 	}())
 }
 
-// shortDir is a directory whose path leaves room for the names of sockets.
-func shortDir(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "a-")
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	return dir
-}
-
 // acommCmd is the program with the arguments, in a new directory for temporary
 // files, which is empty again when a test with it has ended well.
 func acommCmd(t *testing.T, args ...string) *exec.Cmd {

@@ -1,17 +1,12 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"sync"
-	"syscall"
 	"testing"
-	"time"
 
 	"github.com/mistifyio/acomm"
 	"github.com/stretchr/testify/require"
@@ -110,19 +105,5 @@ func TestServe_OutOfDescriptorsEachCallIsAnswered(t *testing.T) {
 			require.False(t, t.Failed(), r.said())
 			r.stop()
 		})
-	}
-}
-
-// acommDial connects to the socket; where its backlog is full, again.
-func acommDial(path string) (net.Conn, error) {
-	for {
-		conn, err := net.DialTimeout("unix", path, patience)
-		if !errors.Is(err, syscall.EAGAIN) {
-			if err == nil {
-				err = conn.SetDeadline(time.Now().Add(patience))
-			}
-			return conn, err
-		}
-		runtime.Gosched()
 	}
 }
