@@ -171,7 +171,7 @@ func (g *gateway) proxy(providers []*url.URL, req *acomm.Request, task string) *
 	}
 	taken := time.Now()
 	hook := req.ResponseHook // without the request: its arguments are not kept for so long
-	tracked, err := g.waiting.add(req.ID, g.opts.timeout, func(resp *acomm.Response) {
+	tracked, err := g.waiting.add(req.ID, g.opts.timeout, g.publish, func(resp *acomm.Response) {
 		defer g.pending.Add(-1)
 		g.finish(hook, resp, task, taken)
 	})
@@ -238,6 +238,17 @@ func (g *gateway) handleResponse(resp *acomm.Response) {
 
 var errNotWaiting = errors.New("it is late, or no request has the id")
 
+// publish notes the stream of a response. Another copy of the response, which may come at
+// the same time, then leaves it alone.
+func (g *gateway) publish(resp *acomm.Response) {
+	if resp.StreamURL == nil {
+		return
+	}
+	if published, err := g.tracker.ProxyStreamHTTPURL(resp.StreamURL); err == nil {
+		g.streams.add(published, resp.StreamURL)
+	}
+}
+
 // finish counts the response to a request, or its time-out, and sends it to the
 // hook.
 func (g *gateway) finish(hook *url.URL, resp *acomm.Response, task string, taken time.Time) {
@@ -247,8 +258,6 @@ func (g *gateway) finish(hook *url.URL, resp *acomm.Response, task string, taken
 		published, err := g.tracker.ProxyStreamHTTPURL(resp.StreamURL)
 		if err != nil {
 			g.warn("forwarding a response without its stream", withoutURL(err), resp.ID, task)
-		} else {
-			g.streams.add(published, resp.StreamURL)
 		}
 		out.StreamURL = published
 	}

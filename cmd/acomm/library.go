@@ -288,13 +288,14 @@ type outstanding struct {
 // waiting is a request in the map. Whoever removes it there completes it.
 type waiting struct {
 	id     string
+	taken  func(*acomm.Response) // nil: nothing; called under the lock, before another copy of the response is looked at
 	finish func(*acomm.Response)
 	timer  *time.Timer
 }
 
 // add has the response to the id, or the time-out, finished, unless it is removed
 // before that.
-func (o *outstanding) add(id string, timeout time.Duration, finish func(*acomm.Response)) (*waiting, error) {
+func (o *outstanding) add(id string, timeout time.Duration, taken, finish func(*acomm.Response)) (*waiting, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.ending {
@@ -303,7 +304,7 @@ func (o *outstanding) add(id string, timeout time.Duration, finish func(*acomm.R
 	if o.byID[id] != nil {
 		return nil, fmt.Errorf("the id %.256q: %w", id, fs.ErrExist)
 	}
-	w := &waiting{id: id, finish: finish}
+	w := &waiting{id: id, taken: taken, finish: finish}
 	w.timer = time.AfterFunc(timeout, func() {
 		if o.remove(w) {
 			o.complete(w, &acomm.Response{ID: id, Error: responseTimeout{}})
@@ -325,9 +326,13 @@ func (o *outstanding) remove(w *waiting) bool {
 	if o.byID[w.id] != w {
 		return false
 	}
+	o.removeLocked(w)
+	return true
+}
+
+func (o *outstanding) removeLocked(w *waiting) {
 	delete(o.byID, w.id)
 	w.timer.Stop()
-	return true
 }
 
 // complete finishes a request that was removed.
@@ -344,8 +349,14 @@ func (o *outstanding) drop() { o.finishing.Done() }
 func (o *outstanding) respond(resp *acomm.Response) bool {
 	o.mu.Lock()
 	w := o.byID[resp.ID]
+	if w != nil {
+		o.removeLocked(w)
+		if w.taken != nil {
+			w.taken(resp)
+		}
+	}
 	o.mu.Unlock()
-	if w == nil || !o.remove(w) {
+	if w == nil {
 		return false
 	}
 	o.complete(w, resp)
