@@ -22,9 +22,15 @@ import (
 // last of the options are the command.
 func startServe(t *testing.T, options []string, command ...string) (*running, string) {
 	t.Helper()
+	return startServeOf(t, acommBinary, options, command...)
+}
+
+// startServeOf is startServe of a binary.
+func startServeOf(t *testing.T, binary string, options []string, command ...string) (*running, string) {
+	t.Helper()
 	path := filepath.Join(shortDir(t), "s.sock")
 	args := append([]string{"serve"}, options...)
-	r := startAcomm(t, append(append(args, path, "--"), command...)...)
+	r := startCmd(t, acommCmdOf(t, binary, append(append(args, path, "--"), command...)...))
 	require.Equal(t, "listening on unix://"+path, r.waitLine("listening on"))
 	return r, path
 }
@@ -152,9 +158,9 @@ func requireDead(t *testing.T, f *os.File) {
 func TestServe_TimeoutKillsGrandchildren(t *testing.T) {
 	pipe := fifo(t)
 	f := openGrandchild(t, pipe)
-	r, path := startServe(t, []string{"--timeout", "500ms"}, grandchild(pipe, "wait")...)
+	r, path := startServe(t, []string{"--timeout", "2s"}, grandchild(pipe, "wait")...)
 	got := runAcomm(t, "call", path, "work")
-	require.Equal(t, result{stderr: "acomm call: timed out after 500ms\n", code: exitTask}, got)
+	require.Equal(t, result{stderr: "acomm call: timed out after 2s\n", code: exitTask}, got)
 	up := make([]byte, 3)
 	_, err := f.Read(up)
 	require.NoError(t, err, "the grandchild has run")
