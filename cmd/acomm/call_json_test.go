@@ -52,7 +52,7 @@ func TestCall_JSONSaysHowItWent(t *testing.T) {
 		happened []string
 	}{
 		"done":      {[]string{path, "work", "1"}, exitDone, "answered", map[string]any{"a": "<é>"}, nil, all},
-		"timed out": {[]string{"--timeout", "100ms", path, "work", "3"}, exitTimeout, "timed out", nil, "no response to work within 100ms", []string{"sent", "acknowledged", "ended"}},
+		"timed out": {[]string{"--timeout", "2s", path, "work", "3"}, exitTimeout, "timed out", nil, "no response to work within 2s", []string{"sent", "acknowledged", "ended"}},
 		"nobody":    {[]string{path + "x", "work"}, exitNotSent, "not taken", nil, "no such file", []string{"sent", "ended"}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -612,10 +612,10 @@ func TestCall_LostAcknowledgementIsWaitedOut(t *testing.T) {
 	require.Zero(t, call.wait(), call.said())
 	require.Contains(t, call.said(), "\n42")
 
-	call = startAcomm(t, "call", "--timeout", "700ms", path, "echo")
+	call = startAcomm(t, "call", "--timeout", "2s", path, "echo")
 	take()
 	require.Equal(t, exitTimeout, call.wait(), call.said())
-	require.Regexp(t, `^acomm call: acknowledgement lost, .*EOF\nacomm call: no response to echo within 700ms$`, call.said())
+	require.Regexp(t, `^acomm call: acknowledgement lost, .*EOF\nacomm call: no response to echo within 2s$`, call.said())
 }
 
 func TestCall_ExitCode3MeansThatTheRequestWasNotTaken(t *testing.T) {
@@ -647,7 +647,7 @@ func TestCall_ExitCode3MeansThatTheRequestWasNotTaken(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			server := httptest.NewServer(test.handler)
 			defer server.Close()
-			got := runAcomm(t, "call", "--timeout", "500ms", server.URL, "echo")
+			got := runAcomm(t, "call", "--timeout", "2s", server.URL, "echo")
 			require.Equal(t, test.code, got.code, got.stderr)
 			require.Equal(t, test.code == exitTimeout, strings.Contains(got.stderr, "acknowledgement lost"), got.stderr)
 		})

@@ -213,7 +213,7 @@ func TestCall_HeadersGoToTheServiceAndNowhereElse(t *testing.T) {
 	t.Cleanup(service.Close)
 	file := filepath.Join(t.TempDir(), "token")
 	require.NoError(t, os.WriteFile(file, []byte("secret\n"), 0o600))
-	got := runAcomm(t, "call", "--timeout", "500ms", "--token-file", file, "--header", "X-Name: me", service.URL, "echo")
+	got := runAcomm(t, "call", "--timeout", "2s", "--token-file", file, "--header", "X-Name: me", service.URL, "echo")
 	require.NotEqual(t, 0, got.code)
 	require.Equal(t, "service: Bearer secretme", gwWithin(t, seen))
 	require.Equal(t, "other: ", gwWithin(t, seen))

@@ -58,9 +58,9 @@ func TestGateway_LogSaysUnaskedThatASocketIsGone(t *testing.T) {
 }
 
 func TestGateway_HealthSaysThatNATSIsGone(t *testing.T) {
-	broker, err := startNATSServer("127.0.0.1:0")
+	addr := closedPort(t)
+	broker, err := startNATSServer(addr)
 	require.NoError(t, err)
-	addr := broker.Addr().String()
 	g := startGateway(t, "--nats", broker.ClientURL())
 	g.requireHealth(http.StatusOK)
 	broker.Shutdown()

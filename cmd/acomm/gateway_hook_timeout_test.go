@@ -59,7 +59,7 @@ func TestGateway_SilentHookOverNATSDoesNotStretchTheDrain(t *testing.T) {
 
 // A hook that answers in time is not cut off in the middle of its answer.
 func TestGateway_HookTimeoutIsForOneHookAndNotShared(t *testing.T) {
-	g := startGateway(t, "--hook-timeout", "2s")
+	g := startGateway(t, "--hook-timeout", "5s")
 	g.provide("echo", "a.sock", gwEcho)
 	hook, responses := gwHook(t)
 	for range 3 {

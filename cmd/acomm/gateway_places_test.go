@@ -32,10 +32,11 @@ func TestGateway_LinkedSocketIsAProvider(t *testing.T) {
 }
 
 func TestGateway_LinkedSocketIsAProviderOverNATS(t *testing.T) {
-	g := startGateway(t, "--nats", "embedded", "--nats-listen", "127.0.0.1:0")
+	g := newGatewayRun(t, shortDir(t))
 	g.provide("no.task", "a.sock", gwEcho)
 	require.NoError(t, os.Mkdir(filepath.Join(g.dir, "linked"), 0o700))
 	require.NoError(t, os.Symlink(filepath.Join(g.dir, "no.task", "a.sock"), filepath.Join(g.dir, "linked", "1.sock")))
+	g.start("--nats", "embedded", "--nats-listen", "127.0.0.1:0")
 	g.waitLine("tasks.linked")
 	responses := make(chan *acomm.Response, 1)
 	hook := natsRequester(t, g.natsURL(), func(resp *acomm.Response) { responses <- resp })

@@ -54,16 +54,35 @@ func (l *gwLine) Write(p []byte) (int, error) {
 // startGateway starts a gateway, and waits until it is ready.
 func startGateway(t *testing.T, args ...string) *gatewayRun {
 	t.Helper()
-	dir := shortDir(t)
-	cmd := acommCmd(t, append([]string{"gateway", "--socket-dir", dir, "--listen", "127.0.0.1:0", "--name", "gw"}, args...)...)
-	return startGatewayCmd(t, cmd, dir)
+	g := newGatewayRun(t, shortDir(t))
+	g.start(args...)
+	return g
 }
 
 func startGatewayCmd(t *testing.T, cmd *exec.Cmd, dir string) *gatewayRun {
 	t.Helper()
+	g := newGatewayRun(t, dir)
+	g.startCmd(cmd)
+	return g
+}
+
+// newGatewayRun is a gateway that is not started yet. Providers may be there before.
+func newGatewayRun(t *testing.T, dir string) *gatewayRun {
+	t.Cleanup(http.DefaultTransport.(*http.Transport).CloseIdleConnections)
+	return &gatewayRun{running: &running{t: t}, dir: dir}
+}
+
+func (g *gatewayRun) start(args ...string) {
+	g.t.Helper()
+	g.startCmd(acommCmd(g.t, append([]string{"gateway", "--socket-dir", g.dir, "--listen", "127.0.0.1:0", "--name", "gw"}, args...)...))
+}
+
+func (g *gatewayRun) startCmd(cmd *exec.Cmd) {
+	t := g.t
+	t.Helper()
 	line := make(chan string, 1)
 	cmd.Stdout = &gwLine{line: line}
-	g := &gatewayRun{running: startCmd(t, cmd), dir: dir}
+	g.running = startCmd(t, cmd)
 	select {
 	case text := <-line:
 		addr, ok := strings.CutPrefix(text, "listening on ")
@@ -74,8 +93,6 @@ func startGatewayCmd(t *testing.T, cmd *exec.Cmd, dir string) *gatewayRun {
 	case <-time.After(patience):
 		require.FailNow(t, "not ready in time", g.said())
 	}
-	t.Cleanup(http.DefaultTransport.(*http.Transport).CloseIdleConnections)
-	return g
 }
 
 // stop ends the gateway as an administrator does.
@@ -357,7 +374,7 @@ func TestGateway_StreamsAreServedOverHTTP(t *testing.T) {
 }
 
 func TestGateway_MetricsCountWhatHappened(t *testing.T) {
-	g := startGateway(t, "--timeout", "300ms")
+	g := startGateway(t, "--timeout", "2s")
 	g.provide("echo", "a.sock", gwEcho)
 	g.provide("fail", "a.sock", func(req *acomm.Request) (*acomm.Response, error) {
 		return &acomm.Response{ID: req.ID, Error: errors.New("failed")}, nil

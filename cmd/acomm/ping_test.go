@@ -61,7 +61,7 @@ func TestPing_OfWhatDoesNotAcknowledge(t *testing.T) {
 		silent.Addr().String():                  exitTimeout,
 		"127.0.0.1:80":                          exitUsage,
 	} {
-		got := runAcomm(t, "ping", "--timeout", "300ms", target)
+		got := runAcomm(t, "ping", "--timeout", "2s", target)
 		require.Equal(t, code, got.code, "%s: %s%s", target, got.stdout, got.stderr)
 		require.NotContains(t, got.stdout, "acknowledged")
 		require.Contains(t, got.stderr, "acomm ping: ")

@@ -93,7 +93,7 @@ func TestServe_HookThatIsAwayKeepsNothing(t *testing.T) {
 			require.NoError(t, acomm.UnmarshalConnData(conn, &acomm.Response{}))
 			require.NoError(t, conn.Close())
 		}
-		require.Equal(t, result{stdout: "5\n"}, runAcomm(t, "call", "--timeout", "10s", path, "work", "5"))
+		require.Equal(t, result{stdout: "5\n"}, runAcomm(t, "call", "--timeout", "30s", path, "work", "5"))
 		r.stop()
 	}
 }

@@ -45,7 +45,7 @@ func callFrom(path, hookPath string) (*acomm.Response, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := tracker.TrackRequest(req, patience/2); err != nil {
+	if err := tracker.TrackRequest(req, patience); err != nil {
 		return nil, err
 	}
 	conn, err := acommDial(path)
