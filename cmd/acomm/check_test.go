@@ -42,6 +42,7 @@ func plain(t *testing.T) string {
 }
 
 func TestCheck_ServePasses(t *testing.T) {
+	t.Parallel()
 	r, path := startServeOf(t, plain(t), nil, "cat")
 	require.Contains(t, checkHolds(t, plain(t), path, "echo"), "26 hold, 0 do not, 1 not looked at")
 	r.stop()
@@ -51,6 +52,7 @@ func TestCheck_ServePasses(t *testing.T) {
 }
 
 func TestCheck_ServeWithStreamPasses(t *testing.T) {
+	t.Parallel()
 	r, path := startServeOf(t, plain(t), []string{"--stream"}, "seq", "100000")
 	said := checkHolds(t, plain(t), path, "numbers")
 	require.Contains(t, said, "seen: a stream with .eof, 588895 bytes; a second consumer had none")
@@ -62,6 +64,7 @@ func TestCheck_ServeWithStreamPasses(t *testing.T) {
 }
 
 func TestCheck_PeerThatRefusesTheTaskPasses(t *testing.T) {
+	t.Parallel()
 	r, path := startServeOf(t, plain(t), []string{"--task", "work"}, "cat")
 	require.Contains(t, checkHolds(t, plain(t), path), "seen: no request was accepted")
 	got := runAcomm(t, "check", path, "play") // which is said to be one that it takes
@@ -71,6 +74,7 @@ func TestCheck_PeerThatRefusesTheTaskPasses(t *testing.T) {
 }
 
 func TestCheck_GatewayPasses(t *testing.T) {
+	t.Parallel()
 	dir := shortDir(t)
 	for _, binary := range []string{plain(t), acommBinary} {
 		serve := startCmd(t, acommCmdOf(t, binary, "serve", "--stream", filepath.Join(dir, "numbers", "1.sock"), "--", "seq", "100000"))
@@ -94,6 +98,7 @@ func TestCheck_GatewayPasses(t *testing.T) {
 }
 
 func TestCheck_ProviderInPythonPasses(t *testing.T) {
+	t.Parallel()
 	python, err := exec.LookPath("python3")
 	if err != nil {
 		t.Skip("there is no python3")
@@ -112,6 +117,7 @@ func TestCheck_ProviderInPythonPasses(t *testing.T) {
 
 // The peer of 2016 is that of the library's tests, in a process of its own.
 func TestCheck_PeerOf2016Passes(t *testing.T) {
+	t.Parallel()
 	tests := filepath.Join(t.TempDir(), "acomm.test")
 	build := exec.Command("go", "test", "-c", "-o", tests, ".")
 	build.Dir = "../.."
@@ -131,6 +137,7 @@ func TestCheck_PeerOf2016Passes(t *testing.T) {
 }
 
 func TestCheck_PeerOf2016ReadsNoPieces(t *testing.T) {
+	t.Parallel()
 	p := &wrongPeer{readsOnce: true}
 	got := p.check(t)
 	require.Equal(t, exitTask, got.code)
@@ -312,6 +319,7 @@ func (p *wrongPeer) answer(id string, hook map[string]any) {
 }
 
 func TestCheck_EachFaultIsSeen(t *testing.T) {
+	t.Parallel()
 	for name, test := range map[string]struct {
 		peer *wrongPeer
 		want string // what does not hold
@@ -351,6 +359,7 @@ func TestCheck_EachFaultIsSeen(t *testing.T) {
 
 // A stream that was cut off, and one that a second consumer gets as well.
 func TestCheck_FaultsOfStreamsAreSeen(t *testing.T) {
+	t.Parallel()
 	for name, test := range map[string]struct{ file, want string }{
 		"cut off":      {"s.eof", `a stream with .eof, after \d+ bytes: .*reset`},
 		"served twice": {"s.sock", "a second consumer was served"},
@@ -397,12 +406,14 @@ func watchPeek(conn net.Conn) (n int, err error) {
 }
 
 func TestCheck_SaysThatThePeerHasGone(t *testing.T) {
+	t.Parallel()
 	got := (&wrongPeer{dies: true}).check(t)
 	require.Equal(t, exitTask, got.code)
 	require.Contains(t, got.stderr, "the peer has gone")
 }
 
 func TestCheck_ExitStatus(t *testing.T) {
+	t.Parallel()
 	nobody := filepath.Join(shortDir(t), "s.sock")
 	require.Equal(t, exitNotSent, runAcomm(t, "check", nobody).code)
 	require.Equal(t, exitNotSent, runAcomm(t, "check", "http://"+closedPort(t)+"/").code)
@@ -417,6 +428,7 @@ func TestCheck_ExitStatus(t *testing.T) {
 }
 
 func TestCheck_InterruptLeavesNothing(t *testing.T) {
+	t.Parallel()
 	p := &wrongPeer{readsToEnd: true}
 	p.t = t
 	path := filepath.Join(shortDir(t), "s.sock")

@@ -76,6 +76,7 @@ func (a *authority) signClient(name string) {
 }
 
 func TestGateway_TLSIsForThoseWithACertificate(t *testing.T) {
+	t.Parallel()
 	ours, other := newAuthority(t), newAuthority(t)
 	ours.signServer("server")
 	ours.signClient("client")
@@ -104,6 +105,7 @@ func TestGateway_TLSIsForThoseWithACertificate(t *testing.T) {
 }
 
 func TestGateway_TokensDecideAndAreReadAgain(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "tokens")
 	write := func(text string) { require.NoError(t, os.WriteFile(file, []byte(text), 0o600)) }
 	write("# ours\nfirst-token\n\nsecond\n")
@@ -146,6 +148,7 @@ func TestGateway_TokensDecideAndAreReadAgain(t *testing.T) {
 }
 
 func TestGateway_StreamsNeedNoToken(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "tokens")
 	require.NoError(t, os.WriteFile(file, []byte("token\n"), 0o600))
 	g := startGateway(t, "--token-file", file)
@@ -163,6 +166,7 @@ func TestGateway_StreamsNeedNoToken(t *testing.T) {
 }
 
 func TestGateway_ListensOnASocketWithAMode(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(shortDir(t), "http.sock")
 	dir := shortDir(t)
 	start := func() *running {
@@ -200,6 +204,7 @@ func TestGateway_ListensOnASocketWithAMode(t *testing.T) {
 
 // Hazard: a token goes to wherever a redirect or a stream leads.
 func TestCall_HeadersGoToTheServiceAndNowhereElse(t *testing.T) {
+	t.Parallel()
 	seen := make(chan string, 10)
 	see := func(name string, r *http.Request) {
 		seen <- name + ": " + r.Header.Get("Authorization") + r.Header.Get("X-Name")
@@ -220,6 +225,7 @@ func TestCall_HeadersGoToTheServiceAndNowhereElse(t *testing.T) {
 }
 
 func TestAccess_WrongUsage(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	empty, text := filepath.Join(dir, "empty"), filepath.Join(dir, "text")
 	require.NoError(t, os.WriteFile(empty, []byte("# nothing\n"), 0o600))

@@ -294,6 +294,7 @@ func (c *natsTally) ids() []string {
 
 // Hazard: an error quotes the password in the URL of the NATS server.
 func TestGateway_NATSThatCantBeReachedIsAnError(t *testing.T) {
+	t.Parallel()
 	r := runAcomm(t, "gateway", "--socket-dir", shortDir(t), "--listen", "127.0.0.1:0",
 		"--nats", (&url.URL{Scheme: "nats", User: url.UserPassword("user", "secret"), Host: "127.0.0.1:1"}).String())
 	require.Equal(t, exitTask, r.code, r.stderr)

@@ -212,6 +212,7 @@ func (g *gatewayRun) hasMetric(line string) {
 }
 
 func TestGateway_RequestOverHTTPIsAnsweredAtItsHook(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	g.provide("echo", "a.sock", gwEcho)
 	hook, responses := gwHook(t)
@@ -229,6 +230,7 @@ func TestGateway_RequestOverHTTPIsAnsweredAtItsHook(t *testing.T) {
 }
 
 func TestGateway_RequestsOverTheUnixSocket(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	hooks := make(chan string, 2)
 	g.provide("echo", "a.sock", func(req *acomm.Request) (*acomm.Response, error) {
@@ -261,6 +263,7 @@ func TestGateway_RequestsOverTheUnixSocket(t *testing.T) {
 
 // Hazard: a request that some provider may have taken is given to another one too.
 func TestGateway_NextProviderIsAskedOnlyIfTheRequestWasNotTaken(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	hook, responses := gwHook(t)
 
@@ -301,6 +304,7 @@ func TestGateway_NextProviderIsAskedOnlyIfTheRequestWasNotTaken(t *testing.T) {
 }
 
 func TestGateway_RefusesWhatItMustNotForward(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--max-body", "1000")
 	g.provide("echo", "a.sock", gwEcho)
 	body := func(task, hook string) string {
@@ -352,6 +356,7 @@ func TestGateway_RefusesWhatItMustNotForward(t *testing.T) {
 }
 
 func TestGateway_StreamsAreServedOverHTTP(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	tracker, err := acomm.NewTracker("", nil, 0)
 	require.NoError(t, err)
@@ -374,6 +379,7 @@ func TestGateway_StreamsAreServedOverHTTP(t *testing.T) {
 }
 
 func TestGateway_MetricsCountWhatHappened(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--timeout", "2s")
 	g.provide("echo", "a.sock", gwEcho)
 	g.provide("fail", "a.sock", func(req *acomm.Request) (*acomm.Response, error) {
@@ -420,6 +426,7 @@ func TestGateway_MetricsCountWhatHappened(t *testing.T) {
 
 // Hazard: a hook leads into the machine's own network by a name, or a redirect.
 func TestGateway_DeniedHooksAreNotConnectedTo(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--hook-deny", "127.0.0.0/8,::1") // not tried again until the time-out, which is after the test's
 	g.provide("echo", "a.sock", gwEcho)
 	_, responses := gwHook(t)
@@ -437,6 +444,7 @@ func TestGateway_DeniedHooksAreNotConnectedTo(t *testing.T) {
 }
 
 func TestGateway_RedirectsOfHooksAreCheckedToo(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--hook-deny", "127.0.0.2")
 	g.provide("echo", "a.sock", gwEcho)
 	redirect := httptest.NewServer(http.RedirectHandler("http://127.0.0.2:9/", http.StatusTemporaryRedirect))
@@ -447,6 +455,7 @@ func TestGateway_RedirectsOfHooksAreCheckedToo(t *testing.T) {
 }
 
 func TestGateway_HooksGoThroughNoProxyOfTheEnvironment(t *testing.T) {
+	t.Parallel()
 	proxied := make(chan string, 1)
 	proxy := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		proxied <- r.Host
@@ -471,6 +480,7 @@ func TestGateway_HooksGoThroughNoProxyOfTheEnvironment(t *testing.T) {
 }
 
 func TestGateway_ResponseIsSentAgainOnlyWhereItDidNotArrive(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	g.provide("echo", "a.sock", gwEcho)
 	var mu sync.Mutex
@@ -503,6 +513,7 @@ func TestGateway_ResponseIsSentAgainOnlyWhereItDidNotArrive(t *testing.T) {
 }
 
 func TestGateway_LimitOfOutstandingRequests(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--max-outstanding", "1", "--timeout", "10s")
 	release := make(chan struct{})
 	g.provide("wait", "a.sock", func(req *acomm.Request) (*acomm.Response, error) {
@@ -521,6 +532,7 @@ func TestGateway_LimitOfOutstandingRequests(t *testing.T) {
 }
 
 func TestGateway_SignalWaitsForOutstandingRequests(t *testing.T) {
+	t.Parallel()
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP} {
 		t.Run(sig.String(), func(t *testing.T) { testSignalWaits(t, sig) })
 	}
@@ -560,6 +572,7 @@ func testSignalWaits(t *testing.T, sig syscall.Signal) {
 }
 
 func TestGateway_SecondSIGTERMEndsAtOnce(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	g.provide("silent", "a.sock", func(*acomm.Request) (*acomm.Response, error) { return nil, nil })
 	hook, _ := gwHook(t)
@@ -573,6 +586,7 @@ func TestGateway_SecondSIGTERMEndsAtOnce(t *testing.T) {
 }
 
 func TestGateway_ConfigurationFileAndEnvironment(t *testing.T) {
+	t.Parallel()
 	for name, text := range map[string]string{
 		"c.yaml": "name: from-file\ntimeout: 2s\nmax-body: 64KiB\nhook-deny: [127.0.0.2, 127.0.0.3]\nlisten: 127.0.0.1:0\n",
 		"c.toml": "name = \"from-file\"\ntimeout = \"2s\"\nmax-body = 65536\nhook-deny = [\"127.0.0.2\", \"127.0.0.3\"]\nlisten = \"127.0.0.1:0\"\n",
@@ -599,6 +613,7 @@ func TestGateway_ConfigurationFileAndEnvironment(t *testing.T) {
 // Hazard: ids and hooks are kept while requests are outstanding, so that a few
 // large ones took all memory.
 func TestGateway_LargeIDsAndHooksAreRefused(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	g.provide("echo", "a.sock", gwEcho)
 	for id, hook := range map[string]string{
@@ -617,6 +632,7 @@ func TestGateway_LargeIDsAndHooksAreRefused(t *testing.T) {
 }
 
 func TestGateway_WrongUsage(t *testing.T) {
+	t.Parallel()
 	dir := shortDir(t)
 	file := filepath.Join(dir, "c.yaml")
 	require.NoError(t, os.WriteFile(file, []byte("no-such-flag: 1\n"), 0o600))
@@ -767,6 +783,7 @@ func TestGateway_StalledStreamDoesNotHoldTheEndUp(t *testing.T) {
 }
 
 func TestGateway_StreamThatMovesGoesOnWhileDraining(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	source, w := io.Pipe()
 	stream := g.provideStream("read", source)

@@ -52,6 +52,7 @@ func (g *gatewayRun) requireStream(task string) {
 // Hazard: a program whose response comes after the time-out of the gateway keeps its
 // place for an hour.
 func TestGateway_StreamOfALateResponseIsEndedAtOnce(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--timeout", "1s")
 	serveEndless(t, filepath.Join(g.dir, "zero", "1.sock"), "--unread-duration", "1h")
 	hook, responses := gwHook(t)
@@ -63,6 +64,7 @@ func TestGateway_StreamOfALateResponseIsEndedAtOnce(t *testing.T) {
 
 // Hazard: so does one whose requester has gone.
 func TestGateway_StreamThatTheHookDoesNotTakeIsEndedAtOnce(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--timeout", "2s")
 	serveEndless(t, filepath.Join(g.dir, "zero", "1.sock"), "--unread-duration", "1h")
 	no := httptest.NewServer(http.NotFoundHandler())
@@ -76,6 +78,7 @@ func TestGateway_StreamThatTheHookDoesNotTakeIsEndedAtOnce(t *testing.T) {
 }
 
 func TestGateway_StreamThatNobodyReadsIsEnded(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--unread-duration", "2s")
 	serveEndless(t, filepath.Join(g.dir, "zero", "1.sock"), "--unread-duration", "1h")
 	hook, responses := gwHook(t)
@@ -91,6 +94,7 @@ func TestGateway_StreamThatNobodyReadsIsEnded(t *testing.T) {
 
 // Hazard: the bound for unread streams ends one that is being read.
 func TestGateway_StreamThatIsReadOutlivesTheBoundForUnreadOnes(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--unread-duration", "2s")
 	source, w := io.Pipe()
 	stream := g.provideStream("read", source)
@@ -141,6 +145,7 @@ func requestStream(t *testing.T, path string) *acomm.Response {
 
 // Hazard: a client that never reads its streams keeps all others waiting.
 func TestServe_StreamThatNobodyReadsIsEnded(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(shortDir(t), "s.sock")
 	serve := serveEndless(t, path, "--unread-duration", "200ms")
 	for range 2 {
@@ -165,6 +170,7 @@ func pausedReader(t *testing.T, stream *url.URL) (more func() error) {
 
 // A reader that pauses keeps its stream, until another request waits for the place.
 func TestServe_StreamWhoseReaderTakesNothingGivesItsPlaceToTheNext(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(shortDir(t), "s.sock")
 	serve := serveEndless(t, path, "--unread-duration", "1s", "--concurrency", "2")
 	more := pausedReader(t, requestStream(t, path).StreamURL)
@@ -179,6 +185,7 @@ func TestServe_StreamWhoseReaderTakesNothingGivesItsPlaceToTheNext(t *testing.T)
 // Hazard: a provider that sends its response again, unsure of the first, has its own
 // stream ended.
 func TestGateway_ASecondCopyOfAResponseLeavesTheStream(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	tracker, err := acomm.NewTracker("", nil, 0)
 	require.NoError(t, err)

@@ -76,8 +76,8 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
-		// Those that are parallel wait for seconds, and need no core for that.
-		_ = flag.Set("test.parallel", "4") // unless it is given
+		// Those that are parallel wait for most of their time, and need no core for that.
+		_ = flag.Set("test.parallel", "10") // unless it is given
 		code := m.Run()
 		if err := goleak.Find(); err != nil && code == 0 {
 			fmt.Fprintln(os.Stderr, err)

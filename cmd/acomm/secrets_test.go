@@ -35,6 +35,7 @@ func closedPort(t *testing.T) string {
 
 // Hazard: what makes a URL a capability is printed, or kept in a log.
 func TestSecrets_CallPrintsNone(t *testing.T) {
+	t.Parallel()
 	closed := closedPort(t)
 	p := startCallProvider(t, answerArgs)
 	cut := func(w http.ResponseWriter, _ *http.Request) {
@@ -78,6 +79,7 @@ func TestSecrets_CallPrintsNone(t *testing.T) {
 }
 
 func TestSecrets_GatewayAndServeLogNone(t *testing.T) {
+	t.Parallel()
 	notFound := httptest.NewServer(http.NotFoundHandler())
 	defer notFound.Close()
 	hook := func(host string) string { return "http://hidden:hidden@" + host + "/hidden?token=hidden" }

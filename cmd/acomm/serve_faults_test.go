@@ -71,6 +71,7 @@ func callFrom(path, hookPath string) (*acomm.Response, error) {
 // Hazard: a service without a free descriptor fails tasks it could do a moment later,
 // and forgets results it can't send at once.
 func TestServe_OutOfDescriptorsEachCallIsAnswered(t *testing.T) {
+	t.Parallel()
 	for name, options := range map[string][]string{
 		"results":          {"--concurrency", "4"},
 		"many at a time":   {"--concurrency", "40"},
