@@ -10,9 +10,6 @@ import (
 	"unicode/utf8"
 )
 
-// maxArgs is how much JSON a message can carry.
-const maxArgs = 64 << 20
-
 // parseArgs makes JSON of the arguments of a call, in any of their forms.
 func parseArgs(words []string, stdin io.Reader) (json.RawMessage, error) {
 	if len(words) == 0 {
@@ -44,11 +41,11 @@ func parseArgs(words []string, stdin io.Reader) (json.RawMessage, error) {
 
 // readArgs reads JSON from a file that has the name.
 func readArgs(name string, r io.Reader) (json.RawMessage, error) {
-	data, err := io.ReadAll(io.LimitReader(r, maxArgs+1))
+	data, err := io.ReadAll(io.LimitReader(r, maxPayload+1))
 	if err != nil {
 		return nil, fmt.Errorf("ARGS: %w", err)
 	}
-	if len(data) > maxArgs {
+	if len(data) > maxPayload {
 		return nil, fmt.Errorf("ARGS: %s is larger than 64 MiB, the limit of a message", name)
 	}
 	if !utf8.Valid(data) {

@@ -40,6 +40,7 @@ func reportOf(t *testing.T, text string) (report map[string]any, happened []stri
 }
 
 func TestCall_JSONSaysHowItWent(t *testing.T) {
+	t.Parallel()
 	r, path := startServe(t, nil, sh(`read n; case $n in 1) echo '{"a":"<é>"}';; 2) echo disk is full >&2; exit 3;; 3) sleep 1000;; esac`)...)
 	defer r.signalUntilEnd(syscall.SIGTERM) // a task goes on
 	all := []string{"sent", "acknowledged", "answered", "ended"}
@@ -52,7 +53,7 @@ func TestCall_JSONSaysHowItWent(t *testing.T) {
 		happened []string
 	}{
 		"done":      {[]string{path, "work", "1"}, exitDone, "answered", map[string]any{"a": "<é>"}, nil, all},
-		"timed out": {[]string{"--timeout", "100ms", path, "work", "3"}, exitTimeout, "timed out", nil, "no response to work within 100ms", []string{"sent", "acknowledged", "ended"}},
+		"timed out": {[]string{"--timeout", "2s", path, "work", "3"}, exitTimeout, "timed out", nil, "no response to work within 2s", []string{"sent", "acknowledged", "ended"}},
 		"nobody":    {[]string{path + "x", "work"}, exitNotSent, "not taken", nil, "no such file", []string{"sent", "ended"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -89,6 +90,7 @@ func TestCall_JSONSaysHowItWent(t *testing.T) {
 }
 
 func TestCall_JSONOfAStream(t *testing.T) {
+	t.Parallel()
 	p := startCallProvider(t, streamOf(t, raw(`{"a":1}`), func() io.ReadCloser { return io.NopCloser(strings.NewReader("data")) }))
 	got := runAcomm(t, "call", "--json", p.path, "read")
 	require.Equal(t, exitDone, got.code)
@@ -114,6 +116,7 @@ func TestCall_JSONOfAStream(t *testing.T) {
 }
 
 func TestCall_JSONOfAnInterruptedCall(t *testing.T) {
+	t.Parallel()
 	asked := make(chan struct{}, 1)
 	p := startCallProvider(t, func(*callProvider, *acomm.Request) *acomm.Response { asked <- struct{}{}; return nil })
 	r := startAcomm(t, "call", "-v", "--json", p.path, "echo")
@@ -129,6 +132,7 @@ func TestCall_JSONOfAnInterruptedCall(t *testing.T) {
 }
 
 func TestCall_JSONOfARefusal(t *testing.T) {
+	t.Parallel()
 	r, path := startServe(t, []string{"--task", "work"}, "cat")
 	got := runAcomm(t, "call", "--json", path, "play")
 	require.Equal(t, exitNotSent, got.code)

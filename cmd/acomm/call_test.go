@@ -109,6 +109,7 @@ func failing(data string) io.ReadCloser {
 }
 
 func TestCall_ArgsInEachForm(t *testing.T) {
+	t.Parallel()
 	p := startCallProvider(t, answerArgs)
 	file := filepath.Join(t.TempDir(), "args.json")
 	require.NoError(t, os.WriteFile(file, []byte("{\n \"from\": \"file\"}\n"), 0o600))
@@ -137,6 +138,7 @@ func TestCall_ArgsInEachForm(t *testing.T) {
 }
 
 func TestCall_UsageIsExitCode2(t *testing.T) {
+	t.Parallel()
 	dir := shortDir(t)
 	target := "unix://" + filepath.Join(dir, "none.sock") // never reached
 	bad := filepath.Join(dir, "bad.json")
@@ -176,6 +178,7 @@ func TestCall_UsageIsExitCode2(t *testing.T) {
 }
 
 func TestCall_TaskErrorIsExitCode1(t *testing.T) {
+	t.Parallel()
 	p := startCallProvider(t, func(*callProvider, *acomm.Request) *acomm.Response {
 		return &acomm.Response{Error: errors.New("no such \x1b[31muser")}
 	})
@@ -183,6 +186,7 @@ func TestCall_TaskErrorIsExitCode1(t *testing.T) {
 }
 
 func TestCall_NotSentIsExitCode3(t *testing.T) {
+	t.Parallel()
 	got := runAcomm(t, "call", filepath.Join(shortDir(t), "none.sock"), "echo")
 	require.Equal(t, exitNotSent, got.code, got.stderr)
 	require.Contains(t, got.stderr, "no such file")
@@ -200,6 +204,7 @@ func TestCall_NotSentIsExitCode3(t *testing.T) {
 // Hazard: a provider that answers and does not acknowledge; its result, which was
 // taken, was dropped now and then.
 func TestCall_ResultOfALostAcknowledgementIsNotDropped(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(shortDir(t), "p.sock")
 	l := acomm.NewUnixListener(path, 0)
 	require.NoError(t, l.Start())
@@ -223,6 +228,7 @@ func TestCall_ResultOfALostAcknowledgementIsNotDropped(t *testing.T) {
 }
 
 func TestCall_PipeThatNobodyReadsIsUsage(t *testing.T) {
+	t.Parallel()
 	pipe := filepath.Join(shortDir(t), "pipe")
 	require.NoError(t, syscall.Mkfifo(pipe, 0o600))
 	got := runAcomm(t, "call", "-o", pipe, filepath.Join(shortDir(t), "none.sock"), "echo")
@@ -230,6 +236,7 @@ func TestCall_PipeThatNobodyReadsIsUsage(t *testing.T) {
 }
 
 func TestCall_TimeoutIsExitCode4(t *testing.T) {
+	t.Parallel()
 	p := startCallProvider(t, func(*callProvider, *acomm.Request) *acomm.Response { return nil })
 	got := runAcomm(t, "call", "--timeout", "50ms", p.path, "echo")
 	require.Equal(t, result{stderr: "acomm call: no response to echo within 50ms\n", code: exitTimeout}, got)
@@ -243,6 +250,7 @@ func TestCall_TimeoutIsExitCode4(t *testing.T) {
 }
 
 func TestCall_SignalEndsItCleanly(t *testing.T) {
+	t.Parallel()
 	asked := make(chan struct{}, 1)
 	p := startCallProvider(t, func(*callProvider, *acomm.Request) *acomm.Response { asked <- struct{}{}; return nil })
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
@@ -255,6 +263,7 @@ func TestCall_SignalEndsItCleanly(t *testing.T) {
 }
 
 func TestCall_RawIsAsItCame(t *testing.T) {
+	t.Parallel()
 	// Written by hand: the library would compact it.
 	var once sync.Once
 	var hook url.URL
@@ -308,6 +317,7 @@ func TestCall_HookURLIsWhatOthersSee(t *testing.T) {
 }
 
 func TestCall_VerboseSaysWhatHappens(t *testing.T) {
+	t.Parallel()
 	p := startCallProvider(t, answerArgs)
 	got := runAcomm(t, "call", "-v", p.path, "echo", "a=1")
 	require.Zero(t, got.code)
@@ -319,6 +329,7 @@ func TestCall_VerboseSaysWhatHappens(t *testing.T) {
 }
 
 func TestCall_StreamToStdoutAndFile(t *testing.T) {
+	t.Parallel()
 	data := strings.Repeat("0123456789abcdef", 1<<16)
 	p := startCallProvider(t, streamOf(t, raw(`{"size":1}`), func() io.ReadCloser { return io.NopCloser(strings.NewReader(data)) }))
 
@@ -354,6 +365,7 @@ func requireOnly(t *testing.T, dir string, names ...string) {
 }
 
 func TestCall_FileMayBeALinkToNothingYet(t *testing.T) {
+	t.Parallel()
 	p := startCallProvider(t, streamOf(t, nil, func() io.ReadCloser { return io.NopCloser(strings.NewReader("data")) }))
 	dir := t.TempDir()
 	deep := filepath.Join(dir, "deep", "er")
@@ -385,6 +397,7 @@ func TestCall_FileMayBeALinkToNothingYet(t *testing.T) {
 }
 
 func TestCall_NameOfAFileMayBeAsLongAsNamesCanBe(t *testing.T) {
+	t.Parallel()
 	p := startCallProvider(t, streamOf(t, nil, func() io.ReadCloser { return io.NopCloser(strings.NewReader("data")) }))
 	dir, name := t.TempDir(), strings.Repeat("n", 255)
 	got := runAcomm(t, "call", "-o", filepath.Join(dir, name), p.path, "read")
@@ -393,6 +406,7 @@ func TestCall_NameOfAFileMayBeAsLongAsNamesCanBe(t *testing.T) {
 }
 
 func TestCall_LongDirectoryForTemporaryFiles(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	g.provide("echo", "a.sock", gwEcho)
 	p := startCallProvider(t, answerArgs)
@@ -407,6 +421,7 @@ func TestCall_LongDirectoryForTemporaryFiles(t *testing.T) {
 }
 
 func TestCall_GoesThroughTheProxyOfTheEnvironment(t *testing.T) {
+	t.Parallel()
 	proxied := make(chan string, 1)
 	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		proxied <- r.Host
@@ -420,6 +435,7 @@ func TestCall_GoesThroughTheProxyOfTheEnvironment(t *testing.T) {
 }
 
 func TestCall_FileWithoutStreamIsAnError(t *testing.T) {
+	t.Parallel()
 	p := startCallProvider(t, answerArgs)
 	dir := t.TempDir()
 	got := runAcomm(t, "call", "-o", filepath.Join(dir, "f"), p.path, "echo", "1")
@@ -428,6 +444,7 @@ func TestCall_FileWithoutStreamIsAnError(t *testing.T) {
 }
 
 func TestCall_CutOffStreamLeavesNoFile(t *testing.T) {
+	t.Parallel()
 	p := startCallProvider(t, streamOf(t, nil, func() io.ReadCloser { return failing("half of it") }))
 	dir := t.TempDir()
 	file := filepath.Join(dir, "f")
@@ -442,6 +459,7 @@ func TestCall_CutOffStreamLeavesNoFile(t *testing.T) {
 }
 
 func TestCall_InterruptedDownloadLeavesNoFile(t *testing.T) {
+	t.Parallel()
 	p := startCallProvider(t, streamOf(t, nil, func() io.ReadCloser { return stalled("half of it") }))
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGKILL} {
 		dir := t.TempDir()
@@ -465,6 +483,7 @@ func TestCall_InterruptedDownloadLeavesNoFile(t *testing.T) {
 }
 
 func TestCall_ReaderThatLeavesEndsItQuietly(t *testing.T) {
+	t.Parallel()
 	p := startCallProvider(t, streamOf(t, nil, func() io.ReadCloser {
 		r, w := io.Pipe()
 		go func() { // ends with Close
@@ -486,6 +505,7 @@ func TestCall_ReaderThatLeavesEndsItQuietly(t *testing.T) {
 }
 
 func TestCall_FullDiskIsExitCode1(t *testing.T) {
+	t.Parallel()
 	p := startCallProvider(t, answerArgs)
 	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
 	require.NoError(t, err)
@@ -540,6 +560,7 @@ func cmdOnTerminal(t *testing.T, cmd *exec.Cmd, stdout *bytes.Buffer, see ...fun
 }
 
 func TestCall_TerminalIsShownColours(t *testing.T) {
+	t.Parallel()
 	p := startCallProvider(t, func(*callProvider, *acomm.Request) *acomm.Response {
 		return &acomm.Response{Error: errors.New("no such user")}
 	})
@@ -565,12 +586,14 @@ func TestCall_TerminalIsShownColours(t *testing.T) {
 }
 
 func TestCall_TerminalIsShownIndentedResult(t *testing.T) {
+	t.Parallel()
 	p := startCallProvider(t, answerArgs)
 	require.Equal(t, "{\r\n  \"a\": 1,\r\n  \"b\": []\r\n}\r\n", onTerminal(t, nil, "call", p.path, "echo", "a=1", "b=[]"))
 	require.Equal(t, `{"a":1}`, onTerminal(t, nil, "call", "--raw", p.path, "echo", "a=1"))
 }
 
 func TestCall_TerminalIsShownBar(t *testing.T) {
+	t.Parallel()
 	data := strings.Repeat("x", 3<<20)
 	p := startCallProvider(t, streamOf(t, raw(`{"a":1}`), func() io.ReadCloser { return io.NopCloser(strings.NewReader(data)) }))
 	file := filepath.Join(t.TempDir(), "f")
@@ -591,6 +614,7 @@ func TestCall_TerminalIsShownBar(t *testing.T) {
 // Hazard: a call that was told nothing of its request, which may have arrived, ended
 // as one that could be sent again.
 func TestCall_LostAcknowledgementIsWaitedOut(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(shortDir(t), "p.sock")
 	l := acomm.NewUnixListener(path, 0)
 	require.NoError(t, l.Start())
@@ -612,10 +636,10 @@ func TestCall_LostAcknowledgementIsWaitedOut(t *testing.T) {
 	require.Zero(t, call.wait(), call.said())
 	require.Contains(t, call.said(), "\n42")
 
-	call = startAcomm(t, "call", "--timeout", "700ms", path, "echo")
+	call = startAcomm(t, "call", "--timeout", "2s", path, "echo")
 	take()
 	require.Equal(t, exitTimeout, call.wait(), call.said())
-	require.Regexp(t, `^acomm call: acknowledgement lost; .*EOF\nacomm call: no response to echo within 700ms$`, call.said())
+	require.Regexp(t, `^acomm call: acknowledgement lost; .*EOF\nacomm call: no response to echo within 2s$`, call.said())
 }
 
 func TestCall_ExitCode3MeansThatTheRequestWasNotTaken(t *testing.T) {
@@ -645,9 +669,10 @@ func TestCall_ExitCode3MeansThatTheRequestWasNotTaken(t *testing.T) {
 		"cut off":       {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, exitTimeout},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			server := httptest.NewServer(test.handler)
 			defer server.Close()
-			got := runAcomm(t, "call", "--timeout", "500ms", server.URL, "echo")
+			got := runAcomm(t, "call", "--timeout", "2s", server.URL, "echo")
 			require.Equal(t, test.code, got.code, got.stderr)
 			require.Equal(t, test.code == exitTimeout, strings.Contains(got.stderr, "acknowledgement lost"), got.stderr)
 		})

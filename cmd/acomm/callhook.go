@@ -13,10 +13,8 @@ import (
 	"github.com/mistifyio/acomm"
 )
 
-const (
-	hookTimeout = 10 * time.Second // for what is being received when the call ends
-	maxResponse = 64 << 20         // bytes
-)
+// hookTimeout is for what is being received when the call ends.
+const hookTimeout = 10 * time.Second
 
 // openHook opens what the response to the call is sent to, and returns its URL
 // and what closes it. The latter waits until a response that has been received is
@@ -85,7 +83,7 @@ func responseHandler(tracker *acomm.Tracker) http.Handler {
 			return
 		}
 		resp := &acomm.Response{}
-		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxResponse)).Decode(resp); err != nil {
+		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxPayload)).Decode(resp); err != nil {
 			http.Error(w, "the body is not a response", http.StatusBadRequest)
 			return
 		}

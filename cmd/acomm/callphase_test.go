@@ -12,6 +12,7 @@ import (
 // Hazard: a script takes the time-out of a gateway for a task that has failed, and
 // not for one that may have run.
 func TestCall_TimeoutOfAGatewayIsATimeout(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--timeout", "200ms", "--nats", "embedded", "--nats-listen", "127.0.0.1:0")
 	g.provide("silent", "a.sock", func(*acomm.Request) (*acomm.Response, error) { return nil, nil })
 	g.waitLine("tasks.silent")
@@ -26,6 +27,7 @@ func TestCall_TimeoutOfAGatewayIsATimeout(t *testing.T) {
 
 // Hazard: a server that knows no POST costs the whole time-out.
 func TestCall_ServerThatTakesNoPOSTIsNoTarget(t *testing.T) {
+	t.Parallel()
 	for _, status := range []int{http.StatusNotImplemented, http.StatusHTTPVersionNotSupported, http.StatusMethodNotAllowed, http.StatusNetworkAuthenticationRequired} {
 		url := serveHTTP(t, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(status) })
 		began := time.Now()

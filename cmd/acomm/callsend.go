@@ -5,34 +5,8 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
-	"net/http/httptrace"
-	"sync/atomic"
 	"syscall"
 )
-
-// postWatcher is a transport that knows how far the last POST through it has come.
-type postWatcher struct {
-	http.RoundTripper
-	connected atomic.Bool  // there was a connection for it
-	status    atomic.Int32 // of its answer; 0: none
-	comeBack  atomic.Bool  // the answer had a Retry-After
-}
-
-func (p *postWatcher) RoundTrip(r *http.Request) (*http.Response, error) {
-	if r.Method != http.MethodPost { // a stream
-		return p.RoundTripper.RoundTrip(r)
-	}
-	p.connected.Store(r.URL.Scheme == "nats") // it does not tell
-	p.status.Store(0)
-	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { p.connected.Store(true) }}
-	answer, err := p.RoundTripper.RoundTrip(r.WithContext(httptrace.WithClientTrace(r.Context(), trace)))
-	if err == nil {
-		p.status.Store(int32(answer.StatusCode))
-		_, comeBack := retryAfter(answer.Header.Get("Retry-After"))
-		p.comeBack.Store(comeBack)
-	}
-	return answer, err
-}
 
 // mayHaveArrived reports whether an error of Send leaves open that the request has
 // been taken: it is no refusal, and somebody was there.

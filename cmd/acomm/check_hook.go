@@ -142,7 +142,7 @@ func (h *checkHook) take(m *message) (over func()) {
 	select {
 	case <-e.acknowledge:
 	case <-h.ctx.Done():
-	case <-time.After(h.timeout):
+	case <-time.After(2 * h.timeout): // not before the request has waited in vain
 	}
 	return func() { close(e.done) }
 }

@@ -21,11 +21,11 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// checkHolds has a peer checked, in which nothing is wrong, and returns what was
-// printed.
-func checkHolds(t *testing.T, args ...string) string {
+// checkHolds has a peer checked, in which nothing is wrong, by check of a binary, and
+// returns what was printed.
+func checkHolds(t *testing.T, binary string, args ...string) string {
 	t.Helper()
-	got := runAcomm(t, append([]string{"check"}, args...)...)
+	got := runCmd(t, acommCmdOf(t, binary, append([]string{"check", "--timeout", "20s"}, args...)...))
 	require.Zero(t, got.code, got.stdout+got.stderr)
 	require.NotContains(t, got.stdout, "FAIL")
 	require.Regexp(t, `\n\d+ passed, 0 failed, \d+ not tested\n$`, got.stdout)
@@ -33,24 +33,40 @@ func checkHolds(t *testing.T, args ...string) string {
 	return got.stdout
 }
 
+// plain is the path of plainBinary.
+func plain(t *testing.T) string {
+	t.Helper()
+	path, err := plainBinary()
+	require.NoError(t, err)
+	return path
+}
+
 func TestCheck_ServePasses(t *testing.T) {
-	r, path := startServe(t, nil, "cat")
-	require.Contains(t, checkHolds(t, path, "echo"), "26 passed, 0 failed, 1 not tested")
-	checkHolds(t, "--of-2016", "unix://"+path) // which is quicker
+	t.Parallel()
+	r, path := startServeOf(t, plain(t), nil, "cat")
+	require.Contains(t, checkHolds(t, plain(t), path, "echo"), "26 passed, 0 failed, 1 not tested")
+	r.stop()
+	r, path = startServe(t, nil, "cat")
+	checkHolds(t, acommBinary, "--of-2016", "unix://"+path) // which is quicker
 	r.stop()
 }
 
 func TestCheck_ServeWithStreamPasses(t *testing.T) {
-	r, path := startServe(t, []string{"--stream"}, "seq", "100000")
-	said := checkHolds(t, path, "numbers")
+	t.Parallel()
+	r, path := startServeOf(t, plain(t), []string{"--stream"}, "seq", "100000")
+	said := checkHolds(t, plain(t), path, "numbers")
 	require.Contains(t, said, "seen: a stream with .eof, 588895 bytes; a second consumer had none")
 	require.Contains(t, said, "27 passed, 0 failed, 0 not tested")
+	r.stop()
+	r, path = startServe(t, []string{"--stream"}, "seq", "100000")
+	checkHolds(t, acommBinary, "--of-2016", path, "numbers")
 	r.stop()
 }
 
 func TestCheck_PeerThatRefusesTheTaskPasses(t *testing.T) {
-	r, path := startServe(t, []string{"--task", "work"}, "cat")
-	require.Contains(t, checkHolds(t, path), "seen: no request was accepted")
+	t.Parallel()
+	r, path := startServeOf(t, plain(t), []string{"--task", "work"}, "cat")
+	require.Contains(t, checkHolds(t, plain(t), path), "seen: no request was accepted")
 	got := runAcomm(t, "check", path, "play") // which is said to be one that it takes
 	require.Equal(t, exitTask, got.code)
 	require.Contains(t, got.stdout, `the task here is \"work\", not \"play\"`)
@@ -58,20 +74,31 @@ func TestCheck_PeerThatRefusesTheTaskPasses(t *testing.T) {
 }
 
 func TestCheck_GatewayPasses(t *testing.T) {
+	t.Parallel()
 	dir := shortDir(t)
-	serve := startAcomm(t, "serve", "--stream", filepath.Join(dir, "numbers", "1.sock"), "--", "seq", "100000")
-	serve.waitLine("listening on")
-	g := startAcomm(t, "gateway", "--socket-dir", dir, "--name", "g", "--listen", "127.0.0.1:0")
-	_, addr, _ := strings.Cut(g.waitLine("listening on"), "listening on ")
-	said := checkHolds(t, "http://"+addr+"/", "numbers")
-	require.Contains(t, said, "seen: HEAD took nothing, GET 588895 bytes; a second consumer had none")
-	require.Contains(t, said, "21 passed, 0 failed, 0 not tested")
-	checkHolds(t, "--of-2016", filepath.Join(dir, coordinatorDir, "g.sock"), "numbers")
-	g.stop()
-	serve.stop()
+	for _, binary := range []string{plain(t), acommBinary} {
+		serve := startCmd(t, acommCmdOf(t, binary, "serve", "--stream", filepath.Join(dir, "numbers", "1.sock"), "--", "seq", "100000"))
+		serve.waitLine("listening on")
+		g := startCmd(t, acommCmdOf(t, binary, "gateway", "--socket-dir", dir, "--name", "g", "--listen", "127.0.0.1:0"))
+		_, addr, _ := strings.Cut(g.waitLine("listening on"), "listening on ")
+		if binary == plain(t) {
+			said := checkHolds(t, binary, "http://"+addr+"/", "numbers")
+			require.Contains(t, said, "seen: HEAD took nothing, GET 588895 bytes; a second consumer had none")
+			require.Contains(t, said, "21 passed, 0 failed, 0 not tested")
+		} else {
+			checkHolds(t, binary, "--of-2016", "http://"+addr+"/", "numbers")
+		}
+		checkHolds(t, binary, "--of-2016", filepath.Join(dir, coordinatorDir, "g.sock"), "numbers")
+		g.stop()
+		serve.stop()
+		if !hasRace {
+			break // they are one
+		}
+	}
 }
 
 func TestCheck_ProviderInPythonPasses(t *testing.T) {
+	t.Parallel()
 	python, err := exec.LookPath("python3")
 	if err != nil {
 		t.Skip("there is no python3")
@@ -82,7 +109,7 @@ func TestCheck_ProviderInPythonPasses(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s.sock")
 	provider := startCmd(t, exec.Command(python, "../../examples/python/provider.py", path))
 	provider.waitLine("listening on unix://" + path)
-	require.Contains(t, checkHolds(t, path, "echo"), "26 passed, 0 failed, 1 not tested")
+	require.Contains(t, checkHolds(t, plain(t), path, "echo"), "26 passed, 0 failed, 1 not tested")
 	require.Equal(t, result{stdout: "{\"a\":[1,null]}\n"}, runAcomm(t, "call", path, "echo", "a=[1,null]"))
 	provider.stop()
 	require.NoFileExists(t, path)
@@ -90,6 +117,7 @@ func TestCheck_ProviderInPythonPasses(t *testing.T) {
 
 // The peer of 2016 is that of the library's tests, in a process of its own.
 func TestCheck_PeerOf2016Passes(t *testing.T) {
+	t.Parallel()
 	tests := filepath.Join(t.TempDir(), "acomm.test")
 	build := exec.Command("go", "test", "-c", "-o", tests, ".")
 	build.Dir = "../.."
@@ -101,7 +129,7 @@ func TestCheck_PeerOf2016Passes(t *testing.T) {
 	require.NoError(t, err)
 	provider := startCmd(t, cmd)
 	peer := provider.waitLine("unix:")
-	said := checkHolds(t, "--of-2016", peer, "echo")
+	said := checkHolds(t, acommBinary, "--of-2016", peer, "echo")
 	require.Contains(t, said, "not asked of peers of 2016")
 	require.Contains(t, said, "20 passed, 0 failed")
 	require.NoError(t, stdin.Close())
@@ -109,6 +137,7 @@ func TestCheck_PeerOf2016Passes(t *testing.T) {
 }
 
 func TestCheck_PeerOf2016ReadsNoPieces(t *testing.T) {
+	t.Parallel()
 	p := &wrongPeer{readsOnce: true}
 	got := p.check(t)
 	require.Equal(t, exitTask, got.code)
@@ -153,7 +182,7 @@ func (p *wrongPeer) check(t *testing.T, args ...string) result {
 	}()
 	timeout := "2s"
 	if len(args) == 0 {
-		timeout = "6s" // there will be 64 MiB
+		timeout = "4s" // there will be 64 MiB
 	}
 	got := runAcomm(t, append([]string{"check", "--timeout", timeout, path, "work"}, args...)...)
 	_ = p.listener.Close()
@@ -290,6 +319,7 @@ func (p *wrongPeer) answer(id string, hook map[string]any) {
 }
 
 func TestCheck_EachFaultIsSeen(t *testing.T) {
+	t.Parallel()
 	for name, test := range map[string]struct {
 		peer *wrongPeer
 		want string // what does not hold
@@ -329,6 +359,7 @@ func TestCheck_EachFaultIsSeen(t *testing.T) {
 
 // A stream that was cut off, and one that a second consumer gets as well.
 func TestCheck_FaultsOfStreamsAreSeen(t *testing.T) {
+	t.Parallel()
 	for name, test := range map[string]struct{ file, want string }{
 		"cut off":      {"s.eof", `a stream with .eof, after \d+ bytes: .*reset`},
 		"served twice": {"s.sock", "a second consumer was served"},
@@ -375,12 +406,14 @@ func watchPeek(conn net.Conn) (n int, err error) {
 }
 
 func TestCheck_SaysThatThePeerHasGone(t *testing.T) {
+	t.Parallel()
 	got := (&wrongPeer{dies: true}).check(t)
 	require.Equal(t, exitTask, got.code)
 	require.Contains(t, got.stderr, "the peer has gone")
 }
 
 func TestCheck_ExitStatus(t *testing.T) {
+	t.Parallel()
 	nobody := filepath.Join(shortDir(t), "s.sock")
 	require.Equal(t, exitNotSent, runAcomm(t, "check", nobody).code)
 	require.Equal(t, exitNotSent, runAcomm(t, "check", "http://"+closedPort(t)+"/").code)
@@ -395,6 +428,7 @@ func TestCheck_ExitStatus(t *testing.T) {
 }
 
 func TestCheck_InterruptLeavesNothing(t *testing.T) {
+	t.Parallel()
 	p := &wrongPeer{readsToEnd: true}
 	p.t = t
 	path := filepath.Join(shortDir(t), "s.sock")

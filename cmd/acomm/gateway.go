@@ -204,7 +204,7 @@ EXIT STATUS
 
 const (
 	minHookTimeout = 5 * time.Second // unless it is given: a short --timeout is about the provider
-	maxHookTimeout = time.Minute     // the library's, for sending a message
+	maxHookTimeout = sendTimeout
 )
 
 // gatewayOptions are the flags of the gateway.
@@ -239,7 +239,7 @@ type gatewayOptions struct {
 }
 
 func newGatewayCommand() *cobra.Command {
-	opts := &gatewayOptions{maxBody: 64 << 20, maxHeader: 64 << 10}
+	opts := &gatewayOptions{maxBody: maxPayload, maxHeader: 64 << 10}
 	cmd := &cobra.Command{
 		Use:   "gateway --socket-dir DIR --listen ADDR",
 		Short: "Take requests over HTTP and forward them to providers",

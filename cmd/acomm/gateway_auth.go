@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"crypto/subtle"
 	"crypto/tls"
@@ -15,7 +14,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 
 	"github.com/sirupsen/logrus"
 )
@@ -181,35 +179,7 @@ func (o *gatewayOptions) listenHTTP() (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := removeDeadSocket(path); err != nil {
-		return nil, err
-	}
-	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		// On Linux the file has the mode from the start; elsewhere there is the chmod.
-		return c.Control(func(fd uintptr) { _ = syscall.Fchmod(int(fd), uint32(mode)) })
-	}}
-	l, err := config.Listen(context.Background(), "unix", path)
-	if err != nil {
-		return nil, err
-	}
-	if err := os.Chmod(path, mode); err != nil { // whatever the umask took away
-		_ = l.Close()
-		return nil, err
-	}
-	return l, nil
-}
-
-// removeDeadSocket removes a socket whose process has ended. Anything else stays.
-func removeDeadSocket(path string) error {
-	info, err := os.Lstat(path)
-	if err != nil || info.Mode().Type() != fs.ModeSocket {
-		return nil // the system says what is wrong, if anything is
-	}
-	if conn, err := net.Dial("unix", path); err == nil {
-		_ = conn.Close()
-		return fmt.Errorf("listen on %s: another process listens there already", path)
-	}
-	return os.Remove(path)
+	return listenWithMode(path, mode)
 }
 
 // socketMode is the mode of --listen-mode.

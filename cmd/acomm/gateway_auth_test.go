@@ -78,6 +78,7 @@ func (a *authority) signClient(name string) {
 }
 
 func TestGateway_TLSIsForThoseWithACertificate(t *testing.T) {
+	t.Parallel()
 	ours, other := newAuthority(t), newAuthority(t)
 	ours.signServer("server")
 	ours.signClient("client")
@@ -106,6 +107,7 @@ func TestGateway_TLSIsForThoseWithACertificate(t *testing.T) {
 }
 
 func TestGateway_TokensDecideAndAreReadAgain(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "tokens")
 	write := func(text string) { require.NoError(t, os.WriteFile(file, []byte(text), 0o600)) }
 	write("# ours\nfirst-token\n\nsecond\n")
@@ -148,6 +150,7 @@ func TestGateway_TokensDecideAndAreReadAgain(t *testing.T) {
 }
 
 func TestGateway_StreamsNeedNoToken(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "tokens")
 	require.NoError(t, os.WriteFile(file, []byte("token\n"), 0o600))
 	g := startGateway(t, "--token-file", file)
@@ -165,6 +168,7 @@ func TestGateway_StreamsNeedNoToken(t *testing.T) {
 }
 
 func TestGateway_ListensOnASocketWithAMode(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(shortDir(t), "http.sock")
 	dir := shortDir(t)
 	start := func() *running {
@@ -202,6 +206,7 @@ func TestGateway_ListensOnASocketWithAMode(t *testing.T) {
 
 // Hazard: a token goes to wherever a redirect or a stream leads.
 func TestCall_HeadersGoToTheServiceAndNowhereElse(t *testing.T) {
+	t.Parallel()
 	seen := make(chan string, 10)
 	see := func(name string, r *http.Request) {
 		seen <- name + ": " + r.Header.Get("Authorization") + r.Header.Get("X-Name")
@@ -215,7 +220,7 @@ func TestCall_HeadersGoToTheServiceAndNowhereElse(t *testing.T) {
 	t.Cleanup(service.Close)
 	file := filepath.Join(t.TempDir(), "token")
 	require.NoError(t, os.WriteFile(file, []byte("secret\n"), 0o600))
-	got := runAcomm(t, "call", "--timeout", "500ms", "--token-file", file, "--header", "X-Name: me", service.URL, "echo")
+	got := runAcomm(t, "call", "--timeout", "2s", "--token-file", file, "--header", "X-Name: me", service.URL, "echo")
 	require.NotEqual(t, 0, got.code)
 	require.Equal(t, "service: Bearer secretme", gwWithin(t, seen))
 	require.Equal(t, "other: ", gwWithin(t, seen))
@@ -251,6 +256,7 @@ func TestCall_CertificateGoesToTheServiceAndNowhereElse(t *testing.T) {
 }
 
 func TestAccess_WrongUsage(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	empty, text := filepath.Join(dir, "empty"), filepath.Join(dir, "text")
 	require.NoError(t, os.WriteFile(empty, []byte("# nothing\n"), 0o600))

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -20,14 +19,7 @@ import (
 	"golang.org/x/time/rate"
 )
 
-const (
-	maxTaskName = 255 // bytes, of a file name
-
-	// A response that did not arrive is sent again after a delay from the first of
-	// these to the second, doubling.
-	minForwardDelay = 10 * time.Millisecond
-	maxForwardDelay = time.Second
-)
+const maxTaskName = 255 // bytes, of a file name
 
 // The directories that hold sockets of gateways, not of providers.
 const (
@@ -179,7 +171,7 @@ func (g *gateway) proxy(providers []*url.URL, req *acomm.Request, task string) *
 	}
 	taken := time.Now()
 	hook := req.ResponseHook // without the request: its arguments are not kept for so long
-	tracked, err := g.waiting.add(req.ID, g.opts.timeout, func(resp *acomm.Response) {
+	tracked, err := g.waiting.add(req.ID, g.opts.timeout, g.publish, func(resp *acomm.Response) {
 		defer g.pending.Add(-1)
 		g.finish(hook, resp, task, taken)
 	})
@@ -228,27 +220,6 @@ func (g *gateway) offer(providers []*url.URL, req *acomm.Request) *refusal {
 	return refuse(http.StatusOK, reasonNoProvider, "no provider of %q is listening", req.Task)
 }
 
-// isRefusal reports whether an error of Send is the peer's own: those are returned
-// as they came, all others are wrapped.
-func isRefusal(err error) bool { return errors.Unwrap(err) == nil }
-
-// isNotConnected reports whether an error of Send proves that there was nobody to
-// connect to.
-func isNotConnected(err error) bool {
-	if errors.Is(err, errHookDenied) {
-		return false // for good
-	}
-	if unsent := (unsentError{}); errors.As(err, &unsent) {
-		return true
-	}
-	if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "dial" {
-		return true
-	}
-	dns := (*net.DNSError)(nil)
-	return errors.As(err, &dns) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) ||
-		errors.Is(err, syscall.ENAMETOOLONG)
-}
-
 // handleResponse takes a response of a provider. A stream that is not passed on is
 // ended: it holds its program, and that a place at its provider.
 func (g *gateway) handleResponse(resp *acomm.Response) {
@@ -267,6 +238,17 @@ func (g *gateway) handleResponse(resp *acomm.Response) {
 
 var errNotWaiting = errors.New("it is too late, or its id is unknown")
 
+// publish notes the stream of a response. Another copy of the response, which may come at
+// the same time, then leaves it alone.
+func (g *gateway) publish(resp *acomm.Response) {
+	if resp.StreamURL == nil {
+		return
+	}
+	if published, err := g.tracker.ProxyStreamHTTPURL(resp.StreamURL); err == nil {
+		g.streams.add(published, resp.StreamURL)
+	}
+}
+
 // finish counts the response to a request, or its time-out, and sends it to the
 // hook.
 func (g *gateway) finish(hook *url.URL, resp *acomm.Response, task string, taken time.Time) {
@@ -276,8 +258,6 @@ func (g *gateway) finish(hook *url.URL, resp *acomm.Response, task string, taken
 		published, err := g.tracker.ProxyStreamHTTPURL(resp.StreamURL)
 		if err != nil {
 			g.warn("forwarding a response without its stream", withoutURL(err), resp.ID, task)
-		} else {
-			g.streams.add(published, resp.StreamURL)
 		}
 		out.StreamURL = published
 	}
@@ -330,26 +310,6 @@ func isNotTaken(err error) bool {
 		errors.Is(err, errHookDenied)
 }
 
-// sendResponse sends the response, and again where it certainly did not arrive, the
-// last time at the deadline. It is what a proxying Tracker does, which does not
-// tell how it went.
-func sendResponse(hook *url.URL, resp *acomm.Response, deadline time.Time) error {
-	for delay := minForwardDelay; ; delay = min(2*delay, maxForwardDelay) {
-		err := acomm.Send(hook, resp)
-		answered := (*answerError)(nil)
-		later := errors.As(err, &answered) && answered.later
-		left := time.Until(deadline)
-		if err == nil || left <= 0 || !later && !isNotConnected(err) {
-			return err
-		}
-		wait := delay
-		if later {
-			wait = max(wait, answered.after)
-		}
-		time.Sleep(min(wait, left))
-	}
-}
-
 // checkTaskName refuses what is not the name of a directory for providers.
 func checkTaskName(task string) error {
 	switch {
@@ -375,18 +335,6 @@ func (g *gateway) providers(task string) ([]*url.URL, error) {
 		}
 	}
 	return sockets, nil
-}
-
-// isSocket reports whether a file is a socket, or a link to one.
-func isSocket(path string, mode fs.FileMode) bool {
-	if mode&fs.ModeSymlink != 0 {
-		target, err := os.Stat(path)
-		if err != nil {
-			return false // a provider that does not run
-		}
-		mode = target.Mode()
-	}
-	return mode&fs.ModeSocket != 0
 }
 
 // checkHook refuses hooks that no response can be sent to, or must not be. Those

@@ -21,6 +21,7 @@ func (g *gatewayRun) requireHealth(want int) string {
 
 // Hazard: a gateway that can take no request, or get no response, says it is well.
 func TestGateway_HealthSaysThatASocketIsGone(t *testing.T) {
+	t.Parallel()
 	for _, socket := range []string{"response/gw.sock", "coordinator/gw.sock"} {
 		g := startGateway(t)
 		path := filepath.Join(g.dir, socket)
@@ -51,6 +52,7 @@ func TestGateway_HealthSaysThatASocketIsGone(t *testing.T) {
 
 // The log tells also where nobody asks.
 func TestGateway_LogSaysUnaskedThatASocketIsGone(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	require.NoError(t, os.Remove(filepath.Join(g.dir, "response", "gw.sock")))
 	g.waitLine("not healthy")
@@ -58,9 +60,10 @@ func TestGateway_LogSaysUnaskedThatASocketIsGone(t *testing.T) {
 }
 
 func TestGateway_HealthSaysThatNATSIsGone(t *testing.T) {
-	broker, err := startNATSServer("127.0.0.1:0")
+	t.Parallel()
+	addr := closedPort(t)
+	broker, err := startNATSServer(addr)
 	require.NoError(t, err)
-	addr := broker.Addr().String()
 	g := startGateway(t, "--nats", broker.ClientURL())
 	g.requireHealth(http.StatusOK)
 	broker.Shutdown()

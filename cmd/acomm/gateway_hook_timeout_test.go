@@ -15,6 +15,7 @@ import (
 // Hazard: one hook that takes a response and says nothing stretches the end of the
 // gateway to a minute.
 func TestGateway_SilentHookDoesNotStretchTheDrain(t *testing.T) {
+	t.Parallel()
 	for name, args := range map[string][]string{
 		"flag":    {"--timeout", "1h", "--hook-timeout", "300ms"},
 		"default": {"--timeout", "300ms"},
@@ -39,6 +40,7 @@ func TestGateway_SilentHookDoesNotStretchTheDrain(t *testing.T) {
 }
 
 func TestGateway_SilentHookOverNATSDoesNotStretchTheDrain(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--hook-timeout", "300ms", "--nats", "embedded", "--nats-listen", "127.0.0.1:0")
 	g.provide("echo", "a.sock", gwEcho)
 	nc, err := nats.Connect(g.natsURL())
@@ -59,7 +61,8 @@ func TestGateway_SilentHookOverNATSDoesNotStretchTheDrain(t *testing.T) {
 
 // A hook that answers in time is not cut off in the middle of its answer.
 func TestGateway_HookTimeoutIsForOneHookAndNotShared(t *testing.T) {
-	g := startGateway(t, "--hook-timeout", "2s")
+	t.Parallel()
+	g := startGateway(t, "--hook-timeout", "5s")
 	g.provide("echo", "a.sock", gwEcho)
 	hook, responses := gwHook(t)
 	for range 3 {

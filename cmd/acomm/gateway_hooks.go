@@ -2,21 +2,14 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
-	"net/http/httptrace"
 	"net/netip"
-	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
-
-	"github.com/mistifyio/acomm"
 )
 
 // errHookDenied is the error of a connection to an address that hooks may not
@@ -137,78 +130,6 @@ func newHookTransport(rules hookRules, throughProxy bool, timeout time.Duration)
 	return front, connecting
 }
 
-// answerError is the answer of a hook that has not taken a response.
-type answerError struct {
-	status string
-	words  string        // the hook's own, empty if it sent none
-	later  bool          // it may take it later
-	after  time.Duration // then; zero if it did not say
-}
-
-func (e *answerError) Error() string {
-	if e.words == "" {
-		return "answered " + e.status
-	}
-	return "answered " + e.status + ": " + e.words
-}
-
-// unsentError is the error of a POST for which there was no connection.
-type unsentError struct{ error }
-
-func (e unsentError) Unwrap() error { return e.error }
-
-// hookTransport bounds a POST, and tells of it what the library tells nobody but its
-// own forwarding: that there was no connection, and which answers prove that the hook
-// has not taken it.
-type hookTransport struct {
-	http.RoundTripper
-	timeout time.Duration // to the end of the answer
-}
-
-func (t hookTransport) RoundTrip(r *http.Request) (*http.Response, error) {
-	if r.Method != http.MethodPost {
-		return t.RoundTripper.RoundTrip(r)
-	}
-	var asked, got atomic.Bool // a transport that does not tell, such as that of NATS, leaves both false
-	trace := &httptrace.ClientTrace{
-		GetConn: func(string) { asked.Store(true) },
-		GotConn: func(httptrace.GotConnInfo) { got.Store(true) },
-	}
-	ctx, cancel := context.WithTimeout(r.Context(), t.timeout)
-	answer, err := t.RoundTripper.RoundTrip(r.WithContext(httptrace.WithClientTrace(ctx, trace)))
-	if err != nil {
-		cancel()
-		if asked.Load() && !got.Load() {
-			return nil, unsentError{err}
-		}
-		return nil, err
-	}
-	after, ok := retryAfter(answer.Header.Get("Retry-After"))
-	later := answer.StatusCode == http.StatusTooManyRequests || answer.StatusCode == http.StatusServiceUnavailable && ok
-	answer.Body = cancelBody{answer.Body, cancel}
-	if !later && !isRefusedWith(answer.StatusCode) {
-		return answer, nil
-	}
-	body, _ := io.ReadAll(io.LimitReader(answer.Body, 64<<10)) // to its end, so that the connection can be kept
-	_ = answer.Body.Close()
-	refused := &answerError{status: answer.Status, later: later, after: after}
-	if resp := (acomm.Response{}); json.Unmarshal(body, &resp) == nil && resp.Error != nil {
-		refused.words = resp.Error.Error()
-	}
-	return nil, refused
-}
-
-// cancelBody ends the time of an answer when it is closed.
-type cancelBody struct {
-	io.ReadCloser
-	cancel context.CancelFunc
-}
-
-func (b cancelBody) Close() error {
-	defer b.cancel()
-	return b.ReadCloser.Close()
-}
-
 // isRefusedWith reports whether who answers a POST with the status has not taken
 // what it carries. Other errors may come from a proxy that has passed it on.
 func isRefusedWith(status int) bool {
@@ -217,16 +138,4 @@ func isRefusedWith(status int) bool {
 		return true
 	}
 	return status >= 400 && status < 500
-}
-
-// retryAfter reads a Retry-After. It reports false if there is none.
-func retryAfter(header string) (time.Duration, bool) {
-	header = strings.TrimSpace(header)
-	if seconds, err := strconv.ParseUint(header, 10, 31); err == nil {
-		return time.Duration(seconds) * time.Second, true
-	}
-	if at, err := http.ParseTime(header); err == nil {
-		return max(0, time.Until(at)), true
-	}
-	return 0, false
 }

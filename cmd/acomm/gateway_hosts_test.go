@@ -32,6 +32,7 @@ func (g *gatewayRun) askAs(host, method, path string) (status int, resp *acomm.R
 // Hazard: a web page whose name leads to the loopback sends requests, and reads the
 // answers.
 func TestGateway_OnTheLoopbackServesOnlyItsNames(t *testing.T) {
+	t.Parallel()
 	port := func(g *gatewayRun) string { return ":" + g.url.Port() }
 	g := startGateway(t, "--allow-host", "Box.example,other.example", "--stream-url", "https://public.example/stream")
 	for _, host := range []string{
@@ -60,6 +61,7 @@ func TestGateway_OnTheLoopbackServesOnlyItsNames(t *testing.T) {
 }
 
 func TestGateway_OnOtherAddressesServesAnyNameUnlessTold(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--listen", "0.0.0.0:0")
 	status, _ := g.askAs("any.example", "GET", "healthz")
 	require.Equal(t, http.StatusOK, status)
@@ -82,6 +84,7 @@ func TestGateway_OnOtherAddressesServesAnyNameUnlessTold(t *testing.T) {
 }
 
 func TestGateway_AllowedHostsAreNames(t *testing.T) {
+	t.Parallel()
 	for _, host := range []string{"http://box.example", "box.example:80", "box.example/x", "*.example", "box,,x"} {
 		r := runAcomm(t, "gateway", "--socket-dir", shortDir(t), "--listen", "127.0.0.1:0", "--allow-host", host)
 		require.Equal(t, exitUsage, r.code, host)

@@ -218,34 +218,6 @@ func (w *movingWriter) Write(p []byte) (int, error) {
 // Unwrap is for http.ResponseController.
 func (w *movingWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// exchangeTimeout is for receiving a response.
-const exchangeTimeout = time.Minute
-
-// serveResponses takes the responses of providers until the listener is stopped.
-func (g *gateway) serveResponses(listener *acomm.UnixListener) {
-	var exchanges sync.WaitGroup
-	defer exchanges.Wait()
-	for conn := listener.NextConn(); conn != nil; conn = listener.NextConn() {
-		exchanges.Go(func() { g.receiveResponse(listener, conn) })
-	}
-}
-
-// receiveResponse acknowledges a response, and only then handles it.
-func (g *gateway) receiveResponse(listener *acomm.UnixListener, conn net.Conn) {
-	defer listener.DoneConn(conn)
-	if err := conn.SetDeadline(time.Now().Add(exchangeTimeout)); err != nil {
-		return
-	}
-	resp := &acomm.Response{}
-	if err := acomm.UnmarshalConnData(conn, resp); err != nil {
-		return // closing tells its sender
-	}
-	// It is here, whether or not its sender stays to be told so.
-	_ = acomm.SendConnData(conn, &acomm.Response{})
-	listener.DoneConn(conn)
-	g.handleResponse(resp)
-}
-
 // serveUnix takes requests from the unix socket until the listener is stopped.
 func (g *gateway) serveUnix(listener *acomm.UnixListener) {
 	slots := make(chan struct{}, g.opts.maxConnections)

@@ -79,6 +79,7 @@ func TestLimitedListener_HandsOutOnlyWhileFewerAreOpen(t *testing.T) {
 // Hazard: the place of a connection that ended in the middle of a header is never
 // free again.
 func TestGateway_PlaceOfABrokenConnectionIsFreeAgain(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--max-connections", "1")
 	silent, err := net.Dial("tcp", g.url.Host)
 	require.NoError(t, err)
@@ -116,6 +117,7 @@ func dialHTTP(t *testing.T, addr string) *net.TCPConn {
 }
 
 func TestGateway_BodyHasToArriveInTime(t *testing.T) {
+	t.Parallel()
 	conn := dialHTTP(t, startHTTP(t, httpTimeouts{body: 50 * time.Millisecond, answer: patience}))
 	_, err := io.WriteString(conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
 	require.NoError(t, err)
@@ -130,6 +132,7 @@ func TestGateway_BodyHasToArriveInTime(t *testing.T) {
 
 // Hazard: a client that takes no answers holds its place for ever.
 func TestGateway_AnswersHaveToBeTakenInTime(t *testing.T) {
+	t.Parallel()
 	conn := dialHTTP(t, startHTTP(t, httpTimeouts{body: patience, answer: 200 * time.Millisecond}))
 	require.NoError(t, conn.SetReadBuffer(4<<10))
 	var err error
@@ -144,6 +147,7 @@ func TestHTTPTimeouts_AreThoseOfTheHelp(t *testing.T) {
 }
 
 func TestGateway_HeadersOverTheLimitAreRefused(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--max-header", "1KiB")
 	conn := dialHTTP(t, g.url.Host)
 	_, err := io.WriteString(conn, "GET /healthz HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", 8<<10)+"\r\n\r\n")
@@ -157,6 +161,7 @@ func TestGateway_HeadersOverTheLimitAreRefused(t *testing.T) {
 
 // Hazard: idle connections take all places, and a look at the health waits a minute.
 func TestGateway_LongestIdleConnectionGivesItsPlaceToANewOne(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--max-connections", "3")
 	source, w := io.Pipe()
 	stream := g.provideStream("read", source)

@@ -10,6 +10,7 @@ import (
 )
 
 func TestGateway_LogHasTheTimeAndVSaysMore(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "-v")
 	began := time.Now()
 	require.Error(t, acomm.Send(g.url, gwRequest(t, "nobody", "http://127.0.0.1:9/", 1)))

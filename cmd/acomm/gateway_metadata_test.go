@@ -12,6 +12,7 @@ import (
 // Hazard: a hook reads or changes what a cloud tells its machines alone. The addresses
 // are those that the clouds publish.
 func TestGateway_MetadataServicesOfTheCloudsAreNoHooks(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	for cloud, addrs := range map[string]string{
 		"Amazon EC2":                 "169.254.169.254 fd00:ec2::254",

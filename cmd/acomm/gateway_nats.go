@@ -11,8 +11,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/mistifyio/acomm/natshook"
 	"github.com/nats-io/nats-server/v2/server"
@@ -35,25 +33,6 @@ type natsFront struct {
 	stop    context.CancelFunc   // ends the scanning
 	scanned chan struct{}        // closed when it has ended
 	serving map[string]io.Closer // by task; the scanning's, until it has ended
-}
-
-const maxSubject = 1024 // bytes, as natshook has it
-
-// isSubject reports whether natshook sends messages to the subject.
-func isSubject(subject string) bool {
-	bad := func(r rune) bool { return r == '*' || r == '>' || unicode.IsSpace(r) || unicode.IsControl(r) }
-	if len(subject) > maxSubject || !utf8.ValidString(subject) || strings.ContainsFunc(subject, bad) {
-		return false
-	}
-	if first, _, _ := strings.Cut(subject, "."); first == "_INBOX" || strings.HasPrefix(first, "$") {
-		return false // the servers' own
-	}
-	for token := range strings.SplitSeq(subject, ".") {
-		if token == "" {
-			return false
-		}
-	}
-	return true
 }
 
 // connectNATS connects to the server, or starts it, and makes the transports send

@@ -56,11 +56,12 @@ func natsRequester(t *testing.T, server string, take func(*acomm.Response)) (hoo
 }
 
 func TestGateway_TakesRequestsOverNATSAndSharesTasks(t *testing.T) {
-	first := startGateway(t, "--nats", "embedded", "--nats-listen", "127.0.0.1:0")
+	first, second := newGatewayRun(t, shortDir(t)), newGatewayRun(t, shortDir(t))
 	first.provide("echo", "a.sock", gwEcho)
+	first.start("--nats", "embedded", "--nats-listen", "127.0.0.1:0")
 	first.waitLine("tasks.echo")
-	second := startGateway(t, "--nats", first.natsURL())
 	second.provide("other", "a.sock", gwEcho) // a task that the first has no provider for
+	second.start("--nats", first.natsURL())
 	second.waitLine("tasks.other")
 
 	responses := make(chan *acomm.Response, 4)
@@ -85,8 +86,9 @@ func TestGateway_TakesRequestsOverNATSAndSharesTasks(t *testing.T) {
 }
 
 func TestGateway_TakesRequestsOnTheNATSSubjectItIsGiven(t *testing.T) {
-	g := startGateway(t, "--nats", "embedded", "--nats-listen", "127.0.0.1:0", "--nats-subject", "other")
+	g := newGatewayRun(t, shortDir(t))
 	g.provide("echo", "a.sock", gwEcho)
+	g.start("--nats", "embedded", "--nats-listen", "127.0.0.1:0", "--nats-subject", "other")
 	g.waitLine("other.echo")
 	responses := make(chan *acomm.Response, 1)
 	hook := natsRequester(t, g.natsURL(), func(resp *acomm.Response) { responses <- resp })
@@ -104,8 +106,7 @@ func TestGateway_OneOfTwoThatShareTasksIsKilledUnderLoad(t *testing.T) {
 	broker, err := startNATSServer("127.0.0.1:0")
 	require.NoError(t, err)
 	t.Cleanup(func() { broker.Shutdown(); broker.WaitForShutdown() })
-	victim := startGateway(t, "--nats", broker.ClientURL())
-	survivor := startGateway(t, "--nats", broker.ClientURL())
+	victim, survivor := newGatewayRun(t, shortDir(t)), newGatewayRun(t, shortDir(t))
 	load := newNATSLoad(t, broker.ClientURL())
 
 	// The victim dies with requests that it has given to its provider, with some that
@@ -135,8 +136,10 @@ func TestGateway_OneOfTwoThatShareTasksIsKilledUnderLoad(t *testing.T) {
 		bySurvivor.add(req.ID)
 		return gwEcho(req)
 	})
-	victim.waitLine("tasks.echo")
-	survivor.waitLine("tasks.echo")
+	for _, g := range []*gatewayRun{victim, survivor} {
+		g.start("--nats", broker.ClientURL())
+		g.waitLine("tasks.echo")
+	}
 
 	const senders, after = 16, 20
 	noticed := make(chan struct{})
@@ -289,17 +292,9 @@ func (c *natsTally) ids() []string {
 	return slices.Collect(maps.Keys(c.byID))
 }
 
-func TestIsSubject(t *testing.T) {
-	for _, subject := range []string{"tasks", "a.b"} {
-		require.True(t, isSubject(subject), subject)
-	}
-	for _, subject := range []string{"", ".", "a.", "a..b", "a b", "a.*", ">"} {
-		require.False(t, isSubject(subject), subject)
-	}
-}
-
 // Hazard: an error quotes the password in the URL of the NATS server.
 func TestGateway_NATSThatCantBeReachedIsAnError(t *testing.T) {
+	t.Parallel()
 	r := runAcomm(t, "gateway", "--socket-dir", shortDir(t), "--listen", "127.0.0.1:0",
 		"--nats", (&url.URL{Scheme: "nats", User: url.UserPassword("user", "secret"), Host: "127.0.0.1:1"}).String())
 	require.Equal(t, exitTask, r.code, r.stderr)

@@ -15,6 +15,7 @@ import (
 // Hazard: an administrator links the socket of a service into the directory, and
 // nobody is said to provide the task.
 func TestGateway_LinkedSocketIsAProvider(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	g.provide("real", "a.sock", gwEcho)
 	linked := filepath.Join(g.dir, "linked")
@@ -32,10 +33,11 @@ func TestGateway_LinkedSocketIsAProvider(t *testing.T) {
 }
 
 func TestGateway_LinkedSocketIsAProviderOverNATS(t *testing.T) {
-	g := startGateway(t, "--nats", "embedded", "--nats-listen", "127.0.0.1:0")
+	g := newGatewayRun(t, shortDir(t))
 	g.provide("no.task", "a.sock", gwEcho)
 	require.NoError(t, os.Mkdir(filepath.Join(g.dir, "linked"), 0o700))
 	require.NoError(t, os.Symlink(filepath.Join(g.dir, "no.task", "a.sock"), filepath.Join(g.dir, "linked", "1.sock")))
+	g.start("--nats", "embedded", "--nats-listen", "127.0.0.1:0")
 	g.waitLine("tasks.linked")
 	responses := make(chan *acomm.Response, 1)
 	hook := natsRequester(t, g.natsURL(), func(resp *acomm.Response) { responses <- resp })
@@ -45,6 +47,7 @@ func TestGateway_LinkedSocketIsAProviderOverNATS(t *testing.T) {
 }
 
 func TestErrors_NameWhereTheMessageWent(t *testing.T) {
+	t.Parallel()
 	no := serveHTTP(t, http.NotFound)
 	closed := closedPort(t)
 	g := startGateway(t, "--timeout", "1s", "--nats", "embedded", "--nats-listen", "127.0.0.1:0")
@@ -84,6 +87,7 @@ func TestErrors_NameWhereTheMessageWent(t *testing.T) {
 }
 
 func TestCall_BadSubjectIsAMistakeOfTheCommandLine(t *testing.T) {
+	t.Parallel()
 	closed := closedPort(t)
 	for _, subject := range []string{"a..b", ".a", "a.", "a%20b", "a.*", "tasks.%3E", "$SYS.x", "_INBOX.x", "_INBOX", "a%00", ""} {
 		got := runAcomm(t, "call", "nats://"+closed+"/"+subject, "x")

@@ -21,9 +21,6 @@ type publishedStream struct {
 	timer *time.Timer // nil while others are being told of it
 }
 
-// streamKey names the stream that is published at the URL.
-func streamKey(published *url.URL) string { return published.Query().Get("addr") }
-
 // add notes a stream that others are going to be told of.
 func (p *publishedStreams) add(published, addr *url.URL) {
 	p.mu.Lock()

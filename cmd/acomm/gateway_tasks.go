@@ -163,7 +163,7 @@ func (g *gateway) begin(req *acomm.Request, task string, wait time.Duration, don
 		return nil, refuse(http.StatusTooManyRequests, reasonBusy, "%d requests are waiting for responses: try again later", g.opts.maxOutstanding)
 	}
 	taken := time.Now()
-	tracked, err := g.waiting.add(req.ID, wait, func(resp *acomm.Response) {
+	tracked, err := g.waiting.add(req.ID, wait, nil, func(resp *acomm.Response) {
 		defer g.pending.Add(-1)
 		g.count(resp, task, taken)
 		done(resp)

@@ -38,6 +38,7 @@ func (g *gatewayRun) task(path, args string, header ...string) (*http.Response, 
 }
 
 func TestGatewayTasks_TheResultIsTheAnswer(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	g.provide("echo", "a.sock", gwEcho)
 	for args, want := range map[string]string{`{"a":[1,"<&>"]}`: `{"a":[1,"<&>"]}`, "": "null", `"x"`: `"x"`} {
@@ -50,6 +51,7 @@ func TestGatewayTasks_TheResultIsTheAnswer(t *testing.T) {
 }
 
 func TestGatewayTasks_StatusesSayWhatWentWrong(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--timeout", "1m", "--max-body", "1000")
 	g.provide("fail", "a.sock", func(req *acomm.Request) (*acomm.Response, error) {
 		return &acomm.Response{ID: req.ID, Error: errors.New("no <such> thing")}, nil
@@ -84,6 +86,7 @@ func TestGatewayTasks_StatusesSayWhatWentWrong(t *testing.T) {
 }
 
 func TestGatewayTasks_AStreamIsTheBody(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	data := strings.Repeat("stream", 100_000)
 	g.provideStream("stream", io.NopCloser(strings.NewReader(data))) // over a hook
@@ -102,6 +105,7 @@ func TestGatewayTasks_AStreamIsTheBody(t *testing.T) {
 }
 
 func TestGatewayTasks_AnAsyncResponseIsFetchedOnce(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	release := make(chan struct{})
 	g.provide("late", "a.sock", func(req *acomm.Request) (*acomm.Response, error) {
@@ -136,6 +140,7 @@ func TestGatewayTasks_AnAsyncResponseIsFetchedOnce(t *testing.T) {
 
 // A requester that leaves takes its request along: what comes is dropped.
 func TestGatewayTasks_ARequesterThatLeavesIsNotWaitedFor(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	taken := make(chan *acomm.Request, 1)
 	g.provide("silent", "a.sock", func(req *acomm.Request) (*acomm.Response, error) { taken <- req; return nil, nil })
@@ -158,6 +163,7 @@ func TestGatewayTasks_ARequesterThatLeavesIsNotWaitedFor(t *testing.T) {
 
 // What the two READMEs show works with the curl that is there.
 func TestGatewayTasks_CurlOfTheREADME(t *testing.T) {
+	t.Parallel()
 	if _, err := exec.LookPath("curl"); err != nil {
 		t.Skip("no curl here")
 	}
@@ -185,6 +191,7 @@ func TestGatewayTasks_CurlOfTheREADME(t *testing.T) {
 }
 
 func TestList_ShowsTheTasksOfAGateway(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	g.provide("wc", "a.sock", gwEcho)
 	g.provide("echo", "a.sock", gwEcho)
@@ -205,6 +212,7 @@ func TestList_ShowsTheTasksOfAGateway(t *testing.T) {
 
 // Hazard: responses that nobody fetches fill the memory.
 func TestGatewayTasks_SoManyResponsesWaitAndNoMore(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--max-outstanding", "3")
 	g.provide("echo", "a.sock", gwEcho)
 	var location string

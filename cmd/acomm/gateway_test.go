@@ -54,16 +54,35 @@ func (l *gwLine) Write(p []byte) (int, error) {
 // startGateway starts a gateway, and waits until it is ready.
 func startGateway(t *testing.T, args ...string) *gatewayRun {
 	t.Helper()
-	dir := shortDir(t)
-	cmd := acommCmd(t, append([]string{"gateway", "--socket-dir", dir, "--listen", "127.0.0.1:0", "--name", "gw"}, args...)...)
-	return startGatewayCmd(t, cmd, dir)
+	g := newGatewayRun(t, shortDir(t))
+	g.start(args...)
+	return g
 }
 
 func startGatewayCmd(t *testing.T, cmd *exec.Cmd, dir string) *gatewayRun {
 	t.Helper()
+	g := newGatewayRun(t, dir)
+	g.startCmd(cmd)
+	return g
+}
+
+// newGatewayRun is a gateway that is not started yet. Providers may be there before.
+func newGatewayRun(t *testing.T, dir string) *gatewayRun {
+	t.Cleanup(http.DefaultTransport.(*http.Transport).CloseIdleConnections)
+	return &gatewayRun{running: &running{t: t}, dir: dir}
+}
+
+func (g *gatewayRun) start(args ...string) {
+	g.t.Helper()
+	g.startCmd(acommCmd(g.t, append([]string{"gateway", "--socket-dir", g.dir, "--listen", "127.0.0.1:0", "--name", "gw"}, args...)...))
+}
+
+func (g *gatewayRun) startCmd(cmd *exec.Cmd) {
+	t := g.t
+	t.Helper()
 	line := make(chan string, 1)
 	cmd.Stdout = &gwLine{line: line}
-	g := &gatewayRun{running: startCmd(t, cmd), dir: dir}
+	g.running = startCmd(t, cmd)
 	select {
 	case text := <-line:
 		addr, ok := strings.CutPrefix(text, "listening on ")
@@ -74,8 +93,6 @@ func startGatewayCmd(t *testing.T, cmd *exec.Cmd, dir string) *gatewayRun {
 	case <-time.After(patience):
 		require.FailNow(t, "not ready in time", g.said())
 	}
-	t.Cleanup(http.DefaultTransport.(*http.Transport).CloseIdleConnections)
-	return g
 }
 
 // stop ends the gateway as an administrator does.
@@ -195,6 +212,7 @@ func (g *gatewayRun) hasMetric(line string) {
 }
 
 func TestGateway_RequestOverHTTPIsAnsweredAtItsHook(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	g.provide("echo", "a.sock", gwEcho)
 	hook, responses := gwHook(t)
@@ -212,6 +230,7 @@ func TestGateway_RequestOverHTTPIsAnsweredAtItsHook(t *testing.T) {
 }
 
 func TestGateway_RequestsOverTheUnixSocket(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	hooks := make(chan string, 2)
 	g.provide("echo", "a.sock", func(req *acomm.Request) (*acomm.Response, error) {
@@ -273,6 +292,7 @@ func TestGateway_AResponseHookMayBeAString(t *testing.T) {
 
 // Hazard: a request that some provider may have taken is given to another one too.
 func TestGateway_NextProviderIsAskedOnlyIfTheRequestWasNotTaken(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	hook, responses := gwHook(t)
 
@@ -313,6 +333,7 @@ func TestGateway_NextProviderIsAskedOnlyIfTheRequestWasNotTaken(t *testing.T) {
 }
 
 func TestGateway_RefusesWhatItMustNotForward(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--max-body", "1000")
 	g.provide("echo", "a.sock", gwEcho)
 	body := func(task, hook string) string {
@@ -364,6 +385,7 @@ func TestGateway_RefusesWhatItMustNotForward(t *testing.T) {
 }
 
 func TestGateway_StreamsAreServedOverHTTP(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	tracker, err := acomm.NewTracker("", nil, 0)
 	require.NoError(t, err)
@@ -386,7 +408,8 @@ func TestGateway_StreamsAreServedOverHTTP(t *testing.T) {
 }
 
 func TestGateway_MetricsCountWhatHappened(t *testing.T) {
-	g := startGateway(t, "--timeout", "300ms")
+	t.Parallel()
+	g := startGateway(t, "--timeout", "2s")
 	g.provide("echo", "a.sock", gwEcho)
 	g.provide("fail", "a.sock", func(req *acomm.Request) (*acomm.Response, error) {
 		return &acomm.Response{ID: req.ID, Error: errors.New("failed")}, nil
@@ -432,6 +455,7 @@ func TestGateway_MetricsCountWhatHappened(t *testing.T) {
 
 // Hazard: a hook leads into the machine's own network by a name, or a redirect.
 func TestGateway_DeniedHooksAreNotConnectedTo(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--hook-deny", "127.0.0.0/8,::1") // not tried again until the time-out, which is after the test's
 	g.provide("echo", "a.sock", gwEcho)
 	_, responses := gwHook(t)
@@ -449,6 +473,7 @@ func TestGateway_DeniedHooksAreNotConnectedTo(t *testing.T) {
 }
 
 func TestGateway_RedirectsOfHooksAreCheckedToo(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--hook-deny", "127.0.0.2")
 	g.provide("echo", "a.sock", gwEcho)
 	redirect := httptest.NewServer(http.RedirectHandler("http://127.0.0.2:9/", http.StatusTemporaryRedirect))
@@ -459,6 +484,7 @@ func TestGateway_RedirectsOfHooksAreCheckedToo(t *testing.T) {
 }
 
 func TestGateway_HooksGoThroughNoProxyOfTheEnvironment(t *testing.T) {
+	t.Parallel()
 	proxied := make(chan string, 1)
 	proxy := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		proxied <- r.Host
@@ -483,6 +509,7 @@ func TestGateway_HooksGoThroughNoProxyOfTheEnvironment(t *testing.T) {
 }
 
 func TestGateway_ResponseIsSentAgainOnlyWhereItDidNotArrive(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	g.provide("echo", "a.sock", gwEcho)
 	var mu sync.Mutex
@@ -515,6 +542,7 @@ func TestGateway_ResponseIsSentAgainOnlyWhereItDidNotArrive(t *testing.T) {
 }
 
 func TestGateway_LimitOfOutstandingRequests(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--max-outstanding", "1", "--timeout", "10s")
 	release := make(chan struct{})
 	g.provide("wait", "a.sock", func(req *acomm.Request) (*acomm.Response, error) {
@@ -533,6 +561,7 @@ func TestGateway_LimitOfOutstandingRequests(t *testing.T) {
 }
 
 func TestGateway_SignalWaitsForOutstandingRequests(t *testing.T) {
+	t.Parallel()
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP} {
 		t.Run(sig.String(), func(t *testing.T) { testSignalWaits(t, sig) })
 	}
@@ -572,6 +601,7 @@ func testSignalWaits(t *testing.T, sig syscall.Signal) {
 }
 
 func TestGateway_SecondSIGTERMEndsAtOnce(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	g.provide("silent", "a.sock", func(*acomm.Request) (*acomm.Response, error) { return nil, nil })
 	hook, _ := gwHook(t)
@@ -585,6 +615,7 @@ func TestGateway_SecondSIGTERMEndsAtOnce(t *testing.T) {
 }
 
 func TestGateway_ConfigurationFileAndEnvironment(t *testing.T) {
+	t.Parallel()
 	for name, text := range map[string]string{
 		"c.yaml": "name: from-file\ntimeout: 2s\nmax-body: 64KiB\nhook-deny: [127.0.0.2, 127.0.0.3]\nlisten: 127.0.0.1:0\n",
 		"c.toml": "name = \"from-file\"\ntimeout = \"2s\"\nmax-body = 65536\nhook-deny = [\"127.0.0.2\", \"127.0.0.3\"]\nlisten = \"127.0.0.1:0\"\n",
@@ -611,6 +642,7 @@ func TestGateway_ConfigurationFileAndEnvironment(t *testing.T) {
 // Hazard: ids and hooks are kept while requests are outstanding, so that a few
 // large ones took all memory.
 func TestGateway_LargeIDsAndHooksAreRefused(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	g.provide("echo", "a.sock", gwEcho)
 	for id, hook := range map[string]string{
@@ -629,6 +661,7 @@ func TestGateway_LargeIDsAndHooksAreRefused(t *testing.T) {
 }
 
 func TestGateway_WrongUsage(t *testing.T) {
+	t.Parallel()
 	dir := shortDir(t)
 	file := filepath.Join(dir, "c.yaml")
 	require.NoError(t, os.WriteFile(file, []byte("no-such-flag: 1\n"), 0o600))
@@ -779,6 +812,7 @@ func TestGateway_StalledStreamDoesNotHoldTheEndUp(t *testing.T) {
 }
 
 func TestGateway_StreamThatMovesGoesOnWhileDraining(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	source, w := io.Pipe()
 	stream := g.provideStream("read", source)

@@ -18,11 +18,11 @@ import (
 )
 
 // serveEndless runs a program whose stream has no end, as the task's one provider
-// and with one place. Its first request, with the argument 1, takes a second.
+// and with one place. Its first request, with the argument 1, takes two seconds.
 func serveEndless(t *testing.T, path string, args ...string) *running {
 	t.Helper()
 	args = append([]string{"serve", "--stream", "--concurrency", "1", "-v"}, args...)
-	serve := startAcomm(t, append(args, path, "--", "sh", "-c", `read n; test "$n" = 1 && sleep 1; exec cat /dev/zero`)...)
+	serve := startAcomm(t, append(args, path, "--", "sh", "-c", `read n; test "$n" = 1 && sleep 2; exec cat /dev/zero`)...)
 	serve.waitLine("listening on")
 	t.Cleanup(func() { // its streams have ended
 		serve.signal(syscall.SIGTERM)
@@ -52,7 +52,8 @@ func (g *gatewayRun) requireStream(task string) {
 // Hazard: a program whose response comes after the time-out of the gateway keeps its
 // place for an hour.
 func TestGateway_StreamOfALateResponseIsEndedAtOnce(t *testing.T) {
-	g := startGateway(t, "--timeout", "300ms")
+	t.Parallel()
+	g := startGateway(t, "--timeout", "1s")
 	serveEndless(t, filepath.Join(g.dir, "zero", "1.sock"), "--unread-duration", "1h")
 	hook, responses := gwHook(t)
 	require.NoError(t, acomm.Send(g.url, gwRequest(t, "zero", hook, 1)))
@@ -63,6 +64,7 @@ func TestGateway_StreamOfALateResponseIsEndedAtOnce(t *testing.T) {
 
 // Hazard: so does one whose requester has gone.
 func TestGateway_StreamThatTheHookDoesNotTakeIsEndedAtOnce(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, "--timeout", "2s")
 	serveEndless(t, filepath.Join(g.dir, "zero", "1.sock"), "--unread-duration", "1h")
 	no := httptest.NewServer(http.NotFoundHandler())
@@ -76,7 +78,8 @@ func TestGateway_StreamThatTheHookDoesNotTakeIsEndedAtOnce(t *testing.T) {
 }
 
 func TestGateway_StreamThatNobodyReadsIsEnded(t *testing.T) {
-	g := startGateway(t, "--unread-duration", "300ms")
+	t.Parallel()
+	g := startGateway(t, "--unread-duration", "2s")
 	serveEndless(t, filepath.Join(g.dir, "zero", "1.sock"), "--unread-duration", "1h")
 	hook, responses := gwHook(t)
 	require.NoError(t, acomm.Send(g.url, gwRequest(t, "zero", hook, 2)))
@@ -91,7 +94,8 @@ func TestGateway_StreamThatNobodyReadsIsEnded(t *testing.T) {
 
 // Hazard: the bound for unread streams ends one that is being read.
 func TestGateway_StreamThatIsReadOutlivesTheBoundForUnreadOnes(t *testing.T) {
-	g := startGateway(t, "--unread-duration", "100ms")
+	t.Parallel()
+	g := startGateway(t, "--unread-duration", "2s")
 	source, w := io.Pipe()
 	stream := g.provideStream("read", source)
 	go func() { _, _ = w.Write([]byte{1}) }()
@@ -141,6 +145,7 @@ func requestStream(t *testing.T, path string) *acomm.Response {
 
 // Hazard: a client that never reads its streams keeps all others waiting.
 func TestServe_StreamThatNobodyReadsIsEnded(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(shortDir(t), "s.sock")
 	serve := serveEndless(t, path, "--unread-duration", "200ms")
 	for range 2 {
@@ -165,8 +170,9 @@ func pausedReader(t *testing.T, stream *url.URL) (more func() error) {
 
 // A reader that pauses keeps its stream, until another request waits for the place.
 func TestServe_StreamWhoseReaderTakesNothingGivesItsPlaceToTheNext(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(shortDir(t), "s.sock")
-	serve := serveEndless(t, path, "--unread-duration", "200ms", "--concurrency", "2")
+	serve := serveEndless(t, path, "--unread-duration", "1s", "--concurrency", "2")
 	more := pausedReader(t, requestStream(t, path).StreamURL)
 	require.NoError(t, requestStream(t, path).Error)
 	serve.waitLines("nobody has read", 1) // the second one: the bound has passed for both
@@ -179,6 +185,7 @@ func TestServe_StreamWhoseReaderTakesNothingGivesItsPlaceToTheNext(t *testing.T)
 // Hazard: a provider that sends its response again, unsure of the first, has its own
 // stream ended.
 func TestGateway_ASecondCopyOfAResponseLeavesTheStream(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	tracker, err := acomm.NewTracker("", nil, 0)
 	require.NoError(t, err)

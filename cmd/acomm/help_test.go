@@ -10,6 +10,7 @@ import (
 
 // Hazard: a terminal wraps what is wider than it in the middle of words.
 func TestHelp_FitsIn80Columns(t *testing.T) {
+	t.Parallel()
 	commands := [][]string{nil}
 	for i := 0; i < len(commands); i++ { // those that are found are looked at in turn
 		got := runAcomm(t, append(commands[i], "--help")...)
@@ -58,11 +59,13 @@ three four
 }
 
 func TestHelp_UsageIsWhatWorks(t *testing.T) {
+	t.Parallel()
 	require.Contains(t, runAcomm(t, "serve", "--help").stdout, "Usage:\n  acomm serve [flags] PATH -- COMMAND...\n")
 	require.Contains(t, runAcomm(t, "call", "--help").stdout, "Usage:\n  acomm call [flags] URL TASK [ARGS]\n")
 }
 
 func TestUsage_SaysWhatIsWrong(t *testing.T) {
+	t.Parallel()
 	for command, want := range map[string]string{
 		"cal":                            `unknown command "cal" for "acomm"; did you mean call?`,
 		"gatway --socket-dir x":          "did you mean gateway?",

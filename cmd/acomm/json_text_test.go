@@ -10,6 +10,7 @@ import (
 // Hazard: what the library's JSON escapes for HTML is longer for the program, or differs
 // from what was given.
 func TestServe_MarkupIsNotEscaped(t *testing.T) {
+	t.Parallel()
 	const args = `{"text":"<a>&\u2028","k<":"\\u003c"}`
 	r, path := startServe(t, nil, "wc", "-c")
 	require.Equal(t, result{stdout: "15\n"}, runAcomm(t, "call", path, "count", "text=<a>"))
@@ -50,6 +51,7 @@ func trimNewline(text string) string {
 
 // Hazard: bytes that are not UTF-8 are replaced on the way, and nobody is told.
 func TestServe_OutputThatIsNotUTF8IsAnError(t *testing.T) {
+	t.Parallel()
 	for _, script := range []string{`printf 'caf\351\n'`, `printf '"caf\351"'`, `head -c 100 /dev/urandom; printf '\377'`} {
 		r, path := startServe(t, nil, sh(script)...)
 		got := runAcomm(t, "call", path, "work")
@@ -64,6 +66,7 @@ func TestServe_OutputThatIsNotUTF8IsAnError(t *testing.T) {
 }
 
 func TestCall_ArgumentsThatAreNotUTF8AreAnError(t *testing.T) {
+	t.Parallel()
 	for _, args := range [][]string{{"name=caf\xe9"}, {"caf\xe9=1"}, {"{\"a\":\"caf\xe9\"}"}, {"-"}, {`name="caf` + "\xe9\""}} {
 		cmd := acommCmd(t, append([]string{"call", "./no.sock", "work"}, args...)...)
 		cmd.Stdin = strings.NewReader("\"caf\xe9\"")

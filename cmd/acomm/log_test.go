@@ -32,6 +32,7 @@ func logLines(t *testing.T, said string) (messages string, objects []map[string]
 }
 
 func TestServe_LogIsTextWithTimeOrJSON(t *testing.T) {
+	t.Parallel()
 	for _, format := range []string{"text", "json"} {
 		gate := fifo(t)
 		r, path := startServe(t, []string{"-v", "--log-format", format, "--task", "work<"}, sh(`read line <"`+gate+`"; exit 3`)...)
@@ -66,6 +67,7 @@ func TestServe_LogIsTextWithTimeOrJSON(t *testing.T) {
 }
 
 func TestServe_LastErrorIsJSONToo(t *testing.T) {
+	t.Parallel()
 	r, path := startServe(t, nil, "cat")
 	for _, at := range []string{path, "unix://x.sock"} {
 		got := runAcomm(t, "serve", "--log-format", "json", at, "--", "cat")
@@ -78,6 +80,7 @@ func TestServe_LastErrorIsJSONToo(t *testing.T) {
 }
 
 func TestGateway_LogIsTextWithTimeOrJSON(t *testing.T) {
+	t.Parallel()
 	dir := shortDir(t)
 	for _, format := range []string{"text", "json"} {
 		cmd := acommCmd(t, "gateway", "--socket-dir", dir, "--listen", "127.0.0.1:0", "--name", "g")

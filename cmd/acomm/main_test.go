@@ -27,9 +27,34 @@ import (
 // anything: reaching it is a failure.
 const patience = 20 * time.Second
 
+// lifetime is how long a program may run, which is through several such waits. It ends
+// before the time-outs of a minute do that call and gateway have by default.
+const lifetime = 2 * patience
+
 // acommBinary is the program under test, built once, with the race detector if
 // the tests have it.
 var acommBinary string
+
+// hasRace says that the tests have the race detector.
+var hasRace bool
+
+// plainBinary is the program without the race detector, for tests with messages of
+// 64 MiB: with it their JSON takes seconds, and a service gives a request 10.
+var plainBinary = sync.OnceValues(func() (string, error) {
+	if !hasRace {
+		return acommBinary, nil
+	}
+	path := acommBinary + "-plain"
+	return path, buildAcomm(path)
+})
+
+func buildAcomm(path string, flags ...string) error {
+	args := append([]string{"build", "-ldflags=-w", "-o", path}, flags...) // -w: no debugger comes
+	if out, err := exec.Command("go", append(args, ".")...).CombinedOutput(); err != nil {
+		return fmt.Errorf("build: %w\n%s", err, out)
+	}
+	return nil
+}
 
 func TestMain(m *testing.M) {
 	os.Exit(func() int {
@@ -40,19 +65,19 @@ func TestMain(m *testing.M) {
 		}
 		defer os.RemoveAll(dir)
 		acommBinary = filepath.Join(dir, "acomm")
-		args := []string{"build", "-o", acommBinary}
+		var flags []string
 		info, _ := debug.ReadBuildInfo()
 		for _, setting := range info.Settings {
 			if setting.Key == "-race" && setting.Value == "true" {
-				args = append(args, "-race")
+				hasRace, flags = true, []string{"-race"}
 			}
 		}
-		if out, err := exec.Command("go", append(args, ".")...).CombinedOutput(); err != nil {
-			fmt.Fprintf(os.Stderr, "build: %v\n%s", err, out)
+		if err := buildAcomm(acommBinary, flags...); err != nil {
+			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
-		// Those that are parallel wait for seconds, and need no core for that.
-		_ = flag.Set("test.parallel", "4") // unless it is given
+		// Those that are parallel wait for most of their time, and need no core for that.
+		_ = flag.Set("test.parallel", "10") // unless it is given
 		code := m.Run()
 		if err := goleak.Find(); err != nil && code == 0 {
 			fmt.Fprintln(os.Stderr, err)
@@ -62,23 +87,20 @@ func TestMain(m *testing.M) {
 	}())
 }
 
-// shortDir is a directory whose path leaves room for the names of sockets.
-func shortDir(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "a-")
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	return dir
-}
-
 // acommCmd is the program with the arguments, in a new directory for temporary
 // files, which is empty again when a test with it has ended well.
 func acommCmd(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
+	return acommCmdOf(t, acommBinary, args...)
+}
+
+// acommCmdOf is acommCmd of a binary.
+func acommCmdOf(t *testing.T, binary string, args ...string) *exec.Cmd {
+	t.Helper()
 	tmp := shortDir(t)
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), lifetime)
 	t.Cleanup(cancel)
-	cmd := exec.CommandContext(ctx, acommBinary, args...)
+	cmd := exec.CommandContext(ctx, binary, args...)
 	cmd.WaitDelay = patience
 	cmd.Env = append(os.Environ(), "TMPDIR="+tmp, "GORACE=atexit_sleep_ms=0")
 	t.Cleanup(func() {

@@ -54,6 +54,7 @@ func (s *supervisor) supervised(cmd *exec.Cmd, more ...string) *exec.Cmd {
 }
 
 func TestNotify_ServeTellsItsSupervisor(t *testing.T) {
+	t.Parallel()
 	for name, socket := range map[string]string{
 		"path":     filepath.Join(shortDir(t), "notify"),
 		"abstract": fmt.Sprintf("@acomm-test-%d", time.Now().UnixNano()),
@@ -75,6 +76,7 @@ func TestNotify_ServeTellsItsSupervisor(t *testing.T) {
 }
 
 func TestNotify_GatewayTellsItsSupervisor(t *testing.T) {
+	t.Parallel()
 	s := startSupervisor(t, filepath.Join(shortDir(t), "notify"))
 	g := startCmd(t, s.supervised(acommCmd(t, "gateway", "--socket-dir", shortDir(t), "--listen", "127.0.0.1:0"), "WATCHDOG_USEC=100000"))
 	require.Equal(t, "READY=1", s.next())
@@ -89,6 +91,7 @@ func TestNotify_GatewayTellsItsSupervisor(t *testing.T) {
 
 // A program that inherited the settings could pass for the service.
 func TestNotify_ProgramsDoNotSeeTheSupervisor(t *testing.T) {
+	t.Parallel()
 	s := startSupervisor(t, filepath.Join(shortDir(t), "notify"))
 	path := filepath.Join(shortDir(t), "s.sock")
 	serve := startCmd(t, s.supervised(acommCmd(t, append([]string{"serve", path, "--"}, sh(`cat >/dev/null; env | grep -c -e NOTIFY_ -e WATCHDOG_; true`)...)...),
@@ -99,6 +102,7 @@ func TestNotify_ProgramsDoNotSeeTheSupervisor(t *testing.T) {
 }
 
 func TestNotify_WatchdogOfAnotherProcessIsNotOurs(t *testing.T) {
+	t.Parallel()
 	s := startSupervisor(t, filepath.Join(shortDir(t), "notify"))
 	path := filepath.Join(shortDir(t), "s.sock")
 	serve := startCmd(t, s.supervised(acommCmd(t, "serve", path, "--", "cat"), "WATCHDOG_USEC=1000", "WATCHDOG_PID=1"))
@@ -110,6 +114,7 @@ func TestNotify_WatchdogOfAnotherProcessIsNotOurs(t *testing.T) {
 }
 
 func TestNotify_SupervisorThatIsGoneIsNoReasonToEnd(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(shortDir(t), "s.sock")
 	cmd := acommCmd(t, "serve", path, "--", "cat")
 	cmd.Env = append(cmd.Env, "NOTIFY_SOCKET="+path+".nobody")

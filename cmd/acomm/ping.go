@@ -1,17 +1,13 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
 	"os"
-	"sync/atomic"
 	"time"
 
 	"github.com/mistifyio/acomm"
@@ -165,33 +161,3 @@ func (p *pinger) ping(ctx context.Context, hook *url.URL) (took time.Duration, e
 	_, err = fmt.Printf("%s: acknowledged in %v%s\n", p.name, took.Round(time.Microsecond), words)
 	return took, wrapOutput(err)
 }
-
-// answerWatcher is a transport that looks whether the last answer to a POST is a
-// response, whatever its status.
-type answerWatcher struct {
-	http.RoundTripper
-	response atomic.Bool
-}
-
-func (w *answerWatcher) RoundTrip(r *http.Request) (*http.Response, error) {
-	w.response.Store(false)
-	answer, err := w.RoundTripper.RoundTrip(r)
-	if err != nil {
-		return nil, err
-	}
-	const most = 1 << 20 // as much as the library reads
-	body, err := io.ReadAll(io.LimitReader(answer.Body, most))
-	_ = answer.Body.Close()
-	if err != nil {
-		return nil, err
-	}
-	answer.Body = io.NopCloser(bytes.NewReader(body))
-	var members struct {
-		Error *string `json:"error"`
-	}
-	w.response.Store(json.Unmarshal(body, &members) == nil && members.Error != nil)
-	return answer, nil
-}
-
-// isResponse reports whether the last answer was one. It may be called on nil.
-func (w *answerWatcher) isResponse() bool { return w != nil && w.response.Load() }

@@ -13,6 +13,7 @@ import (
 )
 
 func TestPing_IsAcknowledgedAndRunsNothing(t *testing.T) {
+	t.Parallel()
 	r, path := startServe(t, []string{"-v"}, sh(`echo running >&2`)...)
 	got := runAcomm(t, "ping", path)
 	require.Equal(t, exitDone, got.code, got.stderr)
@@ -39,6 +40,7 @@ func TestPing_IsAcknowledgedAndRunsNothing(t *testing.T) {
 }
 
 func TestPing_OfWhatDoesNotAcknowledge(t *testing.T) {
+	t.Parallel()
 	web := httptest.NewServer(http.NotFoundHandler())
 	defer web.Close()
 	closing, err := net.Listen("unix", filepath.Join(shortDir(t), "c.sock"))
@@ -61,7 +63,7 @@ func TestPing_OfWhatDoesNotAcknowledge(t *testing.T) {
 		silent.Addr().String():                  exitTimeout,
 		"127.0.0.1:80":                          exitUsage,
 	} {
-		got := runAcomm(t, "ping", "--timeout", "300ms", target)
+		got := runAcomm(t, "ping", "--timeout", "2s", target)
 		require.Equal(t, code, got.code, "%s: %s%s", target, got.stdout, got.stderr)
 		require.NotContains(t, got.stdout, "acknowledged")
 		require.Contains(t, got.stderr, "acomm ping: ")
@@ -72,6 +74,7 @@ func TestPing_OfWhatDoesNotAcknowledge(t *testing.T) {
 }
 
 func TestVersion_SaysVersionCommitAndGo(t *testing.T) {
+	t.Parallel()
 	got := runAcomm(t, "--version")
 	require.Zero(t, got.code)
 	require.Regexp(t, `^acomm \S+, commit (unknown|[0-9a-f]{40}( \(modified\))?), `+runtime.Version(), got.stdout)

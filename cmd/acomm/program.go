@@ -21,10 +21,10 @@ import (
 )
 
 const (
-	maxOutput = 64<<20 - 1024   // bytes of a result; the rest of a message is less than 1 KiB
-	maxLine   = 4096            // bytes of the line that is the error
-	maxPipe   = 1 << 20         // bytes that a pipe can hold
-	pipeGrace = 2 * time.Second // for pipes that a process outside the group holds open
+	maxOutput = maxPayload - 1024 // bytes of a result; the rest of a message is less than 1 KiB
+	maxLine   = 4096              // bytes of the line that is the error
+	maxPipe   = 1 << 20           // bytes that a pipe can hold
+	pipeGrace = 2 * time.Second   // for pipes that a process outside the group holds open
 )
 
 // errKilled is the error of tasks that a second signal has ended.

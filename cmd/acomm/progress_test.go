@@ -14,6 +14,7 @@ import (
 // Hazard: a name that is longer than the terminal makes each line of the progress a new
 // one; how much has come is not said.
 func TestCall_ProgressIsOneLineWithACount(t *testing.T) {
+	t.Parallel()
 	reader, writer := io.Pipe()
 	p := startCallProvider(t, streamOf(t, raw(`null`), func() io.ReadCloser { return reader }))
 	go func() { _, _ = writer.Write(make([]byte, 3<<20)) }() // ends with the stream
@@ -63,6 +64,7 @@ func TestSpeed_OfAStallIsZero(t *testing.T) {
 // Hazard: the result of a peer commands the terminal: control characters of 8 bits, and
 // those that turn the direction of text.
 func TestCall_TerminalIsNotCommandedByAResult(t *testing.T) {
+	t.Parallel()
 	const evil = "\u009b31mred\u007f\u202eabc\u2066\u200f\u2028"
 	p := startCallProvider(t, answerArgs)
 	shown := onTerminal(t, nil, "call", p.path, "echo", `{"`+evil+`":"`+evil+` ok é ü"}`)
@@ -73,6 +75,7 @@ func TestCall_TerminalIsNotCommandedByAResult(t *testing.T) {
 }
 
 func TestServe_ErrorDoesNotTurnTheText(t *testing.T) {
+	t.Parallel()
 	r, path := startServe(t, nil, sh(`printf 'a\342\200\256b\302\233c\177' >&2; exit 1`)...)
 	got := runAcomm(t, "call", path, "work")
 	require.Equal(t, "acomm call: a\uFFFDb\uFFFDc\uFFFD\n", got.stderr)
@@ -81,6 +84,7 @@ func TestServe_ErrorDoesNotTurnTheText(t *testing.T) {
 
 // Hazard: -v says that a task is done that has failed.
 func TestServe_VerboseSaysWhatHasFailed(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		options []string
 		script  string
@@ -101,6 +105,7 @@ func TestServe_VerboseSaysWhatHasFailed(t *testing.T) {
 }
 
 func TestHelp_OfWhatIsNotThereIsUsage(t *testing.T) {
+	t.Parallel()
 	for _, args := range [][]string{{"help", "nosuch"}, {"help", "call", "nosuch"}, {"completion", "nosuch"}} {
 		got := runAcomm(t, args...)
 		require.Equal(t, exitUsage, got.code, "%q: %s", args, got.stdout)

@@ -34,6 +34,7 @@ func session(t *testing.T) (script, shown string) {
 }
 
 func TestREADME_SessionRunsAsWritten(t *testing.T) {
+	t.Parallel()
 	script, shown := session(t)
 	require.Contains(t, script, "acomm call")
 	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
@@ -89,6 +90,7 @@ func terminals(t *testing.T) (blocks [][]terminalLine) {
 }
 
 func TestREADME_TerminalsRunAsWritten(t *testing.T) {
+	t.Parallel()
 	blocks := terminals(t)
 	require.Len(t, blocks, 2, "over HTTP, over NATS")
 	for _, lines := range blocks {
@@ -132,6 +134,7 @@ func runTerminals(t *testing.T, lines []terminalLine) {
 }
 
 func TestREADME_HelpIsThere(t *testing.T) {
+	t.Parallel()
 	for _, command := range []string{"call", "serve", "gateway", "check"} {
 		got := runAcomm(t, command, "--help")
 		require.Zero(t, got.code)

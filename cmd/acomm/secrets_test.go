@@ -7,16 +7,27 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"runtime"
+	"sync/atomic"
 	"testing"
 
 	"github.com/mistifyio/acomm"
 	"github.com/stretchr/testify/require"
 )
 
-// closedPort is an address where nobody is.
+// loopbacks counts the loopback addresses that closedPort has given away.
+var loopbacks atomic.Int32
+
+// closedPort is an address where nobody is. On Linux, where all of 127.0.0.0/8 is the
+// loopback, nobody else comes there: neither a test beside this one nor its programs.
 func closedPort(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	host := net.IPv4(127, 0, 0, 1)
+	if runtime.GOOS == "linux" {
+		n := loopbacks.Add(1)
+		host = net.IPv4(127, 1, byte(n>>8), byte(n))
+	}
+	l, err := net.ListenTCP("tcp", &net.TCPAddr{IP: host})
 	require.NoError(t, err)
 	require.NoError(t, l.Close())
 	return l.Addr().String()
@@ -24,6 +35,7 @@ func closedPort(t *testing.T) string {
 
 // Hazard: what makes a URL a capability is printed, or kept in a log.
 func TestSecrets_CallPrintsNone(t *testing.T) {
+	t.Parallel()
 	closed := closedPort(t)
 	p := startCallProvider(t, answerArgs)
 	cut := func(w http.ResponseWriter, _ *http.Request) {
@@ -46,7 +58,7 @@ func TestSecrets_CallPrintsNone(t *testing.T) {
 		args []string
 	}{
 		{exitNotSent, "send to http://" + closed, []string{"-v", "--hook-url", "http://hidden@127.0.0.1:1/hidden?hidden", "http://hidden:hidden@" + closed + "/?token=hidden#hidden", "echo"}},
-		{exitTimeout, "send to " + server.URL, []string{"--timeout", "500ms", server.URL + "/x?token=hidden", "echo"}},
+		{exitTimeout, "send to " + server.URL, []string{"--timeout", "2s", server.URL + "/x?token=hidden", "echo"}},
 		{exitTask, "stream from " + server.URL + ", after 10 bytes", []string{"-v", withStream.path, "read"}},
 		{exitNotSent, "connect to NATS", []string{"nats://hidden:hidden@" + closed + "/tasks", "echo"}},
 		{exitUsage, "nats://[HOST", []string{"nats://hidden:hidden@" + closed + "/tasks?hidden", "echo"}},
@@ -67,6 +79,7 @@ func TestSecrets_CallPrintsNone(t *testing.T) {
 }
 
 func TestSecrets_GatewayAndServeLogNone(t *testing.T) {
+	t.Parallel()
 	notFound := httptest.NewServer(http.NotFoundHandler())
 	defer notFound.Close()
 	hook := func(host string) string { return "http://hidden:hidden@" + host + "/hidden?token=hidden" }

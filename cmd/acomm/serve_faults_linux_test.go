@@ -26,6 +26,7 @@ func (r *running) limitDescriptors() (lift func()) {
 // Hazard: a result that can't be sent for want of a descriptor is dropped, and its
 // caller waits in vain; a task that can't be started has failed.
 func TestServe_ResultIsKeptUntilThereIsADescriptor(t *testing.T) {
+	t.Parallel()
 	for name, options := range map[string][]string{"result": nil, "stream": {"--stream"}} {
 		t.Run(name, func(t *testing.T) {
 			gate := fifo(t)
@@ -54,6 +55,7 @@ func TestServe_ResultIsKeptUntilThereIsADescriptor(t *testing.T) {
 
 // Hazard: a hook over HTTP that is away for a moment never gets its response.
 func TestServe_ResponseWaitsForItsHook(t *testing.T) {
+	t.Parallel()
 	hook := closedPort(t)
 	r, path := startServe(t, nil, "cat")
 	conn, err := acommDial(path)
@@ -83,6 +85,7 @@ func TestServe_ResponseWaitsForItsHook(t *testing.T) {
 
 // Hazard: while a hook is away, its responses keep the room or the places of others.
 func TestServe_HookThatIsAwayKeepsNothing(t *testing.T) {
+	t.Parallel()
 	for _, option := range []string{"--stream", "-v"} {
 		hook := closedPort(t)
 		r, path := startServeWith(t, "ulimit -n 24", []string{"--concurrency", "1", option}, "cat") // room for one or two
@@ -93,7 +96,7 @@ func TestServe_HookThatIsAwayKeepsNothing(t *testing.T) {
 			require.NoError(t, acomm.UnmarshalConnData(conn, &acomm.Response{}))
 			require.NoError(t, conn.Close())
 		}
-		require.Equal(t, result{stdout: "5\n"}, runAcomm(t, "call", "--timeout", "10s", path, "work", "5"))
+		require.Equal(t, result{stdout: "5\n"}, runAcomm(t, "call", "--timeout", "30s", path, "work", "5"))
 		r.stop()
 	}
 }

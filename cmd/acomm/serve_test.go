@@ -22,9 +22,15 @@ import (
 // last of the options are the command.
 func startServe(t *testing.T, options []string, command ...string) (*running, string) {
 	t.Helper()
+	return startServeOf(t, acommBinary, options, command...)
+}
+
+// startServeOf is startServe of a binary.
+func startServeOf(t *testing.T, binary string, options []string, command ...string) (*running, string) {
+	t.Helper()
 	path := filepath.Join(shortDir(t), "s.sock")
 	args := append([]string{"serve"}, options...)
-	r := startAcomm(t, append(append(args, path, "--"), command...)...)
+	r := startCmd(t, acommCmdOf(t, binary, append(append(args, path, "--"), command...)...))
 	require.Equal(t, "listening on unix://"+path, r.waitLine("listening on"))
 	return r, path
 }
@@ -48,6 +54,7 @@ func fifo(t *testing.T) string {
 }
 
 func TestServe_ResultIsWhatTheProgramWrites(t *testing.T) {
+	t.Parallel()
 	for name, test := range map[string]struct{ script, want string }{
 		"JSON":         {`cat`, `{"a":1}`},
 		"text":         {`printf 'two\nlines\n'`, `"two\nlines"`},
@@ -65,6 +72,7 @@ func TestServe_ResultIsWhatTheProgramWrites(t *testing.T) {
 }
 
 func TestServe_ErrorIsLastLineOfStandardError(t *testing.T) {
+	t.Parallel()
 	for name, test := range map[string]struct{ script, want string }{
 		"line":      {`echo first >&2; printf 'the disk is full\n\n' >&2; exit 3`, "the disk is full"},
 		"cut line":  {`printf 'no newline' >&2; exit 3`, "no newline"},
@@ -86,6 +94,7 @@ func TestServe_ErrorIsLastLineOfStandardError(t *testing.T) {
 }
 
 func TestServe_RefusesInTheAcknowledgement(t *testing.T) {
+	t.Parallel()
 	r, path := startServe(t, []string{"--task", "work"}, "cat")
 	got := runAcomm(t, "call", path, "play")
 	require.Equal(t, result{stderr: "acomm call: the task here is \"work\", not \"play\"\n", code: exitNotSent}, got)
@@ -109,6 +118,7 @@ func TestServe_RefusesInTheAcknowledgement(t *testing.T) {
 }
 
 func TestServe_UsageAndStartErrors(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(shortDir(t), "s.sock")
 	for _, args := range [][]string{
 		{}, {path}, {path, "cat"}, {path, "--"}, {"--", "cat"}, {path, "x", "--", "cat"}, {"", "--", "cat"},
@@ -150,11 +160,12 @@ func requireDead(t *testing.T, f *os.File) {
 }
 
 func TestServe_TimeoutKillsGrandchildren(t *testing.T) {
+	t.Parallel()
 	pipe := fifo(t)
 	f := openGrandchild(t, pipe)
-	r, path := startServe(t, []string{"--timeout", "500ms"}, grandchild(pipe, "wait")...)
+	r, path := startServe(t, []string{"--timeout", "2s"}, grandchild(pipe, "wait")...)
 	got := runAcomm(t, "call", path, "work")
-	require.Equal(t, result{stderr: "acomm call: timed out after 500ms\n", code: exitTask}, got)
+	require.Equal(t, result{stderr: "acomm call: timed out after 2s\n", code: exitTask}, got)
 	up := make([]byte, 3)
 	_, err := f.Read(up)
 	require.NoError(t, err, "the grandchild has run")
@@ -164,6 +175,7 @@ func TestServe_TimeoutKillsGrandchildren(t *testing.T) {
 }
 
 func TestServe_WhatIsLeftBehindIsKilled(t *testing.T) {
+	t.Parallel()
 	pipe := fifo(t)
 	f := openGrandchild(t, pipe)
 	ready := fifo(t)
@@ -174,6 +186,7 @@ func TestServe_WhatIsLeftBehindIsKilled(t *testing.T) {
 }
 
 func TestServe_SecondSignalKillsPrograms(t *testing.T) {
+	t.Parallel()
 	pipe := fifo(t)
 	f := openGrandchild(t, pipe)
 	r, path := startServe(t, nil, grandchild(pipe, "echo running >&2; wait")...)
@@ -190,6 +203,7 @@ func TestServe_SecondSignalKillsPrograms(t *testing.T) {
 }
 
 func TestServe_SignalDrains(t *testing.T) {
+	t.Parallel()
 	gate := fifo(t)
 	r, path := startServe(t, []string{"--concurrency", "1"}, sh(`echo running >&2; read line <"`+gate+`"; cat`)...)
 	running := startAcomm(t, "call", path, "work", "1")
@@ -212,6 +226,7 @@ func TestServe_SignalDrains(t *testing.T) {
 
 // Hazard: a service under nohup ends with its terminal.
 func TestServe_IgnoredSIGHUPStaysIgnored(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(shortDir(t), "s.sock")
 	serve := acommCmd(t, "serve", path, "--", "cat")
 	serve.Args = append([]string{"sh", "-c", `trap "" HUP; exec "$0" "$@"`}, serve.Args...)
@@ -240,6 +255,7 @@ func openGate(t *testing.T, gate string, n int) {
 }
 
 func TestServe_ConcurrencyIsKept(t *testing.T) {
+	t.Parallel()
 	gate := fifo(t)
 	r, path := startServe(t, []string{"--concurrency", "2"}, sh(`echo running >&2; read line <"`+gate+`"; cat`)...)
 	var calls []*running
@@ -264,6 +280,7 @@ func TestServe_ConcurrencyIsKept(t *testing.T) {
 }
 
 func TestServe_StreamIsWhatTheProgramWrites(t *testing.T) {
+	t.Parallel()
 	r, path := startServe(t, []string{"--stream"}, sh(`cat; head -c 3000000 /dev/zero`)...)
 	got := runAcomm(t, "call", path, "work", "a=1")
 	require.Zero(t, got.code, got.stderr)
@@ -340,6 +357,7 @@ func TestServe_SlowReaderGetsAllOfAStreamThatIsHeldOpen(t *testing.T) {
 }
 
 func TestServe_StreamOfFailingProgramIsCutOff(t *testing.T) {
+	t.Parallel()
 	r, path := startServe(t, []string{"--stream"}, sh(`head -c 100000 /dev/zero; echo the tape is torn >&2; exit 1`)...)
 	file := filepath.Join(t.TempDir(), "f")
 	got := runAcomm(t, "call", "-o", file, path, "work")
@@ -349,6 +367,7 @@ func TestServe_StreamOfFailingProgramIsCutOff(t *testing.T) {
 }
 
 func TestServe_ReaderThatLeavesEndsTheProgram(t *testing.T) {
+	t.Parallel()
 	pipe := fifo(t)
 	f := openGrandchild(t, pipe)
 	r, path := startServe(t, []string{"--stream", "--concurrency", "1"}, sh(`exec 3>"`+pipe+`"; echo data; sleep 1000`)...)
@@ -361,6 +380,7 @@ func TestServe_ReaderThatLeavesEndsTheProgram(t *testing.T) {
 }
 
 func TestServe_ResultOverTheLimitIsAnError(t *testing.T) {
+	t.Parallel()
 	r, path := startServe(t, nil, sh(`head -c 70000000 /dev/zero`)...)
 	got := runAcomm(t, "call", path, "work")
 	require.Equal(t, exitTask, got.code)

@@ -10,6 +10,7 @@ import (
 
 // Hazard: a number of a file is refused, or a name of one becomes another.
 func TestGateway_FileSaysWhatItSays(t *testing.T) {
+	t.Parallel()
 	for name, test := range map[string]struct{ file, text, socket string }{
 		"JSON, large":     {"c.json", `{"max-outstanding": 2000000, "max-body": 10000000, "name": "n", "max-header": 1e6, "hook-deny": ["10.0.0.0/8"]}`, "n"},
 		"JSON, number":    {"c.json", `{"name": 1000000}`, "1000000"},
@@ -38,6 +39,7 @@ func TestGateway_FileSaysWhatItSays(t *testing.T) {
 }
 
 func TestGateway_ErrorSaysWhereTheSettingIs(t *testing.T) {
+	t.Parallel()
 	dir := shortDir(t)
 	base := []string{"gateway", "--socket-dir", dir}
 	for setting, value := range map[string]string{

@@ -31,6 +31,7 @@ func (r *running) signalUntilEnd(sig syscall.Signal) {
 // Hazard: a terminal and a supervisor both send a signal, and the second of them kills
 // the tasks.
 func TestServe_SignalOfTwoSendersIsOne(t *testing.T) {
+	t.Parallel()
 	gate := fifo(t)
 	r, path := startServe(t, nil, sh(`echo running >&2; read line <"`+gate+`"; cat`)...)
 	call := startAcomm(t, "call", path, "work", "1")
@@ -47,6 +48,7 @@ func TestServe_SignalOfTwoSendersIsOne(t *testing.T) {
 
 // Hazard: a service that had nothing to do says that tasks were running.
 func TestServe_IdleEndsWellHoweverManySignalsCome(t *testing.T) {
+	t.Parallel()
 	for range 10 {
 		r, _ := startServe(t, nil, "cat")
 		for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGTERM, syscall.SIGTERM} {
@@ -68,6 +70,7 @@ func TestServe_IdleEndsWellHoweverManySignalsCome(t *testing.T) {
 
 // Hazard: of a call that is interrupted twice, files are left.
 func TestCall_SignalOfTwoSendersIsOne(t *testing.T) {
+	t.Parallel()
 	r, path := startServe(t, []string{"--stream"}, sh(`echo data; sleep 1000`)...)
 	for range 10 {
 		dir := t.TempDir()
@@ -85,6 +88,7 @@ func TestCall_SignalOfTwoSendersIsOne(t *testing.T) {
 }
 
 func TestGateway_SignalOfTwoSendersIsOne(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t)
 	requests := make(chan *acomm.Request, 1)
 	g.provide("late", "a.sock", func(req *acomm.Request) (*acomm.Response, error) {

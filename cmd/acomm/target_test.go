@@ -18,6 +18,7 @@ func runIn(t *testing.T, dir string, args ...string) result {
 
 // Hazard: a URL in place of a path makes a directory "unix:".
 func TestServe_TakesAURLForThePath(t *testing.T) {
+	t.Parallel()
 	for _, form := range []string{"unix://", "unix:"} {
 		dir := shortDir(t)
 		cmd := acommCmd(t, "serve", form+filepath.Join(dir, "d", "s.sock"), "--", "cat")
@@ -47,6 +48,7 @@ func TestServe_TakesAURLForThePath(t *testing.T) {
 }
 
 func TestCall_TakesWhatCanOnlyBeASocket(t *testing.T) {
+	t.Parallel()
 	dir := shortDir(t)
 	for _, path := range []string{"d/echo/1.sock", "echo.sock", "d/plain"} {
 		require.NoError(t, os.MkdirAll(filepath.Join(dir, filepath.Dir(path)), 0o700))
@@ -60,6 +62,7 @@ func TestCall_TakesWhatCanOnlyBeASocket(t *testing.T) {
 }
 
 func TestCall_HintsAtWhatTheURLMayBe(t *testing.T) {
+	t.Parallel()
 	dir := shortDir(t)
 	for target, hints := range map[string][]string{
 		"127.0.0.1:8080":       {"http://127.0.0.1:8080/"},

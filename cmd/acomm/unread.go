@@ -1,7 +1,6 @@
 package main
 
 import (
-	"net"
 	"net/url"
 	"time"
 
@@ -9,10 +8,8 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-const (
-	unreadLook   = time.Second // between looks whether somebody waits for the place of a reader that pauses
-	leaveTimeout = time.Second // for connecting to a stream that is to be ended
-)
+// unreadLook is between looks whether somebody waits for the place of a reader that pauses.
+const unreadLook = time.Second
 
 // endUnread ends a stream that has stood unread for --unread-duration, and so gives
 // its place to the next request: nobody has come for it, or another request waits
@@ -48,18 +45,4 @@ func (s *programStream) unreadFor() time.Duration {
 		return 0
 	}
 	return time.Since(s.moved.born) - time.Duration(s.moved.last.Load())
-}
-
-// leaveStream ends a stream on a unix socket, as a consumer that leaves at once,
-// also while its source is silent. What was wrong with it is its provider's concern.
-func leaveStream(addr *url.URL) {
-	if addr == nil || addr.Scheme != "unix" {
-		return
-	}
-	for _, path := range []string{addr.Path, addr.RequestURI()} { // as the library looks for it
-		if conn, err := net.DialTimeout("unix", path, leaveTimeout); err == nil {
-			_ = conn.Close()
-			return
-		}
-	}
 }
