@@ -8,6 +8,10 @@ ROUNDS      ?= 5
 MODE        ?= calls
 SHAPE       ?= text
 
+# SVG is the file for the chart of a run, in bench/; empty for none. Runs with flags of
+# their own do not show all of the table, and leave the chart in the repository as it is.
+SVG         ?= $(if $(BENCHFLAGS),,$(if $(findstring calls,$(MODE))$(filter all,$(MODE)),chart.svg))
+
 # Supported are Go 1.26 and 1.27. This is the one that is not installed.
 OTHER_GO    ?= $(if $(findstring go1.27,$(shell $(GO) version)),go1.26.8,go1.27.3)
 
@@ -81,9 +85,9 @@ demo: ## run a coordinator, a provider and a requester; DEMO=path for another fi
 hosts: ## three hosts in network namespaces, with faults; needs root and iproute2, else it says so
 	cd hosts && $(GO) run .
 
-bench: ## compare with other libraries; BENCHTIME, ROUNDS, MODE (calls, json, streams, waits, all...), SHAPE (text,rows,tree), JSON=v1|v2
+bench: ## compare with other libraries; BENCHTIME, ROUNDS, MODE (calls, json, streams, waits, all...), SHAPE (text,rows,tree), JSON=v1|v2; draws the calls in bench/chart.svg, SVG= for none
 	cd bench && $(if $(filter v1,$(JSON)),GOEXPERIMENT=nojsonv2 )$(if $(filter v2,$(JSON)),GOEXPERIMENT=jsonv2 )$(GO) run . \
-		-benchtime $(BENCHTIME) -rounds $(ROUNDS) -mode $(MODE) -shape $(SHAPE) $(BENCHFLAGS)
+		-benchtime $(BENCHTIME) -rounds $(ROUNDS) -mode $(MODE) -shape $(SHAPE) $(if $(SVG),-svg $(SVG)) $(BENCHFLAGS)
 
-quick: ## the same in under two minutes
-	@$(MAKE) bench BENCHTIME=100ms ROUNDS=3
+quick: ## the same in under two minutes, without the chart
+	@$(MAKE) bench BENCHTIME=100ms ROUNDS=3 SVG=

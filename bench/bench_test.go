@@ -176,7 +176,7 @@ func TestRun_Flags(t *testing.T) {
 		require.Contains(t, out.String(), text)
 	}
 	for _, args := range [][]string{
-		{"-only", "nobody"}, {"-columns", "128"}, {"-columns", "128B/0"}, {"-columns", "12x/1"}, {"-mode", "none"}, {"-shape", "text,none"}, {"-shape", ""}, {"-rounds", "0"}, {"more"},
+		{"-only", "nobody"}, {"-columns", "128"}, {"-columns", "128B/0"}, {"-columns", "12x/1"}, {"-mode", "none"}, {"-shape", "text,none"}, {"-shape", ""}, {"-rounds", "0"}, {"-requests", "0"}, {"more"},
 	} {
 		require.Error(t, run(args, io.Discard, io.Discard), "%q", args)
 	}

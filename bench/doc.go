@@ -1,105 +1,106 @@
-// Bench compares acomm with the libraries that a user might take instead. It also
-// measures what else the users of acomm pay for.
+// Bench compares acomm with other libraries for calls between processes of one
+// machine. Further modes measure other parts of acomm: streams, hooks, memory.
 //
-//	go run .                            the table of calls, seven to ten minutes
+//	go run .                            the calls, in seven to ten minutes
 //	go run . -benchtime 100ms -rounds 3 the same in under two minutes
 //	go run . -only acomm,grpc -columns 128B/1,16KiB/64
-//	go run . -shape text,rows           the tables of calls for each of the shapes
-//	go run . -mode json                 the speed of scans of JSON
+//	go run . -shape text,rows           the calls with two kinds of data
+//	go run . -svg chart.svg             the calls, also as a chart
+//	go run . -mode json                 the speed of acomm's JSON checks
 //	go run . -mode all                  the calls and every other mode
 //	go run . -markdown                  tables for RESULTS.md
 //	go test -bench Echo/text/acomm      the same calls as Go benchmarks
 //
-// encoding/json has two engines. The new one is the default since Go 1.27. There,
-// GOEXPERIMENT=nojsonv2 in the environment selects the old one. Go 1.26 has the old
-// one as its default, and GOEXPERIMENT=jsonv2 selects the new one. The head of the
-// output names the Go release and the engine of the run.
+// encoding/json has two engines, and the output names the one of the run. Go 1.27
+// has the new one; GOEXPERIMENT=nojsonv2 in the environment gives the old one.
+// Go 1.26 has the old one; GOEXPERIMENT=jsonv2 gives the new one.
 //
 // # Calls
 //
-// A call is an echo of {"seq":n,"data":...}. Client and server are in one process,
-// and do the same work with every candidate:
+// A call is an echo of {"seq":n,"data":...}. All candidates do the same work: the
+// client encodes the arguments, the server decodes them into a struct and encodes
+// that as the result, the client decodes the result and compares it with the
+// arguments. Client and server are in one process. The run fails on a wrong result,
+// on an error, on a call without an answer, and if the server has served more or
+// fewer calls than were made.
 //
-//  1. The client encodes the arguments.
-//  2. The server decodes them into a struct, and encodes that as the result.
-//  3. The client decodes the result and compares all of it with what it has sent.
-//
-// The run fails on a wrong answer, on an error, and on a call without an answer. It
-// also fails if a server has not served exactly the calls that were made.
-//
-// The data has one of these shapes, and about as many bytes of JSON as the column
-// says. It is the same in each run:
+// The flag -shape chooses the data. It takes about as many bytes of JSON as the
+// column says, and is the same in each run:
 //
 //   - text: one string of plain letters, {"seq":n,"data":"abc..."}.
 //   - rows: a list of records, {"seq":n,"data":"","rows":[...]}, decoded into
-//     structs. A row has about 200 bytes of JSON and 8 to 12 short members of every
-//     kind. One string in three has an escape (quote, newline, <, &) or letters that
-//     are not ASCII. At 128 B it is one short row.
-//   - tree: a configuration, {"seq":n,"data":"","tree":{...}}, decoded into any. Its
-//     objects and arrays are nested 12 levels deep, with long keys. That depth needs a
-//     few KiB; smaller trees are one object.
+//     structs. A record takes about 200 bytes of JSON and has 8 to 12 short members
+//     of every kind. One string in three has an escape (quote, newline, <, &) or
+//     letters outside ASCII. At 128 B the list is one short record.
+//   - tree: a nested configuration, {"seq":n,"data":"","tree":{...}}, decoded into
+//     any. From a few KiB on it has objects and arrays in each other, 12 levels
+//     deep, and long keys. A smaller one is one object.
 //
-// The comparison costs the same with every candidate. For rows it is a hundredth of
-// the decoding. For tree it is up to a quarter of the decoding, a twentieth of a call.
+// Comparing the result takes the same time for all candidates. With tree, where it
+// takes longest, that is a twentieth of a call.
 //
 // The candidates:
 //
-//   - acomm: requests go to a UnixListener, which is served as in the demo's provider
-//     (NextConn, UnmarshalConnData, SendConnData, DoneConn, Respond). Responses go to
-//     a Tracker, and a caller waits for its handler. A call has four frames: the
+//   - acomm: requests go to a UnixListener, responses to a Tracker. The server is
+//     the code of the demo's provider (NextConn, UnmarshalConnData, SendConnData,
+//     DoneConn, Respond). A caller waits for its handler. A call is four frames: the
 //     request, its acknowledgement, the response, its acknowledgement.
-//   - The peers: net/rpc with jsonrpc, ttrpc, drpc, HTTP/1.1, gRPC,
-//     creachadair/jrpc2 and sourcegraph/jsonrpc2 over unix sockets, and NATS with an
-//     embedded server over TCP. All callers share one connection. HTTP/1.1 and drpc
-//     carry one call at a time on a connection, so each caller has its own. ttrpc, gRPC
-//     and NATS carry the JSON as bytes; the others use it as their own encoding. Each
-//     is set up as its documentation says. Exceptions are noted where the peer is
-//     started.
-//   - The way of 2016: a connection for each message and its acknowledgement, four
-//     frames, plain encoding/json. It is written from PROTOCOL.md, because the
-//     original can't be in the same build.
-//   - The floors: four frames with acomm's envelopes, and two frames with nothing but
-//     the arguments. Each caller has connections that stay open. The floors use
-//     encoding/json and no bookkeeping. No library does less.
+//   - The peers, the other libraries: net/rpc with jsonrpc, ttrpc, drpc, HTTP/1.1,
+//     gRPC, creachadair/jrpc2 and sourcegraph/jsonrpc2 over unix sockets, NATS with
+//     an embedded server over TCP. All callers share one connection. HTTP/1.1 and
+//     drpc have a connection for each caller, because theirs carry one call at a
+//     time. ttrpc, gRPC and NATS carry the JSON as bytes; to the others JSON is
+//     their own encoding. Each is set up as its documentation shows; comments in
+//     the peer_*.go files name the exceptions.
+//   - The way of 2016: four frames, a new connection for each message and its
+//     acknowledgement, plain encoding/json. It is written from PROTOCOL.md, because
+//     the original can't be in the same build.
+//   - The floors, without any library: four frames with acomm's envelopes, and two
+//     frames with the arguments and the result. Both use encoding/json and open
+//     connections, its own for each caller. They look up and time nothing.
 //
-// A column is a size and a number of callers. Each caller makes its next call when it
-// has the answer to the last. Within a column the candidates take turns of -benchtime
-// each, in -rounds rounds. For each turn a candidate is started anew and warmed up:
-// each caller makes a small call, and one makes a full one. A cell is the median of
-// the rounds:
+// A column is a size and a number of callers. A caller makes its next call when it
+// has the answer to the last one. In a column the candidates take turns of
+// -benchtime each, in -rounds rounds. A turn starts the candidate anew and warms it
+// up: each caller makes a small call, then one of them a full one. A cell is the
+// median of the rounds:
 //
-//   - wall: the time of the turn divided by the calls made in it
-//   - CPU: user and system time of the process per call, with client, server and
-//     garbage collector
-//   - p99: the time that 99 of 100 calls did not exceed (in steps of 3 %)
+//   - wall: the time of the turn, divided by the calls made in it
+//   - CPU: user and system time of the process per call; this includes client,
+//     server and garbage collector
+//   - p99: the time that 99 of 100 calls did not exceed, in steps of 3 %
 //   - allocations and bytes allocated, per call
-//   - ratio: to the peer with the lowest median in that column. Neither acomm nor
-//     the floors are peers.
+//   - ratio: the number divided by that of the peer with the lowest one in the
+//     column. acomm, the way of 2016 and the floors are not peers.
+//
+// The flag -svg draws the ratios of the wall times: a panel for each column, a bar
+// for each candidate. Bars beyond 3.00 are cut and have a mark. The run must include
+// the mode calls and a peer.
 //
 // # Modes
 //
 //   - tracking: a million outstanding requests with time-outs.
 //   - streams: a stream from a unix connection to a unix connection, and to an HTTP
-//     client through ProxyStreamHandler, next to the same path with io.Copy. The two
-//     take turns to be first in a round. The ratio is the median of the rounds' ratios.
-//   - forward: responses to HTTP hooks that take 0, 5 and 50 ms, next to a bare
-//     http.Client, and the TCP connections that it opens.
-//   - growth: the call of acomm with more callers, more sockets and larger payloads.
-//     More sockets are shown twice: with the same callers, who then share fewer system
-//     calls, and with one caller for each. All are in one process. Only one of its
-//     connections to these sockets also carries the responses.
-//   - idle: what a started tracker and a waiting exchange hold.
-//   - json: how many MB of each shape acomm checks in a second of CPU. It checks a
-//     value that it receives (is it valid JSON?) and one that it sends (would
-//     json.Marshal change it?). Next to these are json.Valid, and json.Unmarshal into
-//     the type of the shape. "times json.Valid" is the median of the rounds' ratios;
-//     above 1 acomm is faster. A turn takes a fifth of -benchtime. A wrong answer
-//     fails the run.
-//   - waits: how long a Send waits for its acknowledgement, at p50, p99 and at most.
-//     Many callers send messages near the limits of a session. They share one session,
-//     or each has a connection of its own. The buffer size of sockets decides the
-//     result; set /proc/sys/net/core/wmem_default to change it (4608 is the least).
+//     client through ProxyStreamHandler, next to the same path with io.Copy. In each
+//     round the two take turns to be the first. The ratio is the median of the
+//     rounds' ratios.
+//   - forward: responses to HTTP hooks that take 0, 5 and 50 ms, and the TCP
+//     connections opened for them, next to a bare http.Client.
+//   - growth: acomm's call with more callers, more sockets, larger data. The sockets
+//     are measured twice: shared by 64 callers, of whom fewer then share a system
+//     call, and with one caller each. All are in one process. Of its connections to
+//     these sockets, one also carries the responses.
+//   - idle: goroutines and bytes of a started tracker, of an acknowledged request,
+//     and of an exchange that waits for its handler.
+//   - json: how many MB of each shape acomm checks in a second of CPU. On receipt it
+//     checks for valid JSON, before sending for JSON as json.Marshal writes it. Next
+//     to it are json.Valid, and json.Unmarshal into the type of the shape. "times
+//     json.Valid" is the median of the rounds' ratios; above 1 acomm is faster. A
+//     turn takes a fifth of -benchtime. A wrong answer fails the run.
+//   - waits: how long Send waits for its acknowledgement, at the median, the 99th
+//     percentile and the longest, for many callers with one session and with a
+//     connection for each.
 //
-// The flag -shape is for the calls. The mode json takes all shapes, the other modes
-// text.
+// The flag -shape is for the calls. The mode json always measures all shapes, the
+// other modes use text.
 package main

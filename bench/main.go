@@ -21,6 +21,7 @@ type options struct {
 	bursts     int // of forward
 	requests   int // of tracking
 	markdown   bool
+	svg        string // file for the chart of the calls; "": none
 	out        io.Writer
 }
 
@@ -52,21 +53,27 @@ func run(args []string, stdout, stderr io.Writer) error {
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	var (
-		benchtime = flags.Duration("benchtime", time.Second, "how long a turn takes")
-		rounds    = flags.Int("rounds", 5, "turns of each candidate in each column")
-		only      = flags.String("only", "", "names of candidates, separated by commas; all if empty")
-		cols      = flags.String("columns", "", "columns such as 128B/1,16KiB/64; the six of the table if empty")
-		shapeList = flags.String("shape", "text", "shapes of the data of calls, separated by commas: text, rows, tree")
-		modeList  = flags.String("mode", "calls", "modes, separated by commas: calls, tracking, streams, forward, growth, idle, json, waits; or all")
+		benchtime = flags.Duration("benchtime", time.Second, "duration of a turn, which measures one candidate in one column")
+		rounds    = flags.Int("rounds", 5, "turns of each candidate in each column; the tables show the median")
+		only      = flags.String("only", "", "candidates of the calls, comma-separated: "+listOf(candidates, func(c candidate) string { return c.name })+"; empty for all")
+		cols      = flags.String("columns", "", "sizes and callers, comma-separated, such as 128B/1,16KiB/64; empty for 128B, 16KiB and 1MiB by 1 and 64")
+		shapeList = flags.String("shape", "text", "data of the calls, comma-separated: text, rows, tree")
+		modeList  = flags.String("mode", "calls", "measurements, comma-separated: "+listOf(modes, func(m mode) string { return m.name })+"; or all")
 		requests  = flags.Int("requests", 1_000_000, "outstanding requests in the mode tracking")
 		markdown  = flags.Bool("markdown", false, "write the tables in markdown")
-		quiet     = flags.Bool("quiet", false, "do not print on stderr what is being measured")
+		svg       = flags.String("svg", "", "SVG `file` for a chart of the mode calls: wall times as ratios to the fastest peer; empty for none")
+		quiet     = flags.Bool("quiet", false, "write no progress to stderr")
 	)
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	if flags.NArg() > 0 || *rounds < 1 || *requests < 1 {
-		return fmt.Errorf("unexpected arguments %q, or -rounds or -requests is less than 1", flags.Args())
+	switch {
+	case flags.NArg() > 0:
+		return fmt.Errorf("argument %q: bench takes flags only, see -help", flags.Arg(0))
+	case *rounds < 1:
+		return fmt.Errorf("-rounds %d: at least 1 is needed", *rounds)
+	case *requests < 1:
+		return fmt.Errorf("-requests %d: at least 1 is needed", *requests)
 	}
 	o := options{
 		runner:   runner{benchtime: *benchtime, rounds: *rounds, patience: time.Minute},
@@ -75,6 +82,7 @@ func run(args []string, stdout, stderr io.Writer) error {
 		bursts:   forwardBursts,
 		requests: *requests,
 		markdown: *markdown,
+		svg:      *svg,
 		out:      stdout,
 	}
 	if !*quiet {
@@ -93,6 +101,11 @@ func run(args []string, stdout, stderr io.Writer) error {
 	if o.shapes, err = parseShapes(*shapeList); err != nil {
 		return err
 	}
+	if o.svg != "" {
+		if err := checkChart(o, selected); err != nil {
+			return fmt.Errorf("-svg: %w", err)
+		}
+	}
 	if err := o.write(header(o.runner)); err != nil {
 		return err
 	}
@@ -105,6 +118,15 @@ func run(args []string, stdout, stderr io.Writer) error {
 	end := &table{title: "During the run", head: []string{"", "used"}, words: true}
 	end.add("other processes", others())
 	return o.write(end)
+}
+
+// listOf returns the names of the things, with commas.
+func listOf[T any](things []T, name func(T) string) string {
+	var names []string
+	for _, thing := range things {
+		names = append(names, name(thing))
+	}
+	return strings.Join(names, ", ")
 }
 
 // selectModes returns the modes in the list, or all.
@@ -132,20 +154,27 @@ func (o options) write(tables ...*table) error {
 	return nil
 }
 
-// runCalls is the tables of the candidates, for each shape.
+// runCalls writes the tables of the candidates for each shape, and draws the chart.
 func runCalls(o options) error {
+	var all [][][]result // by shape
 	for _, shape := range o.shapes {
 		o.shape = shape
-		if err := runShape(o); err != nil {
+		results, err := runShape(o)
+		if err != nil {
 			return fmt.Errorf("%s: %w", shape, err)
 		}
+		all = append(all, results)
 	}
-	return nil
+	if o.svg == "" {
+		return nil
+	}
+	return writeChart(o, all)
 }
 
-// runShape measures the candidates column by column.
-func runShape(o options) error {
-	results := make([][]result, len(o.candidates))
+// runShape measures the candidates column by column and writes their tables.
+// results[i][j] is the result of candidate i in column j.
+func runShape(o options) (results [][]result, err error) {
+	results = make([][]result, len(o.candidates))
 	for _, column := range o.columns {
 		var cells []cell
 		for _, c := range o.candidates {
@@ -153,7 +182,7 @@ func runShape(o options) error {
 		}
 		measured, err := o.measure(cells)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		for i, r := range measured {
 			results[i] = append(results[i], r)
@@ -163,5 +192,5 @@ func runShape(o options) error {
 	for _, t := range tables {
 		t.title += ", " + o.shape.String()
 	}
-	return o.write(tables...)
+	return results, o.write(tables...)
 }

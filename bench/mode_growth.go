@@ -82,11 +82,3 @@ func (s *growthSeries) table(results []result) *table {
 	}
 	return t
 }
-
-// formatRatio formats a ratio; there is none to what is not a number.
-func formatRatio(ratio float64) string {
-	if math.IsNaN(ratio) || math.IsInf(ratio, 0) {
-		return "-"
-	}
-	return fmt.Sprintf("%.2f", ratio)
-}

@@ -86,11 +86,7 @@ func callTables(candidates []candidate, columns []column, results [][]result) []
 	}
 	ratio := func(number func(result) float64) func(i, j int) string {
 		return func(i, j int) string {
-			fastest := fastestPeer(candidates, results, j, number)
-			if fastest == 0 {
-				return "-"
-			}
-			return fmt.Sprintf("%.2f", number(results[i][j])/fastest)
+			return formatRatio(number(results[i][j]) / fastestPeer(candidates, results, j, number))
 		}
 	}
 	return []*table{
@@ -104,18 +100,23 @@ func callTables(candidates []candidate, columns []column, results [][]result) []
 	}
 }
 
-// fastestPeer returns the lowest number of a peer in a column, 0 without peers.
+// fastestPeer returns the lowest number of a peer in a column, NaN without peers.
 func fastestPeer(candidates []candidate, results [][]result, column int, number func(result) float64) float64 {
-	fastest := math.Inf(1)
+	fastest := math.NaN()
 	for i, c := range candidates {
-		if c.role == peer {
-			fastest = min(fastest, number(results[i][column]))
+		if n := number(results[i][column]); c.role == peer && (math.IsNaN(fastest) || n < fastest) {
+			fastest = n
 		}
 	}
-	if math.IsInf(fastest, 1) {
-		return 0
-	}
 	return fastest
+}
+
+// formatRatio formats a ratio; there is none to what is not a number.
+func formatRatio(ratio float64) string {
+	if math.IsNaN(ratio) || math.IsInf(ratio, 0) {
+		return "-"
+	}
+	return fmt.Sprintf("%.2f", ratio)
 }
 
 // formatTime formats nanoseconds, with three digits.
