@@ -43,10 +43,10 @@ func Example() {
 	failure := func(_ *acomm.Request, resp *acomm.Response) { answer <- resp.Error.Error() }
 	req, err := acomm.NewRequest("echo", tracker.URL().String(), "hello", success, failure)
 	if err := errors.Join(err, tracker.TrackRequest(req, time.Minute)); err != nil {
-		log.Panic(err) // not Fatal: on the way out the sockets are removed
+		log.Panic(err) // it runs the deferred Stops, which remove the sockets; Fatal does not
 	}
 	if err := acomm.Send(provider.URL(), req); err != nil {
-		tracker.RemoveRequest(req) // no response will come
+		tracker.RemoveRequest(req) // a late response is dropped
 		log.Panic(err)
 	}
 	fmt.Println(<-answer)

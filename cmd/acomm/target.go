@@ -114,7 +114,7 @@ func socketPath(text string) (string, error) {
 	case scheme != "unix":
 		return "", errors.New("PATH: serve listens only on a unix socket: use acomm gateway for HTTP and NATS")
 	case strings.ContainsAny(rest, "%?#"):
-		return "", errors.New("PATH: %, ? and # are ambiguous in a URL: write the path without unix:")
+		return "", errors.New("PATH: %, ? and # are ambiguous in a URL: write the path alone, without the scheme")
 	}
 	u, err := url.Parse(text)
 	if err == nil {
