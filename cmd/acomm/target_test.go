@@ -33,7 +33,7 @@ func TestServe_TakesAURLForThePath(t *testing.T) {
 		"unix://run/x.sock":     "unix:///run/x.sock",
 		"unix://x.sock":         "./x.sock",
 		"unix:x.sock":           "./x.sock",
-		"unix:///a%41.sock":     "without unix:",
+		"unix:///a%41.sock":     "without the scheme",
 		"http://127.0.0.1:8080": "acomm gateway",
 		"nats://127.0.0.1/x":    "acomm gateway",
 		"./d/":                  "slash",
