@@ -59,7 +59,7 @@ func (g *gateway) handleTask(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if prefersAsync(r) {
-		w.Header().Set("Location", g.results.add(result, wait+g.opts.unread))
+		w.Header().Set("Location", g.results.add(result, wait+g.opts.unread, g.leaveResponse))
 		w.Header().Set("Preference-Applied", "respond-async")
 		writeJSON(w, http.StatusAccepted, map[string]string{"id": req.ID})
 		return
@@ -75,7 +75,7 @@ func (g *gateway) handleTask(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		<-result.done
-		leaveResponse(result.resp)
+		g.leaveResponse(result.resp)
 	}
 }
 
@@ -163,7 +163,7 @@ func (g *gateway) begin(req *acomm.Request, task string, wait time.Duration, don
 		return nil, refuse(http.StatusTooManyRequests, reasonBusy, "%d requests are waiting for responses: try again later", g.opts.maxOutstanding)
 	}
 	taken := time.Now()
-	tracked, err := g.waiting.add(req.ID, wait, nil, func(resp *acomm.Response) {
+	tracked, err := g.waiting.add(req.ID, wait, g.publish, func(resp *acomm.Response) {
 		defer g.pending.Add(-1)
 		g.count(resp, task, taken)
 		done(resp)
@@ -200,7 +200,7 @@ func (g *gateway) answerTask(w http.ResponseWriter, r *http.Request, resp *acomm
 	case errors.Is(resp.Error, os.ErrDeadlineExceeded): // no error from outside does
 		writeError(w, http.StatusGatewayTimeout, resp.Error)
 	case resp.Error != nil:
-		leaveResponse(resp)
+		g.leaveResponse(resp)
 		writeError(w, http.StatusUnprocessableEntity, resp.Error)
 	case resp.StreamURL != nil:
 		published, err := g.tracker.ProxyStreamHTTPURL(resp.StreamURL)
@@ -213,6 +213,7 @@ func (g *gateway) answerTask(w http.ResponseWriter, r *http.Request, resp *acomm
 		streaming.Method, streaming.URL, streaming.Body, streaming.ContentLength = http.MethodGet, published, http.NoBody, 0
 		_ = http.NewResponseController(w).SetWriteDeadline(time.Time{}) // it takes as long as it takes
 		g.handleStream(w, streaming)
+		g.streams.told(published) // where it could not be read
 	default:
 		result := resp.Result
 		if result == nil {
@@ -226,10 +227,15 @@ func (g *gateway) answerTask(w http.ResponseWriter, r *http.Request, resp *acomm
 var nullResult = json.RawMessage("null")
 
 // leaveResponse ends the stream of a response that nobody gets.
-func leaveResponse(resp *acomm.Response) {
-	if resp.StreamURL != nil {
-		leaveStream(resp.StreamURL)
+func (g *gateway) leaveResponse(resp *acomm.Response) {
+	if resp.StreamURL == nil {
+		return
 	}
+	if published, err := g.tracker.ProxyStreamHTTPURL(resp.StreamURL); err == nil {
+		g.streams.end(streamKey(published))
+		return
+	}
+	leaveStream(resp.StreamURL)
 }
 
 func writeError(w http.ResponseWriter, status int, err error) {
@@ -267,8 +273,8 @@ type taskResults struct {
 const resultsPath = "/responses/"
 
 // add keeps a result for a time, and returns the path to fetch it from, which nobody can
-// guess.
-func (t *taskResults) add(result *taskResult, d time.Duration) string {
+// guess. A response that was not fetched by then is left.
+func (t *taskResults) add(result *taskResult, d time.Duration, leave func(*acomm.Response)) string {
 	key := rand.Text()
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -280,7 +286,7 @@ func (t *taskResults) add(result *taskResult, d time.Duration) string {
 		if left := t.take(key, nil); left != nil {
 			go func() { // ends with the request's time-out, if not before
 				<-left.done
-				leaveResponse(left.resp)
+				leave(left.resp)
 			}()
 		}
 	})

@@ -67,7 +67,9 @@ func TestGateway_StreamThatTheHookDoesNotTakeIsEndedAtOnce(t *testing.T) {
 	t.Parallel()
 	g := startGateway(t, "--timeout", "2s")
 	serveEndless(t, filepath.Join(g.dir, "zero", "1.sock"), "--unread-duration", "1h")
-	no := httptest.NewServer(http.NotFoundHandler())
+	no := httptest.NewUnstartedServer(http.NotFoundHandler())
+	no.Config.SetKeepAlivesEnabled(false) // on a connection that ends meanwhile it might have been taken
+	no.Start()
 	defer no.Close()
 	require.NoError(t, acomm.Send(g.url, gwRequest(t, "zero", no.URL, 2)))
 	g.requireStream("zero")
@@ -204,5 +206,13 @@ func TestGateway_ASecondCopyOfAResponseLeavesTheStream(t *testing.T) {
 	var got strings.Builder
 	require.NoError(t, acomm.Stream(&got, resp.StreamURL))
 	require.Equal(t, "data", got.String())
+
+	// So it is with a response that waits to be fetched.
+	answer, _ := g.task("/tasks/read", "null", "Prefer", "respond-async")
+	require.Equal(t, http.StatusAccepted, answer.StatusCode)
+	g.waitLines("nobody waits for", 2)
+	answer, body := g.task(answer.Header.Get("Location"), "")
+	require.Equal(t, http.StatusOK, answer.StatusCode)
+	require.Equal(t, "data", body)
 	g.stop()
 }
