@@ -160,6 +160,31 @@ func TestGateway_HeadersOverTheLimitAreRefused(t *testing.T) {
 }
 
 // Hazard: idle connections take all places, and a look at the health waits a minute.
+func TestLimitedListener_ClosesTheLongestIdle(t *testing.T) {
+	l := newLimitedListener(nil, 2)
+	first, firstPeer := net.Pipe()
+	second, secondPeer := net.Pipe()
+	require.True(t, l.enter())
+	require.True(t, l.enter())
+	for _, change := range []struct {
+		conn  net.Conn
+		state http.ConnState
+	}{{first, http.StateIdle}, {second, http.StateIdle}, {first, http.StateActive}, {first, http.StateIdle}} {
+		l.connState(change.conn, change.state)
+	}
+	require.False(t, l.enter(), "there is a place once it is closed")
+	require.NoError(t, secondPeer.SetReadDeadline(time.Now().Add(patience)))
+	_, err := secondPeer.Read(make([]byte, 1))
+	require.ErrorIs(t, err, io.EOF, "it is idle for longer")
+	require.False(t, l.enter(), "no other is closed for the same one")
+	require.NoError(t, firstPeer.SetReadDeadline(time.Now()))
+	_, err = firstPeer.Read(make([]byte, 1))
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+	l.connState(second, http.StateClosed)
+	require.True(t, l.enter())
+	require.NoError(t, first.Close())
+}
+
 func TestGateway_LongestIdleConnectionGivesItsPlaceToANewOne(t *testing.T) {
 	t.Parallel()
 	g := startGateway(t, "--max-connections", "3")
@@ -184,15 +209,24 @@ func TestGateway_LongestIdleConnectionGivesItsPlaceToANewOne(t *testing.T) {
 		_, _ = io.Copy(io.Discard, answer.Body)
 		_ = answer.Body.Close()
 	}
-	for i := range 2 { // in their order
-		_, err := idle[i].Read(make([]byte, 1))
-		require.ErrorIs(t, err, io.EOF)
+	// Two of the first three were closed. Which, is for the next test: the server notes
+	// that one is idle a moment after its client could see it.
+	closed := make(chan error, 3)
+	for _, conn := range idle[:3] {
+		go func() { // ends with its connection, or with the answer below
+			_, err := conn.Read(make([]byte, 1))
+			closed <- err
+		}()
 	}
-	for i := 2; i < 4; i++ {
-		answer := ask(idle[i], "/healthz")
-		_, _ = io.Copy(io.Discard, answer.Body)
-		_ = answer.Body.Close()
+	require.ErrorIs(t, gwWithin(t, closed), io.EOF)
+	require.ErrorIs(t, gwWithin(t, closed), io.EOF)
+	for _, conn := range idle[:3] {
+		_, _ = io.WriteString(conn, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
 	}
+	require.NoError(t, gwWithin(t, closed), "the third is served")
+	answer := ask(idle[3], "/healthz")
+	_, _ = io.Copy(io.Discard, answer.Body)
+	_ = answer.Body.Close()
 	go func() { _, _ = io.WriteString(w, "b"); _ = w.Close() }()
 	got, err := io.ReadAll(reading.Body)
 	require.NoError(t, err, "one that is in use stays")
