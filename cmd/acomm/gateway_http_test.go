@@ -172,8 +172,8 @@ func TestLimitedListener_ClosesTheLongestIdle(t *testing.T) {
 	}{{first, http.StateIdle}, {second, http.StateIdle}, {first, http.StateActive}, {first, http.StateIdle}} {
 		l.connState(change.conn, change.state)
 	}
-	require.False(t, l.enter(), "there is a place once it is closed")
 	require.NoError(t, secondPeer.SetReadDeadline(time.Now().Add(patience)))
+	require.False(t, l.enter(), "there is a place once it is closed")
 	_, err := secondPeer.Read(make([]byte, 1))
 	require.ErrorIs(t, err, io.EOF, "it is idle for longer")
 	require.False(t, l.enter(), "no other is closed for the same one")
