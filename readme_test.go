@@ -22,9 +22,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
-	"time"
 
 	"github.com/mistifyio/acomm"
 	"github.com/stretchr/testify/require"
@@ -193,21 +191,49 @@ func main() {
 	require.Equal(t, "2 3 5 <nil>\n6\n", runGo(t, append([]string{"run"}, files...)...))
 }
 
-// Its coordinator runs as a process, between a provider and a requester.
+// Its coordinator runs as a process, between a provider and a requester. It serves on a
+// listener of this process: so nobody else takes the port, and it can be connected to
+// before it has started.
 func TestReadme_CoordinatorForwardsBothWays(t *testing.T) {
-	free, err := net.Listen("tcp", "127.0.0.1:0")
+	front, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
-	address := free.Addr().(*net.TCPAddr)
-	require.NoError(t, free.Close())
+	defer front.Close()
+	address := front.Addr().(*net.TCPAddr)
+	inherited, err := front.(*net.TCPListener).File()
+	require.NoError(t, err)
+	defer inherited.Close()
 	socket := filepath.Join(shortDir(t), "wc.sock")
 	source := readmeCode(t, "func (c *coordinator) forward(")
-	for old, replacement := range map[string]string{"127.0.0.1:8080": address.String(), "/tmp/tasks/wc/1.sock": socket} {
+	for old, replacement := range map[string]string{
+		"127.0.0.1:8080": address.String(), "/tmp/tasks/wc/1.sock": socket,
+		"http.ListenAndServe(streams.Host, nil)": "http.Serve(inherited(), nil)",
+	} {
 		require.Equal(t, 1, strings.Count(source, old), old)
 		source = strings.Replace(source, old, replacement, 1)
 	}
-	binary := filepath.Join(t.TempDir(), "coordinator")
-	runGo(t, "build", "-o", binary, goFile(t, source))
+	dir := t.TempDir()
+	files := []string{filepath.Join(dir, "coordinator.go"), filepath.Join(dir, "inherited.go")}
+	require.NoError(t, os.WriteFile(files[0], []byte(source), 0o600))
+	require.NoError(t, os.WriteFile(files[1], []byte(`
+package main
+
+import (
+	"net"
+	"os"
+)
+
+func inherited() net.Listener {
+	l, err := net.FileListener(os.NewFile(3, "front"))
+	if err != nil {
+		panic(err)
+	}
+	return l
+}
+`), 0o600))
+	binary := filepath.Join(dir, "coordinator")
+	runGo(t, append([]string{"build", "-o", binary}, files...)...)
 	coordinator := exec.CommandContext(t.Context(), binary)
+	coordinator.ExtraFiles = []*os.File{inherited}
 	coordinator.Env = append(os.Environ(), "TMPDIR="+shortDir(t)) // it is killed, and its directory stays
 	require.NoError(t, coordinator.Start())
 	defer func() { // by the time of t.Cleanup the context has ended
@@ -240,15 +266,10 @@ func TestReadme_CoordinatorForwardsBothWays(t *testing.T) {
 	}))
 	defer hook.Close()
 
-	front := &url.URL{Scheme: "http", Host: address.String(), Path: "/"}
+	requests := &url.URL{Scheme: "http", Host: address.String(), Path: "/"}
 	req, err := acomm.NewRequest("wc", hook.URL, "text", nil, nil)
 	require.NoError(t, err)
-	began := time.Now()
-	for err = acomm.Send(front, req); errors.Is(err, syscall.ECONNREFUSED); err = acomm.Send(front, req) {
-		require.Less(t, time.Since(began), patience, "it does not listen")
-		time.Sleep(time.Millisecond) // until the process does
-	}
-	require.NoError(t, err)
+	require.NoError(t, acomm.Send(requests, req))
 	resp := within(t, responses, "the response")
 	require.Equal(t, req.ID, resp.ID)
 	require.JSONEq(t, `"text"`, string(*resp.Result))
@@ -258,8 +279,8 @@ func TestReadme_CoordinatorForwardsBothWays(t *testing.T) {
 	require.Equal(t, "the data", data.String())
 
 	req.Task = "other"
-	require.EqualError(t, acomm.Send(front, req), `nobody provides the task "other"`)
-	resp2, err := http.Get(front.String())
+	require.EqualError(t, acomm.Send(requests, req), `nobody provides the task "other"`)
+	resp2, err := http.Get(requests.String())
 	require.NoError(t, err)
 	require.NoError(t, resp2.Body.Close())
 	require.Equal(t, http.StatusMethodNotAllowed, resp2.StatusCode)

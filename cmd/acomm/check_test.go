@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -344,6 +345,9 @@ func TestCheck_EachFaultIsSeen(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			if test.peer.writesTwice && runtime.GOOS != "linux" {
+				t.Skip("the system does not tell when the header was read")
+			}
 			args := []string{"--of-2016"} // which is quicker
 			if test.peer.readsOnce || test.peer.ignoresLimit {
 				args = nil
