@@ -50,61 +50,9 @@ func main() {
 }
 
 func run(args []string, stdout, stderr io.Writer) error {
-	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
-	flags.SetOutput(stderr)
-	var (
-		benchtime = flags.Duration("benchtime", time.Second, "duration of a turn, which measures one candidate in one column")
-		rounds    = flags.Int("rounds", 5, "turns of each candidate in each column; the tables show the median")
-		only      = flags.String("only", "", "candidates of the calls, comma-separated: "+listOf(candidates, func(c candidate) string { return c.name })+"; empty for all")
-		cols      = flags.String("columns", "", "sizes and callers, comma-separated, such as 128B/1,16KiB/64; empty for 128B, 16KiB and 1MiB by 1 and 64")
-		shapeList = flags.String("shape", "text", "data of the calls, comma-separated: text, rows, tree")
-		modeList  = flags.String("mode", "calls", "measurements, comma-separated: "+listOf(modes, func(m mode) string { return m.name })+"; or all")
-		requests  = flags.Int("requests", 1_000_000, "outstanding requests in the mode tracking")
-		markdown  = flags.Bool("markdown", false, "write the tables in markdown")
-		svg       = flags.String("svg", "", "SVG `file` for a chart of the mode calls: wall times as ratios to the fastest peer; empty for none")
-		quiet     = flags.Bool("quiet", false, "write no progress to stderr")
-	)
-	if err := flags.Parse(args); err != nil {
-		return err
-	}
-	switch {
-	case flags.NArg() > 0:
-		return fmt.Errorf("argument %q: bench takes flags only, see -help", flags.Arg(0))
-	case *rounds < 1:
-		return fmt.Errorf("-rounds %d: at least 1 is needed", *rounds)
-	case *requests < 1:
-		return fmt.Errorf("-requests %d: at least 1 is needed", *requests)
-	}
-	o := options{
-		runner:   runner{benchtime: *benchtime, rounds: *rounds, patience: time.Minute},
-		growth:   fullGrowth,
-		waits:    fullWaits,
-		bursts:   forwardBursts,
-		requests: *requests,
-		markdown: *markdown,
-		svg:      *svg,
-		out:      stdout,
-	}
-	if !*quiet {
-		o.progress = func(text string) { fmt.Fprintln(stderr, text) }
-	}
-	selected, err := selectModes(*modeList)
+	o, selected, err := parse(args, stdout, stderr)
 	if err != nil {
 		return err
-	}
-	if o.candidates, err = selectCandidates(*only); err != nil {
-		return err
-	}
-	if o.columns, err = parseColumns(*cols); err != nil {
-		return err
-	}
-	if o.shapes, err = parseShapes(*shapeList); err != nil {
-		return err
-	}
-	if o.svg != "" {
-		if err := checkChart(o, selected); err != nil {
-			return fmt.Errorf("-svg: %w", err)
-		}
 	}
 	if err := o.write(header(o.runner)); err != nil {
 		return err
@@ -118,6 +66,66 @@ func run(args []string, stdout, stderr io.Writer) error {
 	end := &table{title: "During the run", head: []string{"", "used"}, words: true}
 	end.add("other processes", others())
 	return o.write(end)
+}
+
+// parse returns what the arguments ask for. All of them are checked before anything is
+// measured.
+func parse(args []string, stdout, stderr io.Writer) (o options, selected []mode, err error) {
+	o = options{
+		runner: runner{patience: time.Minute}, growth: fullGrowth, waits: fullWaits, bursts: forwardBursts, out: stdout,
+	}
+	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	flags.DurationVar(&o.benchtime, "benchtime", time.Second, "duration of a turn, which measures one candidate in one column")
+	flags.IntVar(&o.rounds, "rounds", 5, "turns of each candidate in each column; the tables show the median")
+	flags.IntVar(&o.requests, "requests", 1_000_000, "outstanding requests in the mode tracking")
+	flags.BoolVar(&o.markdown, "markdown", false, "write the tables in markdown")
+	flags.StringVar(&o.svg, "svg", "", "SVG `file` for a chart of the mode calls: wall times as ratios to the fastest peer; empty for none")
+	quiet := flags.Bool("quiet", false, "write no progress to stderr")
+	only := flags.String("only", "", "candidates of the calls, comma-separated: "+listOf(candidates, func(c candidate) string { return c.name })+"; empty for all")
+	cols := flags.String("columns", "", "sizes and callers, comma-separated, such as 128B/1,16KiB/64; empty for 128B, 16KiB and 1MiB by 1 and 64")
+	shapeList := flags.String("shape", "text", "data of the calls, comma-separated: text, rows, tree")
+	modeList := flags.String("mode", "calls", "measurements, comma-separated: "+listOf(modes, func(m mode) string { return m.name })+"; or all")
+	if err := flags.Parse(args); err != nil {
+		return o, nil, err
+	}
+	if !*quiet {
+		o.progress = func(text string) { fmt.Fprintln(stderr, text) }
+	}
+	if err := o.check(flags.Args()); err != nil {
+		return o, nil, err
+	}
+	if selected, err = selectModes(*modeList); err != nil {
+		return o, nil, err
+	}
+	if o.candidates, err = selectCandidates(*only); err != nil {
+		return o, nil, err
+	}
+	if o.columns, err = parseColumns(*cols); err != nil {
+		return o, nil, err
+	}
+	if o.shapes, err = parseShapes(*shapeList); err != nil {
+		return o, nil, err
+	}
+	if o.svg != "" {
+		if err := checkChart(o, selected); err != nil {
+			return o, nil, fmt.Errorf("-svg: %w", err)
+		}
+	}
+	return o, selected, nil
+}
+
+// check returns an error for what no run can be made with.
+func (o options) check(args []string) error {
+	switch {
+	case len(args) > 0:
+		return fmt.Errorf("argument %q: bench takes flags only, see -help", args[0])
+	case o.rounds < 1:
+		return fmt.Errorf("-rounds %d: at least 1 is needed", o.rounds)
+	case o.requests < 1:
+		return fmt.Errorf("-requests %d: at least 1 is needed", o.requests)
+	}
+	return nil
 }
 
 // listOf returns the names of the things, with commas.
