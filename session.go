@@ -185,7 +185,7 @@ func (s *session) handle() error {
 		c.outcome <- c.answered // after unlocking: the goroutine that it wakes may need mu next
 	}
 	if len(s.arrived) > 0 && !f.queue.add(s.arrived) {
-		s.abandon()
+		f.abort() // here, while they are pending: the peer is told that they are not served
 	}
 	clear(s.arrived)
 	clear(s.answered)
@@ -352,8 +352,10 @@ func (s *session) decideFeedLocked(e *endings) {
 	e.noMore = !x.adding && !x.toldNoMore
 	x.toldNoMore = x.toldNoMore || e.noMore
 	written := s.out.written >= x.end || s.out.err != nil || x.graceOver || s.closed
-	// If the connection is about to close, Stop waits for that as well.
-	e.left = x.state == halfClosed && written && (s.calls.state != halfClosed || s.over)
+	// If the connection is about to close, Stop waits for that as well, but not for a peer
+	// that has let the grace pass.
+	closes := s.calls.state == halfClosed && !(s.opened && x.graceOver)
+	e.left = x.state == halfClosed && written && (!closes || s.over)
 	switch {
 	case e.left:
 		x.feed = nil
@@ -373,10 +375,10 @@ func (s *session) decideCloseLocked() bool {
 	written := s.out.unwritten() == 0
 	switch {
 	case s.calls.state != halfClosed || s.exchanges.state != halfClosed || s.ending || s.closed:
-	case !s.opened && (written || s.exchanges.graceOver):
+	case !s.opened && (written || s.exchanges.graceOver), s.opened && s.out.err != nil:
 		s.ending = true
 		return true
-	case s.opened && !s.closing && s.out.err == nil && written:
+	case s.opened && !s.closing && written:
 		s.closing = true
 		s.out.addCopy(frameStop, firstMessage-1, nil)
 		s.closer = time.AfterFunc(sessionCloseTimeout, s.end)

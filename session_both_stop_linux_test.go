@@ -3,6 +3,7 @@ package acomm_test
 import (
 	"context"
 	"encoding/json"
+	"net"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -228,4 +229,25 @@ func TestSessionBoth_AfterAStopTheNextConnectionCarriesBoth(t *testing.T) {
 		require.NoError(t, acomm.Send(h.URL(), note{ID: 1}), "another way")
 	}
 	require.Equal(t, 3, h.handled(1))
+}
+
+// Hazard: a listener whose messages came on a session that its process had opened waited
+// with its Stop until the peer took what was to be written, up to a minute.
+func TestSessionBoth_AStalledPeerDelaysStopByTheGraceOnly(t *testing.T) {
+	for name, isOver := range map[string]bool{"calls go on": false, "calls are over": true} {
+		t.Run(name, func(t *testing.T) {
+			big := strings.Repeat("x", 1<<20)
+			b := newRawB(t, map[string]handling{"big": func(conn net.Conn, _ note) {
+				_ = acomm.SendConnData(conn, map[string]string{"error": "", "more": big})
+			}})
+			b.target(t)
+			if isOver {
+				b.l.write(b.x, rawFrame(frameStop, 0, 0, "")) // A sends nothing more on X
+			}
+			writeMessage(t, b.x, 1, `{"id":1,"how":"big"}`)
+			await(t, "the handler", func() bool { return b.s.handled(1) == 1 })
+			within(t, async(func() { b.s.Stop(moment) }), "Stop") // a minute, if it waits for the peer
+			require.NoError(t, b.x.Close())
+		})
+	}
 }

@@ -136,10 +136,22 @@ func (s *session) retarget(to fileID) error {
 	}
 	f := s.serveLocked(queue, local, remote)
 	s.unlock()
-	if !queue.join(f) {
-		f.drain()
-	}
+	f.join()
 	return nil
+}
+
+// join lets the acceptQueue know of the feed, which has begun. The caller is the reader.
+func (f *feed) join() {
+	if !f.queue.join(f) {
+		f.drain()
+		return
+	}
+	f.session.mu.Lock()
+	over := f.session.exchanges.feed != f
+	f.session.mu.Unlock()
+	if over { // by finish, say, and the acceptQueue was told before it knew of the feed
+		f.queue.left(f)
+	}
 }
 
 // serving returns the acceptQueue that messages go to, and the addresses of their sender;
@@ -225,15 +237,6 @@ func (x *exchanges) stopGraceLocked() {
 		x.grace.Stop()
 		x.grace = nil
 	}
-}
-
-// abandon ends the exchanges that an aborted acceptQueue has refused.
-func (s *session) abandon() {
-	s.mu.Lock()
-	for _, conn := range s.arrived {
-		conn.(*exchange).endLocked()
-	}
-	s.unlock()
 }
 
 // abandonLocked ends all exchanges, without answers: the connection can't carry any.

@@ -3,6 +3,7 @@ package acomm
 import (
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"runtime"
 	"testing"
@@ -206,4 +207,103 @@ func TestSession_EndsAfterAllIsWritten(t *testing.T) {
 	require.NoError(t, peer.Close())
 	<-s.ended
 	<-reading
+}
+
+// Hazard: the session finished between the beginning of a feed and its joining, so the
+// queue was told of an end first and of a beginning then: a Stop waited for ever.
+func TestFeed_ThatHasEndedDoesNotStayInTheQueue(t *testing.T) {
+	q := newTestQueue(t)
+	s, peer := pairedSession(t)
+	s.mu.Lock()
+	s.timer = time.AfterFunc(time.Hour, s.checkIdle)
+	f := s.serveLocked(q, peer.LocalAddr(), peer.RemoteAddr())
+	s.calls.pending[1] = &call{outcome: make(chan outcome, 1)} // so the connection stays
+	s.unlock()
+	require.False(t, s.finish())
+	f.join()
+	require.Empty(t, q.sessions)
+	require.NoError(t, peer.Close())
+	s.read()
+}
+
+// Hazard: the reader had read a message that the listener was to serve when it aborted,
+// and the peer was told nothing else: its Send failed, where the message was not served.
+func TestFeed_MessagesThatTheQueueRefusesAreSaidNotToBeServed(t *testing.T) {
+	q := newTestQueue(t)
+	s, peer := pairedSession(t)
+	s.mu.Lock()
+	f := s.serveLocked(q, peer.LocalAddr(), peer.RemoteAddr())
+	s.unlock()
+	require.True(t, q.join(f))
+	sessions := q.stop(true) // as abort begins
+	frame := sessionFrameOf(frameMessage, 1, []byte("{}"))
+	s.in.added(copy(s.in.space(), frame))
+	require.NoError(t, s.handle())
+	for _, each := range sessions { // and goes on
+		each.abort()
+	}
+	s.uncork()
+	want := append(ownGreeting(), sessionFrameOf(frameStop, 1, nil)...)
+	want = append(want, sessionFrameOf(frameStop, 0, nil)...)
+	got := make([]byte, len(want))
+	require.NoError(t, peer.SetReadDeadline(time.Now().Add(10*time.Second)))
+	n, _ := io.ReadFull(peer, got)
+	require.Equal(t, want, got[:n])
+	require.False(t, q.add([]net.Conn{peer}), "nothing is handed out any more")
+	s.mu.Lock()
+	require.Zero(t, s.out.unwritten())
+	s.exchanges.stopGraceLocked()
+	s.mu.Unlock()
+	require.NoError(t, peer.Close())
+	require.NoError(t, s.conn.Close())
+}
+
+func TestAcceptQueue_NoSessionJoinsAfterTheLastConnection(t *testing.T) {
+	q := newTestQueue(t)
+	f := &feed{queue: q}
+	require.True(t, q.join(f))
+	q.left(f)
+	q.close()
+	require.False(t, q.join(f))
+}
+
+// Hazard: after a cancel another target was named, and the late answer was taken for that
+// of a new message: an acknowledgement of what nobody had read.
+func TestSession_NoOtherTargetIsNamedAfterACancel(t *testing.T) {
+	for _, cancel := range []bool{false, true} {
+		q := newTestQueue(t)
+		s, peer := pairedSession(t)
+		s.opened = false
+		s.mu.Lock()
+		s.calls = calls{}
+		s.serveLocked(q, peer.LocalAddr(), peer.RemoteAddr())
+		s.unlock()
+		require.True(t, s.carry(fileID{inode: 1}))
+		if cancel {
+			o := s.call(time.Now(), fileID{inode: 1}, append(make([]byte, sessionHeaderSize), "{}"...))
+			require.ErrorIs(t, o.err, os.ErrDeadlineExceeded)
+		}
+		s.mu.Lock()
+		require.NoError(t, s.stopLocked(s.calls.last))
+		s.unlock()
+		require.Equal(t, !cancel, s.mayCarry())
+		require.NoError(t, peer.Close())
+		require.NoError(t, s.conn.Close())
+	}
+}
+
+// Hazard: the second stop of a listener that aborts counted as a refusal, and after a few
+// of them nothing travelled on that session any more.
+func TestSession_OnlyAStopBeforeAnyMessageIsARefusal(t *testing.T) {
+	for want, stops := range map[bool][]uint32{true: {0}, false: {1, 0}} {
+		s, peer := pairedSession(t)
+		s.mu.Lock()
+		for _, number := range stops {
+			require.NoError(t, s.stopLocked(number))
+		}
+		require.Equal(t, want, s.calls.refused)
+		s.mu.Unlock()
+		require.NoError(t, peer.Close())
+		require.NoError(t, s.conn.Close())
+	}
 }

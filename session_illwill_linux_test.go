@@ -187,3 +187,15 @@ func TestSession_SendersOfIllWillDoNoHarm(t *testing.T) {
 		within(t, s.served, "the end of serving")
 	})
 }
+
+// Hazard: where a write had failed, the session stayed until the peer closed: for ever.
+func TestSession_PeerThatNeitherReadsNorClosesKeepsNoSession(t *testing.T) {
+	setIdleTimeout(t, 50*time.Millisecond)
+	l := newRawListener(t)
+	x := l.open()
+	require.NoError(t, x.(*net.UnixConn).CloseRead())
+	sent := sendAsync(l.addr, note{ID: 2}) // its write fails
+	l.serveAlone()
+	require.NoError(t, within(t, sent, "the message on a connection of its own"))
+	await(t, "the end of the session", func() bool { return acomm.SessionTo("").Opened == 0 })
+}
