@@ -77,9 +77,12 @@ func (s *service) respond(req *acomm.Request, resp *acomm.Response) error {
 	return s.retry("send the response", req, isShortage, func() error { return req.Respond(resp) })
 }
 
-// respondLater is respond for a request that holds nothing any more. It also tries again
-// where, over HTTP, there is no connection to the hook, unless the service is to end.
-func (s *service) respondLater(req *acomm.Request, resp *acomm.Response) error {
+// respondLater is respond for a request whose program has ended. It also tries again
+// where, over HTTP, there is no connection to the hook, unless the service is to end. The
+// first try takes the room that the request has, so that no result waits behind requests
+// that came later, and calls leave, which gives it back; nil: it has none. The others
+// take some for as long as they last: a hook that is away would keep all room.
+func (s *service) respondLater(req *acomm.Request, resp *acomm.Response, leave func()) error {
 	overHTTP := req.ResponseHook.Scheme != "unix"
 	passes := func(err error) bool {
 		if isShortage(err) {
@@ -93,8 +96,11 @@ func (s *service) respondLater(req *acomm.Request, resp *acomm.Response) error {
 		}
 	}
 	return s.retry("send the response", req, passes, func() error {
-		s.room <- struct{}{} // not while it waits: a hook that is away would keep all room
-		defer func() { <-s.room }()
+		if leave == nil {
+			s.room <- struct{}{}
+			leave = func() { <-s.room }
+		}
+		defer func() { leave(); leave = nil }()
 		return req.Respond(resp)
 	})
 }

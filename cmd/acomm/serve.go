@@ -257,12 +257,12 @@ func (s *service) serve(listener *acomm.UnixListener) {
 		working.Go(func() {
 			req, err := s.receive(listener, conn)
 			if err != nil {
-				logrus.Warn(printable(err.Error()))
+				logrus.Warn(shorten(printable(err.Error())))
 				return
 			}
 			defer s.acknowledged.Add(-1)
 			if err := s.answer(req); err != nil {
-				logOf(req).Warn(printable(err.Error()))
+				logOf(req).Warn(shorten(printable(err.Error())))
 			}
 		})
 	}
@@ -312,10 +312,10 @@ func (s *service) accept(req *acomm.Request) error {
 
 // answer does the task when it is its turn, and sends the response.
 func (s *service) answer(req *acomm.Request) error {
+	s.waiting.Add(1)
 	s.room <- struct{}{}
 	leave := sync.OnceFunc(func() { <-s.room })
 	defer leave()
-	s.waiting.Add(1)
 	s.slots <- struct{}{}
 	s.waiting.Add(-1)
 	release := sync.OnceFunc(func() { <-s.slots })
@@ -326,7 +326,7 @@ func (s *service) answer(req *acomm.Request) error {
 	if s.stream {
 		failed, err = s.answerStream(req, release)
 	} else {
-		failed, err = s.answerResult(req, func() { release(); leave() })
+		failed, err = s.answerResult(req, release, leave)
 	}
 	if err != nil {
 		return fmt.Errorf("respond to request: %w", sendError(req.ResponseHook, err))
@@ -340,9 +340,9 @@ func (s *service) answer(req *acomm.Request) error {
 	return nil
 }
 
-// answerResult does a task whose output is the result, and calls release when the program
-// has ended.
-func (s *service) answerResult(req *acomm.Request, release func()) (failed, err error) {
+// answerResult does a task whose output is the result. It calls release when the program
+// has ended, and leave when the response was tried to be sent.
+func (s *service) answerResult(req *acomm.Request, release, leave func()) (failed, err error) {
 	result, failed := s.runProgram(req)
 	release()
 	resp := &acomm.Response{ID: req.ID, Error: failed}
@@ -351,7 +351,7 @@ func (s *service) answerResult(req *acomm.Request, release func()) (failed, err 
 			return nil, err
 		}
 	}
-	return failed, s.deliver(req, resp)
+	return failed, s.deliver(req, resp, leave)
 }
 
 // answerStream does a task whose output is a stream, and returns when that has
@@ -408,11 +408,11 @@ func (s *service) answerStream(req *acomm.Request, release func()) (failed, err 
 	return nil, nil
 }
 
-// deliver sends the response, or that it is too large.
-func (s *service) deliver(req *acomm.Request, resp *acomm.Response) error {
-	err := s.respondLater(req, resp)
+// deliver sends the response, or that it is too large. It calls leave after the first try.
+func (s *service) deliver(req *acomm.Request, resp *acomm.Response, leave func()) error {
+	err := s.respondLater(req, resp, leave)
 	if isTooLarge(req.ResponseHook, resp, err) {
-		err = s.respondLater(req, tooLarge(resp))
+		err = s.respondLater(req, tooLarge(resp), nil)
 	}
 	return err
 }
@@ -446,5 +446,5 @@ func (s *service) say(req *acomm.Request, format string, args ...any) {
 
 // logOf logs about a request.
 func logOf(req *acomm.Request) *logrus.Entry {
-	return logrus.WithFields(logrus.Fields{"id": printable(req.ID), "task": printable(req.Task)})
+	return logrus.WithFields(logrus.Fields{"id": shorten(printable(req.ID)), "task": shorten(printable(req.Task))})
 }

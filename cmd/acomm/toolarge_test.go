@@ -27,7 +27,7 @@ func TestServe_HookWithALargeAnswerIsSentOne(t *testing.T) {
 	hook, err := url.Parse(server.URL)
 	require.NoError(t, err)
 	raw := json.RawMessage(`1`)
-	err = (&service{room: make(chan struct{}, 1)}).deliver(&acomm.Request{ID: "1", ResponseHook: hook}, &acomm.Response{ID: "1", Result: &raw})
+	err = (&service{room: make(chan struct{}, 1)}).deliver(&acomm.Request{ID: "1", ResponseHook: hook}, &acomm.Response{ID: "1", Result: &raw}, nil)
 	require.ErrorIs(t, err, syscall.EMSGSIZE)
 	require.EqualValues(t, 1, posts.Load())
 }
