@@ -209,8 +209,8 @@ func (c *call) parse(words []string, stdin io.Reader) (err error) {
 	if c.timeout <= 0 {
 		return fmt.Errorf("--timeout %v is not positive", c.timeout)
 	}
-	if c.client.isUsed() && c.target.Scheme != "http" && c.target.Scheme != "https" {
-		return errors.New("--cacert, --cert, --key, --token-file and --header are for http and https")
+	if err := c.client.check(c.target); err != nil {
+		return err
 	}
 	if c.json && c.raw {
 		return errors.New("--json and --raw can't be used together")

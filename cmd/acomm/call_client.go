@@ -32,6 +32,14 @@ func (c *httpClient) isUsed() bool {
 	return c.cacert != "" || c.cert != "" || c.key != "" || c.tokenFile != "" || len(c.headers) > 0
 }
 
+// check returns an error if the URL's scheme has no use for it.
+func (c *httpClient) check(target *url.URL) error {
+	if c.isUsed() && target.Scheme != "http" && target.Scheme != "https" {
+		return errors.New("--cacert, --cert, --key, --token-file and --header are for http and https")
+	}
+	return nil
+}
+
 // transport returns a transport that does so, for requests to the host of the URL and no
 // other: a stream may be elsewhere, and a redirect may lead there.
 func (c *httpClient) transport(target *url.URL) (http.RoundTripper, error) {

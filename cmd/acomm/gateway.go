@@ -59,8 +59,9 @@ POST /tasks/TASK
          ending
     504  no response in time
   400, 403, 405, 408, 413 and 429 are as for POST /.
-  With the header "Prefer: respond-async" the answer is 202 at once. Fetch the
-  response with GET from its Location. A GET without a response yet is
+  The answer has the bytes of a stream, but not the result beside it.
+  With the header "Prefer: respond-async" the answer is 202 within a second.
+  Fetch the response with GET from its Location. A GET without a response yet is
   answered with 202; ?wait=30s makes it wait. A response can be fetched once,
   until the time to wait for it plus --unread-duration has passed. At most
   --max-outstanding responses are kept; then such a request gets 429.
@@ -96,6 +97,7 @@ these flags:
                          time. /healthz and /stream need no token: the URL of
                          a stream is a secret itself.
 SIGHUP makes the gateway read these files again; it does not end the gateway.
+Connections that are open stay, also those of clients of another --client-ca.
 If a file can't be used, the old contents stay in use. --listen unix:PATH
 serves HTTP on a socket with the mode --listen-mode, for a proxy on this
 machine.
@@ -189,7 +191,8 @@ gateway does not see, and responses that come after the time-out.
 
 SIGNALS
 On SIGTERM, SIGINT or SIGHUP the gateway takes no more requests. It waits for
-the outstanding responses, for at most --timeout plus --hook-timeout. Then it
+the outstanding responses, for at most --timeout plus --hook-timeout. It waits
+for responses that are to be fetched, for at most --unread-duration. Then it
 waits for streams and other HTTP exchanges, and ends with status 0. It cuts
 off a stream that has not moved for 10 seconds.
 

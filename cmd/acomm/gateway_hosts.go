@@ -79,7 +79,7 @@ func isHost(text string) bool {
 
 // onlyNamed refuses requests for other names.
 func (g *gateway) onlyNamed(h http.Handler) http.Handler {
-	other := g.bounded(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	other := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		refused := refuse(http.StatusForbidden, reasonInvalid,
 			"the host %.256q is not a name of this gateway: add it with the gateway's flag --allow-host", r.Host)
 		if r.URL.Path == "/" {
@@ -87,7 +87,7 @@ func (g *gateway) onlyNamed(h http.Handler) http.Handler {
 		}
 		w.Header().Set("Connection", "close") // the body is not read
 		answer(w, "", refused)
-	}))
+	})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !g.hosts.serves(r) {
 			other.ServeHTTP(w, r)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/mistifyio/acomm"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/time/rate"
 )
 
 const (
@@ -36,13 +37,13 @@ var defaultHTTPTimeouts = httpTimeouts{body: time.Minute, answer: 2 * time.Minut
 // as long as it takes. ConnState belongs to the listener.
 func (g *gateway) newServer(front *limitedListener, errorLog io.Writer) *http.Server {
 	mux := http.NewServeMux()
-	mux.Handle("/{$}", g.bounded(http.HandlerFunc(g.handleRequest)))
-	mux.Handle("/tasks", g.bounded(http.HandlerFunc(g.handleTasks)))
-	mux.Handle("/tasks/{task}", g.bounded(http.HandlerFunc(g.handleTask)))
-	mux.Handle(resultsPath+"{key}", g.bounded(http.HandlerFunc(g.handleResult)))
+	mux.HandleFunc("/{$}", g.handleRequest)
+	mux.HandleFunc("/tasks", g.handleTasks)
+	mux.HandleFunc("/tasks/{task}", g.handleTask)
+	mux.HandleFunc(resultsPath+"{key}", g.handleResult)
 	mux.HandleFunc("/stream", g.handleStream)
-	mux.Handle("/healthz", g.bounded(http.HandlerFunc(g.handleHealth)))
-	mux.Handle("/metrics", g.bounded(g.metrics.handler()))
+	mux.HandleFunc("/healthz", g.handleHealth)
+	mux.Handle("/metrics", g.metrics.handler())
 	sameOrigin := http.NewCrossOriginProtection()
 	sameOrigin.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		r := refuse(http.StatusForbidden, reasonInvalid, "requests from web pages of other sites are refused")
@@ -50,25 +51,40 @@ func (g *gateway) newServer(front *limitedListener, errorLog io.Writer) *http.Se
 		answer(w, "", r)
 	}))
 	return &http.Server{
-		Handler:           g.onlyNamed(g.access.onlyWithToken(g, sameOrigin.Handler(mux))),
+		Handler:           g.bounded(g.onlyNamed(g.access.onlyWithToken(g, sameOrigin.Handler(mux)))),
 		ReadHeaderTimeout: headerTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    int(g.opts.maxHeader),
 		ConnState:         front.connState,
-		ErrorLog:          log.New(errorLog, "", 0),
+		ErrorLog:          log.New(&limitedLog{errorLog, g.lines}, "", 0), // of strangers, too
 	}
 }
 
-// bounded gives the client a time to send what it has announced, which net/http
-// reads even if the handler does not, and to take the answer in. The next request
-// on the connection sets its own; a stream has none.
+// bounded gives the client a time to send what it has announced, which net/http reads
+// even if the handler does not, and to take the answer in: whatever is asked for, and
+// whoever is refused. The next request on the connection sets its own; a stream has none.
 func (g *gateway) bounded(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		control := http.NewResponseController(w)
-		_ = control.SetReadDeadline(time.Now().Add(g.timeouts.body)) // only a test's recorder can't
+		if r.ContentLength != 0 { // else a handler that waits would seem to have lost its client by then
+			_ = control.SetReadDeadline(time.Now().Add(g.timeouts.body)) // only a test's recorder can't
+		}
 		_ = control.SetWriteDeadline(time.Now().Add(g.timeouts.answer))
 		h.ServeHTTP(w, r)
 	})
+}
+
+// limitedLog passes on so many lines and drops the others.
+type limitedLog struct {
+	io.Writer
+	lines *rate.Limiter
+}
+
+func (l *limitedLog) Write(p []byte) (int, error) {
+	if !l.lines.Allow() {
+		return len(p), nil
+	}
+	return l.Writer.Write(p)
 }
 
 // handleRequest takes a request over HTTP. As on a unix socket, the answer is a
@@ -166,9 +182,7 @@ func answer(w http.ResponseWriter, id string, r *refusal) {
 // silent or its client takes nothing.
 func (g *gateway) handleStream(w http.ResponseWriter, r *http.Request) {
 	control := http.NewResponseController(w)
-	if r.ContentLength != 0 { // refused, but net/http reads it
-		_ = control.SetReadDeadline(time.Now().Add(g.timeouts.body))
-	}
+	_ = control.SetWriteDeadline(time.Time{})
 	ctx, cancel := context.WithCancel(r.Context())
 	moving := &movingWriter{w, newMovement(), func() { g.streams.claimed(r.URL) }}
 	done := make(chan struct{})

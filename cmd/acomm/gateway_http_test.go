@@ -6,7 +6,9 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -95,16 +97,31 @@ func TestGateway_PlaceOfABrokenConnectionIsFreeAgain(t *testing.T) {
 // startHTTP serves the HTTP front alone, with time-outs of the test's own.
 func startHTTP(t *testing.T, timeouts httpTimeouts) (addr string) {
 	t.Helper()
+	_, addr = startHTTPWith(t, timeouts, &gatewayOptions{})
+	return addr
+}
+
+// startHTTPWith also takes options, and returns the gateway. It has no sockets: the test
+// hands it the responses of its providers.
+func startHTTPWith(t *testing.T, timeouts httpTimeouts, opts *gatewayOptions) (*gateway, string) {
+	t.Helper()
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
-	g := &gateway{opts: &gatewayOptions{maxBody: 1 << 20, maxHeader: 64 << 10}, access: &access{opts: &gatewayOptions{}}, timeouts: timeouts, lines: rate.NewLimiter(10, 10)}
+	opts.maxBody, opts.maxHeader, opts.maxOutstanding = 1<<20, 64<<10, 10
+	base := &url.URL{Scheme: "http", Host: tcp.Addr().String(), Path: "/stream"}
+	tracker, err := acomm.NewTracker(filepath.Join(shortDir(t), "r.sock"), base, patience)
+	require.NoError(t, err)
+	g := &gateway{
+		opts: opts, access: &access{opts: opts}, timeouts: timeouts, lines: rate.NewLimiter(10, 10),
+		tracker: tracker, hook: tracker.URL(), ending: make(chan struct{}),
+	}
 	g.metrics = newGatewayMetrics(g.pending.Load)
 	front := newLimitedListener(tcp, 10)
 	server := g.newServer(front, io.Discard)
 	served := make(chan struct{})
 	go func() { defer close(served); _ = server.Serve(front) }()
 	t.Cleanup(func() { _ = server.Close(); <-served })
-	return tcp.Addr().String()
+	return g, tcp.Addr().String()
 }
 
 func dialHTTP(t *testing.T, addr string) *net.TCPConn {

@@ -35,6 +35,10 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 	transport, connecting := newHookTransport(rules, opts.hookProxy, opts.hookTimeout)
 	http.DefaultTransport = transport
 
+	if opts.access.isUsed() {
+		signal.Notify(signals, syscall.SIGHUP) // under nohup, too
+		signals = withoutHangups(signals, opts.access.readAgain)
+	}
 	// Before anything listens that clients find. A signal ends the waiting.
 	var overNATS *natsFront
 	if opts.nats != "" {
@@ -56,10 +60,6 @@ func runGateway(ctx context.Context, opts *gatewayOptions, stdout io.Writer) err
 	}
 	errorLog := logrus.StandardLogger().WriterLevel(logrus.WarnLevel)
 	defer errorLog.Close()
-	if opts.access.isUsed() {
-		signal.Notify(signals, syscall.SIGHUP) // under nohup, too
-		signals = withoutHangups(signals, opts.access.readAgain)
-	}
 	s.http = s.newServer(front, errorLog)
 	return s.run(ctx, signals, front, stdout)
 }
@@ -204,6 +204,11 @@ func (s *gatewayServer) drain() {
 	}
 	s.requests.Stop(0) // its exchanges have deadlines
 	s.waiting.stop()
+	select { // each has its time
+	case <-s.results.allFetched():
+	case <-time.After(s.opts.unread):
+		s.warn("ended while responses wait to be fetched", fmt.Errorf("%d of them", s.results.number()), "", "")
+	}
 	s.responses.Stop(responsesEnd) // nobody waits for what may still come
 	close(s.ending)
 	_ = s.http.Shutdown(context.Background()) // can only fail to close the listener

@@ -22,6 +22,9 @@ import (
 // maxErrorText is how many bytes of an error go into an answer.
 const maxErrorText = 64 << 10
 
+// asyncTime is how long "at once" takes at most, with Prefer: respond-async.
+const asyncTime = time.Second
+
 // handleTask takes a request without a hook, and answers with its response, or with
 // where that can be fetched from.
 func (g *gateway) handleTask(w http.ResponseWriter, r *http.Request) {
@@ -53,13 +56,24 @@ func (g *gateway) handleTask(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	result := newTaskResult()
-	tracked, refused := g.begin(req, task, wait, result.set)
+	tracked, refused := g.begin(req, task, wait, result)
 	if refused != nil {
 		g.refuseTask(w, task, refused)
 		return
 	}
 	if prefersAsync(r) {
-		w.Header().Set("Location", g.results.add(result, wait+g.opts.unread, g.leaveResponse))
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(asyncTime + g.timeouts.answer))
+		select {
+		case <-result.taken:
+		case <-result.done: // refused, perhaps
+		case <-time.After(asyncTime):
+		case <-r.Context().Done():
+		}
+		if refused := result.refusal(); refused != nil {
+			g.refuseTask(w, task, refused)
+			return
+		}
+		w.Header().Set("Location", g.results.add(result, wait+g.opts.unread, g.leaveResult))
 		w.Header().Set("Preference-Applied", "respond-async")
 		writeJSON(w, http.StatusAccepted, map[string]string{"id": req.ID})
 		return
@@ -67,7 +81,7 @@ func (g *gateway) handleTask(w http.ResponseWriter, r *http.Request) {
 	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(wait + g.timeouts.answer))
 	select {
 	case <-result.done:
-		g.answerTask(w, r, result.resp)
+		g.answerTask(w, r, result)
 	case <-r.Context().Done(): // the response is dropped, and its stream ended
 		if g.waiting.remove(tracked) {
 			g.waiting.drop()
@@ -75,7 +89,7 @@ func (g *gateway) handleTask(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		<-result.done
-		g.leaveResponse(result.resp)
+		g.leaveResult(result)
 	}
 }
 
@@ -145,9 +159,10 @@ func (g *gateway) readArgs(w http.ResponseWriter, r *http.Request) (*json.RawMes
 	return (*json.RawMessage)(&body), nil
 }
 
-// begin has a provider take the request; done is called once with the response, or the
-// time-out. After a refusal it is not.
-func (g *gateway) begin(req *acomm.Request, task string, wait time.Duration, done func(*acomm.Response)) (*waiting, *refusal) {
+// begin offers the request to its providers, in the background: one that listens and does
+// not answer must not hold up the requester. The result is the response, the time-out, or
+// what the providers have refused it with. After a refusal by begin there is none.
+func (g *gateway) begin(req *acomm.Request, task string, wait time.Duration, result *taskResult) (*waiting, *refusal) {
 	if err := checkTaskName(req.Task); err != nil {
 		return nil, &refusal{http.StatusBadRequest, reasonInvalid, err}
 	}
@@ -166,23 +181,29 @@ func (g *gateway) begin(req *acomm.Request, task string, wait time.Duration, don
 	tracked, err := g.waiting.add(req.ID, wait, g.publish, func(resp *acomm.Response) {
 		defer g.pending.Add(-1)
 		g.count(resp, task, taken)
-		done(resp)
+		result.set(resp, nil)
 	})
 	if err != nil {
 		g.pending.Add(-1)
 		return nil, errDraining()
 	}
-	refused := g.offer(providers, req)
-	if refused == nil || !g.waiting.remove(tracked) { // the response may have come first
-		return tracked, nil
-	}
-	g.waiting.drop()
-	g.pending.Add(-1)
-	switch refused.reason {
-	case reasonNoProvider, reasonRefused: // both are 200 where the answer is an acknowledgement
-		refused.status = http.StatusServiceUnavailable
-	}
-	return nil, refused
+	go func() { // ends a minute after the last provider was asked; after the time-out there is nothing to do
+		refused := g.offer(providers, req)
+		if refused == nil {
+			close(result.taken)
+		}
+		if refused == nil || !g.waiting.remove(tracked) { // the response, or the time-out, may have come first
+			return
+		}
+		g.waiting.drop()
+		g.pending.Add(-1)
+		switch refused.reason {
+		case reasonNoProvider, reasonRefused: // both are 200 where the answer is an acknowledgement
+			refused.status = http.StatusServiceUnavailable
+		}
+		result.set(nil, refused)
+	}()
+	return tracked, nil
 }
 
 // refuseTask answers that a task was not taken, or may not have been.
@@ -194,14 +215,20 @@ func (g *gateway) refuseTask(w http.ResponseWriter, task string, r *refusal) {
 	writeError(w, r.status, r.err)
 }
 
-// answerTask answers with a response: its result, its error, or its stream.
-func (g *gateway) answerTask(w http.ResponseWriter, r *http.Request, resp *acomm.Response) {
+// answerTask answers with a refusal, or with a response: its result, its error, or its
+// stream.
+func (g *gateway) answerTask(w http.ResponseWriter, r *http.Request, result *taskResult) {
+	resp := result.resp
 	switch {
+	case result.refused != nil:
+		g.refuseTask(w, r.PathValue("task"), result.refused)
 	case errors.Is(resp.Error, os.ErrDeadlineExceeded): // no error from outside does
 		writeError(w, http.StatusGatewayTimeout, resp.Error)
 	case resp.Error != nil:
-		g.leaveResponse(resp)
+		g.leaveResult(result)
 		writeError(w, http.StatusUnprocessableEntity, resp.Error)
+	case resp.StreamURL != nil && r.Context().Err() != nil: // its client has left meanwhile
+		g.leaveResult(result)
 	case resp.StreamURL != nil:
 		published, err := g.tracker.ProxyStreamHTTPURL(resp.StreamURL)
 		if err != nil {
@@ -213,22 +240,23 @@ func (g *gateway) answerTask(w http.ResponseWriter, r *http.Request, resp *acomm
 		streaming.Method, streaming.URL, streaming.Body, streaming.ContentLength = http.MethodGet, published, http.NoBody, 0
 		_ = http.NewResponseController(w).SetWriteDeadline(time.Time{}) // it takes as long as it takes
 		g.handleStream(w, streaming)
-		g.streams.told(published) // where it could not be read
+		g.streams.end(streamKey(published)) // where nobody has read it
 	default:
-		result := resp.Result
-		if result == nil {
-			result = &nullResult
+		text := nullResult
+		if resp.Result != nil {
+			text = *resp.Result
 		}
 		w.Header().Set("Content-Type", "application/json")
-		_, _ = w.Write(*result)
+		_, _ = w.Write(unescapeJSON(text))
 	}
 }
 
 var nullResult = json.RawMessage("null")
 
-// leaveResponse ends the stream of a response that nobody gets.
-func (g *gateway) leaveResponse(resp *acomm.Response) {
-	if resp.StreamURL == nil {
+// leaveResult ends the stream of a response that nobody gets.
+func (g *gateway) leaveResult(result *taskResult) {
+	resp := result.resp
+	if resp == nil || resp.StreamURL == nil {
 		return
 	}
 	if published, err := g.tracker.ProxyStreamHTTPURL(resp.StreamURL); err == nil {
@@ -251,30 +279,45 @@ func writeJSON(w http.ResponseWriter, status int, value any) {
 	_ = encoder.Encode(value) // a requester that has left can't be told
 }
 
-// taskResult is the response to a task, once it is there.
+// taskResult is the response to a task, or what it was refused with, once it is there.
 type taskResult struct {
-	done chan struct{} // closed when resp is set
-	resp *acomm.Response
+	taken   chan struct{} // closed when a provider has acknowledged the request
+	done    chan struct{} // closed when one of the next two is set
+	resp    *acomm.Response
+	refused *refusal
 }
 
-func newTaskResult() *taskResult { return &taskResult{done: make(chan struct{})} }
+func newTaskResult() *taskResult {
+	return &taskResult{taken: make(chan struct{}), done: make(chan struct{})}
+}
 
-func (t *taskResult) set(resp *acomm.Response) {
-	t.resp = resp
+func (t *taskResult) set(resp *acomm.Response, refused *refusal) {
+	t.resp, t.refused = resp, refused
 	close(t.done)
+}
+
+// refusal returns what the task was refused with by now.
+func (t *taskResult) refusal() *refusal {
+	select {
+	case <-t.done:
+		return t.refused
+	default:
+		return nil
+	}
 }
 
 // taskResults are those that are fetched later, each once and for a bounded time.
 type taskResults struct {
-	mu    sync.Mutex
-	byKey map[string]*taskResult
+	mu      sync.Mutex
+	byKey   map[string]*taskResult
+	fetched chan struct{} // of allFetched
 }
 
 const resultsPath = "/responses/"
 
 // add keeps a result for a time, and returns the path to fetch it from, which nobody can
 // guess. A response that was not fetched by then is left.
-func (t *taskResults) add(result *taskResult, d time.Duration, leave func(*acomm.Response)) string {
+func (t *taskResults) add(result *taskResult, d time.Duration, leave func(*taskResult)) string {
 	key := rand.Text()
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -286,7 +329,7 @@ func (t *taskResults) add(result *taskResult, d time.Duration, leave func(*acomm
 		if left := t.take(key, nil); left != nil {
 			go func() { // ends with the request's time-out, if not before
 				<-left.done
-				leave(left.resp)
+				leave(left)
 			}()
 		}
 	})
@@ -302,7 +345,24 @@ func (t *taskResults) take(key string, only *taskResult) *taskResult {
 		return nil
 	}
 	delete(t.byKey, key)
+	if len(t.byKey) == 0 && t.fetched != nil {
+		close(t.fetched)
+		t.fetched = nil
+	}
 	return result
+}
+
+// allFetched returns a channel that is closed once no result is left.
+func (t *taskResults) allFetched() <-chan struct{} {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	fetched := make(chan struct{})
+	if len(t.byKey) == 0 {
+		close(fetched)
+	} else {
+		t.fetched = fetched // asked for once, by drain
+	}
+	return fetched
 }
 
 // number returns how many results are kept.
@@ -359,5 +419,5 @@ func (g *gateway) handleResult(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusNotFound, errors.New("no such response: it was fetched already"))
 		return
 	}
-	g.answerTask(w, r, result.resp)
+	g.answerTask(w, r, result)
 }

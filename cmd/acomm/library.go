@@ -217,7 +217,7 @@ func (p *postWatcher) RoundTrip(r *http.Request) (*http.Response, error) {
 }
 
 // answerWatcher is a transport that looks whether the last answer to a POST is a
-// response, whatever its status.
+// response, whatever its status. One to a client that may not ask is none to the message.
 type answerWatcher struct {
 	http.RoundTripper
 	response atomic.Bool
@@ -238,7 +238,8 @@ func (w *answerWatcher) RoundTrip(r *http.Request) (*http.Response, error) {
 	var members struct {
 		Error *string `json:"error"`
 	}
-	w.response.Store(json.Unmarshal(body, &members) == nil && members.Error != nil)
+	mayAsk := answer.StatusCode != http.StatusUnauthorized && answer.StatusCode != http.StatusForbidden
+	w.response.Store(mayAsk && json.Unmarshal(body, &members) == nil && members.Error != nil)
 	return answer, nil
 }
 

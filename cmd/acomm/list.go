@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -88,12 +89,16 @@ func (l *lister) run(target string) error {
 	if err != nil {
 		return usageError("%w", withoutURL(err))
 	}
-	answer, err := transport.RoundTrip(req)
-	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		return &exitError{exitTimeout, fmt.Errorf("no answer from %s within %v", place(u), l.timeout)}
+	// ended is why, if a signal or the time-out is the reason for an error.
+	ended := func() error {
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			return &exitError{exitTimeout, fmt.Errorf("no answer from %s within %v", place(u), l.timeout)}
+		}
+		return context.Cause(ctx)
 	}
+	answer, err := transport.RoundTrip(req)
 	if err != nil {
-		return &exitError{exitNotSent, fmt.Errorf("ask %s: %w", place(u), err)}
+		return cmp.Or(ended(), error(&exitError{exitNotSent, fmt.Errorf("ask %s: %w", place(u), err)}))
 	}
 	defer answer.Body.Close()
 	if answer.StatusCode != http.StatusOK {
@@ -101,7 +106,7 @@ func (l *lister) run(target string) error {
 	}
 	text, err := io.ReadAll(io.LimitReader(answer.Body, maxList))
 	if err != nil {
-		return &exitError{exitTask, fmt.Errorf("read the list of %s: %w", place(u), err)}
+		return cmp.Or(ended(), error(&exitError{exitTask, fmt.Errorf("read the list of %s: %w", place(u), err)}))
 	}
 	var list taskList
 	if err := json.Unmarshal(text, &list); err != nil {

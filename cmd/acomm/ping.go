@@ -25,8 +25,8 @@ one reader only.
 EXIT STATUS
   0  each message was acknowledged
   2  usage
-  3  a message was not acknowledged: nobody listens, or the peer speaks another
-     protocol
+  3  a message was not acknowledged: nobody listens, the peer speaks another
+     protocol, or asks for a certificate or token
   4  a message was not acknowledged in time`
 
 const pingExample = `  acomm ping ./echo.sock
@@ -71,6 +71,7 @@ func newPingCommand() *cobra.Command {
 	flags.IntVarP(&p.count, "count", "c", 3, "how many messages to send, one after another")
 	flags.DurationVar(&p.call.timeout, "timeout", 5*time.Second, "how long to wait for each acknowledgement")
 	flags.BoolVarP(&p.verbose, "verbose", "v", false, "print the error in each acknowledgement")
+	p.call.client.addTo(flags)
 	return cmd
 }
 
@@ -81,7 +82,7 @@ func (p *pinger) check() error {
 	case p.call.timeout <= 0:
 		return fmt.Errorf("--timeout %v is not positive", p.call.timeout)
 	}
-	return nil
+	return p.call.client.check(p.call.target)
 }
 
 // run sends the messages, until one is not acknowledged.
@@ -103,6 +104,11 @@ func (p *pinger) run() error {
 		return err
 	}
 	defer closeHook()
+	if p.call.client.isUsed() {
+		if http.DefaultTransport, err = p.call.client.transport(p.call.target); err != nil {
+			return usageError("%w", err)
+		}
+	}
 	if p.call.target.Scheme != "unix" {
 		p.answer = &answerWatcher{RoundTripper: http.DefaultTransport}
 		http.DefaultTransport = p.answer

@@ -108,6 +108,9 @@ func (v value) text(flagType string) string {
 			return strconv.FormatFloat(number, 'f', -1, 64)
 		}
 	}
+	if list, ok := v.parsed.([]any); ok && len(list) == 0 {
+		return ""
+	}
 	if v.written == "" {
 		return fmt.Sprint(v.parsed)
 	}
